@@ -1,0 +1,31 @@
+# Two commands do everything, each from nothing: `make demo` and `make test`. The environment is .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types check clean
+
+demo: .venv/ready
+	$(BIN)/python recipes/qat_mobilenet.py
+
+test: lint types check
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+check: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet torchao==0.18.0 executorch==1.5.1
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

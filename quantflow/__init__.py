@@ -1,0 +1,38 @@
+"""quantflow: from PyTorch to a quantized ExecuTorch program, proven on the runtime.
+
+One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` or :func:`train`, :func:`convert`, and again
+:func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk.
+"""
+
+from quantflow.calibrate import calibrate
+from quantflow.convert import convert
+from quantflow.core_aten import CoreAten
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.export import export
+from quantflow.exported import Exported
+from quantflow.graph_module import TrainableGraphModule
+from quantflow.prepare import prepare
+from quantflow.program import Program, load
+from quantflow.quantize import Result, quantize
+from quantflow.train import History, Schedule, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoreAten",
+    "Exported",
+    "History",
+    "Program",
+    "QuantflowError",
+    "QuantflowWarning",
+    "Result",
+    "Schedule",
+    "TrainableGraphModule",
+    "calibrate",
+    "convert",
+    "export",
+    "load",
+    "prepare",
+    "quantize",
+    "train",
+]

@@ -1,0 +1,128 @@
+"""Reading and writing ATen nodes by the names of their schema, whatever form the call was traced in."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv1d.padding,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv3d.default,
+        aten.conv3d.padding,
+    }
+)
+TRANSPOSED_CONVOLUTIONS = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
+LINEARS = frozenset({aten.linear.default})
+
+# What is the identity in inference: transparent to quantization, erased by convert.
+INFERENCE_IDENTITIES = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+        aten.detach.default,
+    }
+)
+
+
+@functools.cache
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    namespace, name = target._schema.name.split("::")
+    if not name.endswith("_") or name.endswith("__"):
+        return target
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    overload = target._overloadname
+    return getattr(packet, overload) if packet is not None and overload in packet.overloads() else target
+
+
+def op(node: Node) -> Any:
+    """The operator that ``node`` calls, an in-place one as its functional twin (``relu_`` as ``relu``); None if the
+    node calls none.
+    """
+    if node.op != "call_function":
+        return None
+    return _functional(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+
+def is_inplace(node: Node) -> bool:
+    """Whether ``node`` calls an operator that writes to its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and _functional(node.target) is not node.target
+
+
+def argument(node: Node, name: str) -> Any:
+    """The value of the schema argument ``name`` at the call ``node``, its default where the call leaves it out."""
+    for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if declared.name == name:
+            if position < len(node.args) and not declared.kwarg_only:
+                return node.args[position]
+            return node.kwargs.get(name, declared.default_value)
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Make ``value`` the schema argument ``name`` of the call ``node``, writing out the defaults before it."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    position = next(i for i, a in enumerate(declared) if a.name == name)
+    if name in node.kwargs or declared[position].kwarg_only:
+        node.kwargs = {**node.kwargs, name: value}
+        return
+    args = [*node.args, *(a.default_value for a in declared[len(node.args) : position + 1])]
+    args[position] = value
+    node.args = tuple(args)
+
+
+def has_argument(node: Node, name: str) -> bool:
+    """Whether the operator of ``node`` declares an argument ``name``."""
+    return any(a.name == name for a in node.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def first_tensor(node: Node) -> Node:
+    """The node that feeds the first argument of ``node``."""
+    assert isinstance(node.args[0], Node)
+    return node.args[0]
+
+
+def value(node: Node) -> torch.Tensor | None:
+    """The fake tensor that the trace left on ``node``, None where its value is not one tensor."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def is_float_tensor(node: Node) -> bool:
+    """Whether the value of ``node`` is one floating point tensor."""
+    val = value(node)
+    return val is not None and val.dtype.is_floating_point
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that uses ``node``, or None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def layer(node: Node) -> str:
+    """The dotted name of the innermost module that ``node`` was traced from, ``""`` for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def label(node: Node) -> str:
+    """What to call ``node`` before a person: its layer where it has one, and its own name."""
+    name = layer(node)
+    return f"{name} ({node.name})" if name else node.name
+
+
+def short_name(target: Any) -> str:
+    """``aten.conv2d.default`` as ``conv2d``."""
+    return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))

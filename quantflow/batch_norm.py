@@ -1,0 +1,143 @@
+"""Batch norm after a convolution or linear layer: finding it, and folding it away.
+
+Folding is exact only where the layer's output goes to that batch norm alone; a convolution with two users, or whose batch
+norm follows an addition, is left as it is. A convolution called twice, each time before a batch norm, is folded at each
+call with weights of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, set_argument, value
+from quantflow.modes import BATCH_NORM, SWITCHED
+from quantflow.parameters import drop_unused, is_constant, read_attribute, readers, set_tensor, tensor_of, unused_name
+
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class NormedLayer:
+    """A layer with constant weights and the batch norm that alone reads its output."""
+
+    layer: Node
+    norm: Node
+    weight: Node  # what reads the layer's weight; under observation, the node beneath the observer
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layer is a transposed convolution, with output channels in dimension 1 of the weight."""
+        return op(self.layer) in TRANSPOSED_CONVOLUTIONS
+
+    @property
+    def channel_axis(self) -> int:
+        """The dimension of the weight that holds output channels."""
+        return 1 if self.transposed else 0
+
+    def scale_and_shift(self, module: GraphModule) -> tuple[torch.Tensor, torch.Tensor]:
+        """The affine map ``y·scale + shift``, float64 and one a channel, that the norm is in inference mode."""
+        gamma, beta, mean, var = (
+            tensor_of(module, node).detach().double() if is_constant(node := argument(self.norm, name)) else None
+            for name in _STATISTICS
+        )
+        scale = torch.rsqrt(var + argument(self.norm, "eps"))  # type: ignore[operator]
+        scale = scale if gamma is None else scale * gamma
+        shift = -mean * scale  # type: ignore[operator]
+        return scale, shift if beta is None else shift + beta
+
+    def folded_bias(self, module: GraphModule) -> torch.Tensor:
+        """The bias of the layer with the norm folded into it, float64, one a channel."""
+        scale, shift = self.scale_and_shift(module)
+        bias = argument(self.layer, "bias")
+        return shift if bias is None else tensor_of(module, bias).detach().double() * scale + shift
+
+    def per_weight(self, scale: torch.Tensor, module: GraphModule) -> torch.Tensor:
+        """``scale`` (one an output channel) shaped to multiply the layer's weight."""
+        weight = tensor_of(module, self.weight)
+        if not self.transposed:
+            return scale.reshape(-1, *[1] * (weight.ndim - 1))
+        # [in, out / groups, ...]: group g of the inputs makes channels g·out/groups and on.
+        groups = argument(self.layer, "groups")
+        rows = scale.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+        return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
+
+
+def normed_layers(graph: torch.fx.Graph) -> list[NormedLayer]:
+    """Every layer of ``graph`` into which the batch norm after it can be folded, or with which it can be fused."""
+    return [found for node in graph.nodes if (found := normed_layer(node)) is not None]
+
+
+def normed_layer(norm: Node) -> NormedLayer | None:
+    """``norm`` with the layer before it, None where it is no batch norm or can't be folded."""
+    if op(norm) is not BATCH_NORM or SWITCHED not in norm.meta:
+        return None
+    layer = norm.args[0]
+    if not isinstance(layer, Node) or len(layer.users) != 1:
+        return None
+    if op(layer) not in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS:
+        return None
+    if op(layer) in LINEARS and ((val := value(layer)) is None or val.ndim != 2):
+        return None  # batch norm counts dimension 1 as channels, linear makes the last one
+    if not is_constant(argument(norm, "running_mean")) or not is_constant(argument(norm, "running_var")):
+        return None
+    weight, bias = argument(layer, "weight"), argument(layer, "bias")
+    while isinstance(weight, Node) and weight.op == "call_module":
+        weight = weight.args[0]
+    return NormedLayer(layer, norm, weight) if is_constant(weight) and (bias is None or is_constant(bias)) else None
+
+
+def fold_batch_norm(module: GraphModule) -> list[str]:
+    """Fold each foldable batch norm of ``module`` into the weight and bias before it, in place.
+
+    Returns:
+        The names of the nodes whose batch norm is gone. Unused parameters are dropped, the caller recompiles.
+    """
+    folded = []
+    made: dict[tuple, tuple[str, str]] = {}  # a layer that is called twice with one norm stays one layer
+    for pair in normed_layers(module.graph):
+        key = (str(pair.weight.target), *(str(argument(pair.norm, name)) for name in _STATISTICS))
+        if key not in made:
+            made[key] = _fold_weight(module, pair), _fold_bias(module, pair)
+        weight, bias = made[key]
+        set_argument(pair.layer, "weight", read_attribute(module, weight, pair.layer, pair.weight))
+        _replace_norm(module, pair, bias)
+        folded.append(pair.layer.name)
+    drop_unused(module)
+    return folded
+
+
+def fold_into_bias(module: GraphModule, pair: NormedLayer) -> None:
+    """Replace the batch norm of ``pair`` by the layer's bias alone: its scale is in the layer's integers already."""
+    _replace_norm(module, pair, _fold_bias(module, pair))
+
+
+def _replace_norm(module: GraphModule, pair: NormedLayer, bias: str) -> None:
+    set_argument(pair.layer, "bias", read_attribute(module, bias, pair.layer, pair.layer))
+    pair.norm.replace_all_uses_with(pair.layer)
+    module.graph.erase_node(pair.norm)
+
+
+def _fold_weight(module: GraphModule, pair: NormedLayer) -> str:
+    """Make the folded weight of ``pair``; its name, the layer's own where no other call reads that."""
+    scale, _ = pair.scale_and_shift(module)
+    weight = tensor_of(module, pair.weight).detach()
+    folded = (weight.double() * pair.per_weight(scale, module)).to(weight.dtype)
+    name = str(pair.weight.target)
+    name = name if len(readers(module, pair.weight)) == 1 else unused_name(module, name)
+    set_tensor(module, name, folded, parameter=True)
+    return name
+
+
+def _fold_bias(module: GraphModule, pair: NormedLayer) -> str:
+    """Make the folded bias of ``pair``; its name, the layer's own where that is free."""
+    folded = pair.folded_bias(module).to(tensor_of(module, pair.weight).dtype)
+    prefix = str(pair.weight.target).rpartition(".")[0]
+    name = f"{prefix}.bias" if prefix else "bias"
+    own = argument(pair.layer, "bias")
+    replaceable = own is not None and str(own.target) == name and len(readers(module, own)) == 1
+    name = name if replaceable else unused_name(module, name)
+    set_tensor(module, name, folded, parameter=True)
+    return name

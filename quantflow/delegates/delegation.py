@@ -1,0 +1,60 @@
+"""What of a program its delegates run."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class Delegation:
+    """Who runs the operators of a program.
+
+    Attributes:
+        calls: How many times the program calls a delegate.
+        delegated: Operators inside the delegates, by name.
+        portable: Operators outside, run by executorch's own kernels, by name.
+    """
+
+    calls: int
+    delegated: Counter[str] = field(default_factory=Counter)
+    portable: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def fraction(self) -> float:
+        """The share of operators that delegates run, 0 to 1; 1 for a program without operators."""
+        inside, outside = self.delegated.total(), self.portable.total()
+        return inside / (inside + outside) if inside + outside else 1.0
+
+    @classmethod
+    def of(cls, edge: GraphModule) -> Delegation:
+        """Count the operators of a partitioned edge graph."""
+        calls, portable, delegated = 0, Counter[str](), Counter[str]()
+        for node in edge.graph.nodes:
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            if node.target is torch.ops.higher_order.executorch_call_delegate:
+                calls += 1
+                lowered: Any = getattr(edge, node.args[0].target)
+                delegated.update(_names(lowered.original_module.graph))
+            else:
+                portable[_name(node)] += 1
+        return cls(calls, delegated, portable)
+
+    def __str__(self) -> str:
+        lines = [f"{self.fraction:.1%} of operators delegated, in {self.calls} calls"]
+        lines += [f"  outside: {count} of {name}" for name, count in self.portable.most_common()]
+        return "\n".join(lines)
+
+
+def _names(graph: torch.fx.Graph) -> list[str]:
+    return [_name(n) for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+def _name(node: torch.fx.Node) -> str:
+    return str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target))

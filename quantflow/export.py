@@ -1,0 +1,169 @@
+"""The verb of stage 1: capture a model, or take in what was captured elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from quantflow import modes, provenance
+from quantflow.aten import layer
+from quantflow.errors import QuantflowError
+from quantflow.exported import Exported
+from quantflow.graph_module import TrainableGraphModule
+from quantflow.observation import observers_of
+from quantflow.signature import Signature
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dynamic_batch: bool | int = False,
+    strict: bool = False,
+) -> Exported:
+    """Capture ``model`` as a pre-dispatch ATen program.
+
+    The model is captured in inference mode and left as it was; :meth:`Exported.module` switches between training and
+    inference on the nodes.
+
+    Args:
+        model: An ``nn.Module`` (eager, a captured graph, a converted graph) or an ``ExportedProgram`` from elsewhere.
+        args: Example positional inputs, a tuple.
+        kwargs: Example keyword inputs.
+        dynamic_shapes: Which dimensions vary, as in ``torch.export.export``. Shapes are static unless asked.
+        dynamic_batch: True makes dimension 0 of every tensor input one dynamic batch dimension, also when the example
+            has a batch of one; an int bounds it, which lowering needs.
+        strict: As in ``torch.export.export``.
+
+    Raises:
+        QuantflowError: at stage ``"export"``, when the model can't be captured.
+    """
+    if isinstance(model, ExportedProgram):
+        return _take_in(model)
+    if not isinstance(model, nn.Module):
+        raise QuantflowError(
+            "export", f"{type(model).__name__} is no nn.Module", node="model", remedy="pass a module or ExportedProgram"
+        )
+    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
+        raise QuantflowError("export", "example inputs are no tuple", node="args", remedy="pass (x,) for one input x")
+    if observers_of(model):
+        raise QuantflowError(
+            "export",
+            "the graph is prepared but not converted",
+            node=next(iter(observers_of(model))),
+            remedy="call qf.convert(graph) first",
+        )
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if dynamic_batch:
+        if dynamic_shapes is not None:
+            reason = "dynamic_shapes and dynamic_batch are both given"
+            raise QuantflowError("export", reason, node="dynamic_batch", remedy="give one of them")
+        args, kwargs, dynamic_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_batch)
+    training = model.training
+    # Captured under no_grad, the whole program would be one opaque region.
+    with _inference_mode(model), torch.enable_grad():
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+        except Exception as error:
+            raise QuantflowError(
+                "export",
+                f"torch.export could not trace {type(model).__name__}: {_first_lines(error)}",
+                remedy="make the data-dependent part static (torch.cond, torch._check), or export a submodule; "
+                "no quantization is involved at this stage",
+            ) from error
+    modes.mark_switched(program.graph)
+    _mark_cumulative_averages(model, program)
+    provenance.shorten(program.graph)
+    return Exported(program, training)
+
+
+def _take_in(program: ExportedProgram) -> Exported:
+    """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
+    captured_in_training = modes.training_literals(program.graph)
+    if not captured_in_training:
+        modes.mark_switched(program.graph)
+        return Exported(program)
+    if program.example_inputs is None:
+        raise QuantflowError(
+            "export",
+            "the program was captured in training mode and holds no example inputs to capture it again",
+            node=captured_in_training[0].name,
+            remedy="export model.eval(), or pass the model itself to qf.export",
+        )
+    graph = TrainableGraphModule.from_program(program)
+    modes.mark_all(graph.graph)
+    graph.training = True
+    graph.eval()
+    args, kwargs = program.example_inputs
+    signature = Signature.of_program(program)
+    dims = [{i: Dim.AUTO for i, d in enumerate(s.shape) if not isinstance(d, int)} or None for s in signature.inputs]
+    dynamic_shapes = None
+    if any(dims):
+        positional, keyword = pytree.tree_unflatten(dims, pytree.tree_structure((args, kwargs)))
+        dynamic_shapes = (*positional, *keyword.values())
+    return Exported(export(graph, args, kwargs, dynamic_shapes=dynamic_shapes).program, training=True)
+
+
+def _with_dynamic_batch(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], bound: bool | int
+) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
+    """The example inputs and the dynamic shapes that make dimension 0 of every tensor the batch."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    if not tensors:
+        raise QuantflowError("export", "no input has a batch dimension", node="args", remedy="drop dynamic_batch")
+    batch = tensors[0].shape[0]
+    dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
+
+    def batched(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+    def widen(leaf: Any) -> Any:
+        # A size of one is a constant to the tracer; two rows stand for any number.
+        return torch.cat([leaf, leaf]) if batch == 1 and batched(leaf) else leaf
+
+    def dims(leaf: Any) -> Any:
+        return {0: dim} if batched(leaf) else None
+
+    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
+    return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
+
+
+@contextlib.contextmanager
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; every submodule gets its own mode back."""
+    was = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            if isinstance(module, TrainableGraphModule):
+                module.train(training)
+            module.training = training
+
+
+def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> None:
+    """Batch norm with ``momentum=None`` leaves no momentum in an inference trace: note it on the node."""
+    cumulative = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None and m.track_running_stats
+    }
+    for node in program.graph.nodes:
+        if modes.SWITCHED in node.meta and layer(node) in cumulative:
+            node.meta[modes.CUMULATIVE] = True
+
+
+def _first_lines(error: Exception, limit: int = 400) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return text if len(text) <= limit else text[:limit].rstrip() + " ..."

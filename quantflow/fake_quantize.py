@@ -1,0 +1,108 @@
+"""Fake quantization: rounding to the integer grid in float, with a gradient that passes straight through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
+
+from quantflow.errors import QuantflowError
+from quantflow.observers import Observer
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observes a tensor while training and rounds it to the grid that follows from the range.
+
+    The gradient is one inside the range and zero where the grid saturates (straight-through estimator, Bengio et al.
+    2013, arXiv:1308.3432). Ranges move in training mode only, and by :func:`quantflow.calibrate`.
+
+    Args:
+        observer: Where range and grid come from.
+
+    Attributes:
+        scale: float32, a scalar or one a channel.
+        zero_point: int32, same shape.
+        observer_enabled: Whether ranges follow the data while training.
+        fake_quant_enabled: Whether the tensor is rounded.
+        calibrating: Observe whatever the mode, and let the tensor pass.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        del self.fake_quant_enabled, self.observer_enabled  # plain flags: a tensor would have to be read at every call
+        self.fake_quant_enabled: bool = True
+        self.observer_enabled: bool = True
+        self.calibrating: bool = False
+        self.activation_post_process = observer
+        self.register_buffer("scale", torch.ones_like(observer.min_val))
+        self.register_buffer("zero_point", torch.zeros_like(observer.min_val, dtype=torch.int32))
+
+    def __getattr__(self, name: str) -> Any:
+        # The grid is the observer's.
+        if name in ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "is_dynamic", "eps", "per_channel"):
+            return getattr(super().__getattr__("activation_post_process"), name)
+        return super().__getattr__(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.calibrating or self.is_dynamic or (self.training and self.observer_enabled):
+            self.activation_post_process(x.detach())
+            self.update_qparams()
+        if not self.fake_quant_enabled or self.calibrating:
+            return x
+        if self.per_channel:
+            return torch.fake_quantize_per_channel_affine(
+                x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
+            )
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def update_qparams(self) -> None:
+        """Take scale and zero point from the range observed so far."""
+        self.scale, self.zero_point = self.activation_post_process.calculate_qparams()
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale and zero point that training uses, which are those to convert with."""
+        return self.scale, self.zero_point
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round the tensor, or let it pass."""
+        self.fake_quant_enabled = bool(enabled)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Let ranges follow the data while training, or freeze them."""
+        self.observer_enabled = bool(enabled)
+
+    def with_args(self, **kwargs: Any) -> Any:
+        """Not here: made around an observer."""
+        raise QuantflowError("prepare", "a FakeQuantize is made around an observer", remedy="FakeQuantize(observer)")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("scale", "zero_point"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class BatchNormScaledFakeQuantize(torch.nn.Module):
+    """Fake quantize of a weight on the grid it will have once batch norm is folded into it: ``fq(w·s) / s``.
+
+    With ``s = gamma / sqrt(running_var + eps)`` per output channel, ``conv(x, fq(w·s) / s)`` is the convolution whose
+    batch-normed result equals that of the folded integer weight, at the cost of a weight instead of two passes over the
+    activation. A per-channel symmetric grid scales along with ``s`` and needs none of this.
+    """
+
+    def __init__(self, fake_quantize: torch.nn.Module, eps: float, axis: int) -> None:
+        super().__init__()
+        self.fake_quantize, self.eps, self.axis = fake_quantize, eps, axis
+
+    def forward(self, weight: torch.Tensor, gamma: torch.Tensor | None, running_var: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(running_var + self.eps)
+        if gamma is not None:
+            scale = scale * gamma
+        # A channel that batch norm switches off keeps its weight, and its gradient.
+        scale = torch.where(scale.abs() < self.eps**2, torch.ones_like(scale), scale).detach()
+        scale = scale.reshape([-1 if d == self.axis else 1 for d in range(weight.ndim)])
+        return self.fake_quantize(weight * scale) / scale

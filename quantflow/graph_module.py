@@ -1,0 +1,152 @@
+"""The captured graph as a trainable module: what quantizers, calibration and training all work on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule
+
+from quantflow import graph_pickle, modes
+from quantflow.aten import argument
+
+
+class TrainableGraphModule(GraphModule):
+    """A pre-dispatch ATen graph that behaves like the eager model it was captured from.
+
+    ``train()`` and ``eval()`` switch dropout and batch norm on the nodes, keeping the model's own probabilities, ``eps``
+    and ``momentum``; parameters and buffers carry the eager model's names, those that inference does not read included,
+    so checkpoints pass both ways. It survives ``copy.deepcopy``, ``pickle`` and DistributedDataParallel. Calls take and
+    return the model's own structure of tensors.
+
+    Attributes:
+        batch_norm_frozen: True keeps batch norm in inference mode (statistics frozen) also while training.
+    """
+
+    def __init__(self, root: torch.nn.Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name)
+        self.batch_norm_frozen: bool = getattr(root, "batch_norm_frozen", False)
+        if isinstance(root, torch.nn.Module):
+            _copy_state(root, self)
+
+    @classmethod
+    def from_program(cls, program: ExportedProgram) -> Self:
+        """The graph of ``program`` with parameters of its own, in inference mode."""
+        root = copy.deepcopy(program.module(check_guards=False))
+        modes.strip_tracking(root.graph)
+        inline_grad_mode_regions(root)
+        modes.mark_switched(root.graph)
+        module = cls(root, root.graph)
+        module.meta.update(root.meta)
+        module.training = True
+        return module.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode (or inference mode), on this module, its observers and its nodes."""
+        changed = mode != self.training
+        super().train(mode)
+        if changed:
+            self.switch_nodes()
+        return self
+
+    def freeze_batch_norm(self, frozen: bool = True) -> Self:
+        """Keep batch norm in inference mode also while training, or let it follow the mode again."""
+        if frozen != self.batch_norm_frozen:
+            self.batch_norm_frozen = frozen
+            self.switch_nodes()
+        return self
+
+    def switch_nodes(self) -> None:
+        """Bring the nodes into this module's mode, after a change of the mode or of the graph."""
+        modes.switch(self, self.training, batch_norm=not self.batch_norm_frozen)
+        self.recompile()
+
+    def _deepcopy_init(self) -> Any:
+        return type(self).__init__
+
+    def __reduce__(self) -> tuple:
+        return graph_pickle.load, graph_pickle.dump(self)
+
+
+def adopt(module: GraphModule) -> TrainableGraphModule:
+    """``module`` as a :class:`TrainableGraphModule` (a copy; one that is none already is taken as inference mode)."""
+    if isinstance(module, TrainableGraphModule):
+        return copy.deepcopy(module)
+    module = copy.deepcopy(module)
+    adopted = TrainableGraphModule(module, module.graph)
+    adopted.meta.update(module.meta)
+    modes.mark_switched(adopted.graph)
+    adopted.training = modes_say_training(adopted.graph.nodes)
+    return adopted
+
+
+def modes_say_training(nodes: Iterable[torch.fx.Node]) -> bool:
+    """Whether any node that follows the mode stands in training mode."""
+    return any(modes.SWITCHED in n.meta and argument(n, n.meta[modes.SWITCHED]) for n in nodes)
+
+
+def inline_grad_mode_regions(module: GraphModule) -> None:
+    """Write regions under ``torch.no_grad`` (or ``enable_grad``) back into the flat graph.
+
+    Export wraps them in a higher-order operator whose body no quantizer sees. They become plain nodes between calls that
+    set the grad mode, which is what they are in eager mode.
+    """
+    graph = module.graph
+    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not hop:
+            continue
+        enabled, body_ref, *inputs = node.args
+        body = module.get_submodule(str(body_ref.target))
+        inline_grad_mode_regions(body)
+        with graph.inserting_before(node):
+            graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            env = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+            for inner in body.graph.nodes:
+                if inner.op in ("placeholder", "output"):
+                    continue
+                if inner.op in ("get_attr", "call_module"):
+                    setattr(module, f"{node.name}_{inner.name}", getattr(body, str(inner.target)))
+                env[inner] = graph.node_copy(inner, lambda n, env=env: env[n])
+            graph.call_function(torch._C._set_grad_enabled, (not enabled,))
+        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        for user in list(node.users):  # a region always returns a tuple, read by getitem
+            user.replace_all_uses_with(env[results[user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body_ref.users:
+            graph.erase_node(body_ref)
+    graph.lint()
+
+
+def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Give ``module`` the parameters and buffers of ``root`` that its graph does not read, and their persistence."""
+    there = dict(module.named_modules(remove_duplicate=False))
+    for path, owner in root.named_modules(remove_duplicate=False):
+        if there.get(path) is owner:
+            continue  # a called submodule (an observer) is there whole already
+        entries = {**owner._parameters, **owner._buffers}
+        if not entries:
+            continue
+        target = _submodule(module, path)
+        for name, tensor in entries.items():
+            if tensor is None:
+                continue
+            if name in owner._parameters:
+                target.register_parameter(name, tensor)
+            else:
+                target.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+
+
+def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            child = torch.nn.Module()
+            module.add_module(name, child)
+        module = child
+    return module

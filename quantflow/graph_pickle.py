@@ -1,0 +1,126 @@
+"""Pickling of captured graphs.
+
+``torch.fx`` pickles generated source and traces it again on loading, which loses the metadata that quantization reads (shapes,
+layer names, annotations). Here the nodes themselves are written, operators by their qualified names and traced values by
+shape and dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
+
+if TYPE_CHECKING:
+    from quantflow.graph_module import TrainableGraphModule
+
+# Metadata worth keeping: plain data only. Traced values go by _TracedTensor.
+_KEPT_META = (
+    "nn_module_stack",
+    "stack_trace",
+    "quantflow_switched",
+    "quantflow_cumulative_average",
+    "quantflow_tracking",
+)
+
+
+class _NodeRef(NamedTuple):
+    name: str
+
+
+class _Operator(NamedTuple):
+    name: str  # "aten.conv2d.default" below torch.ops, or "module:qualified.name"
+
+
+class _TracedTensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def dump(module: TrainableGraphModule) -> tuple:
+    """The arguments from which :func:`load` builds ``module`` again."""
+    state = {k: v for k, v in module.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
+    state.pop("_tracer_cls", None)
+    nodes = [
+        (n.name, n.op, _encode_target(n.target), _encode(n.args), _encode(n.kwargs), _encode_meta(n))
+        for n in module.graph.nodes
+    ]
+    codegen = module.graph._codegen
+    return state, nodes, getattr(codegen, "pytree_info", None), type(codegen)
+
+
+def load(state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: type) -> TrainableGraphModule:
+    """Build the module that :func:`dump` took apart."""
+    from quantflow.graph_module import TrainableGraphModule
+
+    graph = Graph()
+    graph.set_codegen(codegen(pytree_info) if pytree_info is not None else codegen())
+    env: dict[str, Node] = {}
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for name, op, target, args, kwargs, meta in nodes:
+        node = graph.create_node(op, _decode(target, env), _decode(args, env), _decode(kwargs, env), name=name)
+        node.meta = {k: v for k, v in meta.items() if k != "val"}
+        if "val" in meta:
+            with fake_mode:
+                node.meta["val"] = torch.empty(meta["val"].shape, dtype=meta["val"].dtype)
+        env[name] = node
+    root = torch.nn.Module()
+    root.__dict__.update(state)
+    module = TrainableGraphModule(root, graph)
+    module.__dict__.update({k: v for k, v in state.items() if k not in module.__dict__ or k in ("training", "meta")})
+    return module
+
+
+def _encode_meta(node: Node) -> dict[str, Any]:
+    meta: dict[str, Any] = {k: node.meta[k] for k in _KEPT_META if k in node.meta}
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        meta["val"] = _TracedTensor(tuple(s if isinstance(s, int) else s.node.hint for s in val.shape), val.dtype)
+    return meta
+
+
+def _encode_target(target: Any) -> Any:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return _Operator(str(target))
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return _Operator(f"higher_order.{target.name()}")
+    # Builtins such as math.trunc keep the module that exports them; those of torch._C report none that imports.
+    module = getattr(target, "__module__", None) or "torch._C"
+    return _Operator(f"{module}:{target.__qualname__}")
+
+
+def _encode(tree: Any) -> Any:
+    return map_aggregate(map_arg(tree, lambda n: _NodeRef(n.name)), _encode_leaf)  # type: ignore[arg-type, return-value]
+
+
+def _encode_leaf(leaf: Any) -> Any:
+    return _encode_target(leaf) if isinstance(leaf, torch._ops.OpOverload) else leaf
+
+
+def _decode(tree: Any, env: dict[str, Node]) -> Any:
+    if isinstance(tree, _NodeRef):
+        return env[tree.name]
+    if isinstance(tree, _Operator):
+        return _resolve(tree.name)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_decode(t, env) for t in tree)
+    if isinstance(tree, dict):
+        return {k: _decode(v, env) for k, v in tree.items()}
+    return tree
+
+
+def _resolve(name: str) -> Any:
+    if ":" in name:
+        module, qualname = name.split(":")
+        found: Any = importlib.import_module(module)
+    else:
+        found, qualname = torch.ops, name
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found

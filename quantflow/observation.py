@@ -1,0 +1,64 @@
+"""What counts as an observer, ours or torchao's, and what it has seen."""
+
+from __future__ import annotations
+
+import torch
+import torch.ao.quantization as ao
+from torch import nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import fake_quantize as pt2e_fake_quantize
+from torchao.quantization.pt2e import observer as pt2e_observer
+
+_OBSERVERS = (
+    pt2e_observer.ObserverBase,
+    pt2e_observer.AffineQuantizedObserverBase,
+    ao.ObserverBase,
+)
+_FAKE_QUANTIZERS = (pt2e_fake_quantize.FakeQuantizeBase, ao.FakeQuantizeBase)
+
+
+def is_fake_quantizer(module: nn.Module) -> bool:
+    """Whether ``module`` quantizes and dequantizes what passes through it, by torchao's protocol."""
+    return isinstance(module, _FAKE_QUANTIZERS)
+
+
+def is_observer(module: nn.Module) -> bool:
+    """Whether ``module`` is an observer or a fake quantizer by torchao's protocol."""
+    return isinstance(module, _OBSERVERS) or is_fake_quantizer(module)
+
+
+def observers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The observers and fake quantizers of ``model`` by name; an observer inside a fake quantizer is not listed."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if is_observer(module) and not inside:
+            found[name] = module
+    return found
+
+
+def observer_of(node: Node, module: GraphModule) -> nn.Module | None:
+    """The observer that ``node`` calls in ``module``, None where it calls none."""
+    if node.op != "call_module":
+        return None
+    called = module.get_submodule(str(node.target))
+    return called if is_observer(called) else None
+
+
+def has_seen_data(observer: nn.Module) -> bool:
+    """Whether ``observer`` has a range to quantize with. One with fixed parameters, or dynamic, needs none."""
+    if getattr(observer, "is_dynamic", False):
+        return True
+    inner = getattr(observer, "activation_post_process", observer)
+    low, high = getattr(inner, "min_val", None), getattr(inner, "max_val", None)
+    if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor):
+        return True
+    return low.numel() > 0 and bool(torch.isfinite(low).all() and torch.isfinite(high).all())
+
+
+def qparams_of(observer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point to convert with: those that training used, where there was training."""
+    if is_fake_quantizer(observer) and isinstance(getattr(observer, "scale", None), torch.Tensor):
+        return observer.scale.detach(), observer.zero_point.detach()
+    scale, zero_point = observer.calculate_qparams()
+    return scale.detach(), zero_point.detach()

@@ -1,0 +1,24 @@
+"""Observers: what they watch of a tensor, and the quantization parameters that follow.
+
+They follow torchao's observer protocol, so stock ``prepare_pt2e`` takes them too. :data:`OBSERVERS` names them for
+configuration that is data.
+"""
+
+from quantflow.observers.base import Observer
+from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
+from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
+
+OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
+    # name: (per tensor, per channel)
+    "min_max": (MinMaxObserver, PerChannelMinMaxObserver),
+    "moving_average": (MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver),
+}
+
+__all__ = [
+    "OBSERVERS",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "Observer",
+    "PerChannelMinMaxObserver",
+    "PerChannelMovingAverageMinMaxObserver",
+]

@@ -1,0 +1,103 @@
+"""The base of observers: the grid they aim at, and how they write to the graph and to checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from quantflow.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC, choose_qparams
+
+
+class Observer(ObserverBase):
+    """Watches the range of a tensor and derives scale and zero point; passes the tensor through unchanged.
+
+    Args:
+        dtype: Integer type of the quantized tensor.
+        quant_min: Smallest integer used.
+        quant_max: Largest integer used.
+        qscheme: Per tensor or per channel, affine or symmetric.
+        ch_axis: The channel dimension, for per-channel schemes.
+        eps: Smallest scale.
+        is_dynamic: Whether the range is taken anew from each input at run time.
+
+    Attributes:
+        min_val: Lower end of the range so far, float32, a scalar or one a channel; ``inf`` before any data.
+        max_val: Upper end; ``-inf`` before any data.
+    """
+
+    min_val: torch.Tensor
+    max_val: torch.Tensor
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.int8,
+        quant_min: int = -128,
+        quant_max: int = 127,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        ch_axis: int = 0,
+        eps: float = SMALLEST_SCALE,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic)
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.qscheme, self.ch_axis, self.eps = qscheme, ch_axis, eps
+        self.register_buffer("min_val", torch.tensor(float("inf")))
+        self.register_buffer("max_val", torch.tensor(float("-inf")))
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each channel has a range of its own."""
+        return self.qscheme in PER_CHANNEL
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid is centred on zero."""
+        return self.qscheme in SYMMETRIC
+
+    def spec(self) -> dict[str, Any]:
+        """The arguments that make an observer of the same grid."""
+        names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "eps", "is_dynamic")
+        return {name: getattr(self, name) for name in names}
+
+    def for_training(self, *, weight: bool) -> Observer:
+        """The observer to use for the same grid inside fake quantize: ranges that follow training."""
+        from quantflow.observers.moving_average import moving_average_for_training
+
+        return moving_average_for_training(self, weight=weight)
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.min_val = torch.tensor(float("inf"), device=self.min_val.device)
+        self.max_val = torch.tensor(float("-inf"), device=self.max_val.device)
+
+    def extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the greatest value of ``x``, one a channel for per-channel schemes, as float32."""
+        x = x.detach()
+        if self.per_channel:
+            low, high = x.transpose(0, self.ch_axis).flatten(1).aminmax(dim=1)
+        else:
+            low, high = x.aminmax()
+        return low.float(), high.float()
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale (float32) and zero point (int32), scalars or one a channel."""
+        return choose_qparams(
+            self.min_val,
+            self.max_val,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            symmetric=self.symmetric,
+            eps=self.eps,
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A fresh per-channel observer does not know yet how many channels there are.
+        for name in ("min_val", "max_val"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} [{self.quant_min}, {self.quant_max}], {self.qscheme}"

@@ -1,0 +1,77 @@
+"""Reading and replacing the parameters and buffers that a graph's ``get_attr`` nodes name."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def is_constant(node: object) -> bool:
+    """Whether ``node`` reads a parameter, a buffer or a lifted constant."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def tensor_of(module: GraphModule, node: Node) -> torch.Tensor:
+    """The tensor that the ``get_attr`` node reads."""
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def readers(module: GraphModule, node: Node) -> list[Node]:
+    """Every node that uses the tensor that ``node`` reads, by whichever ``get_attr``."""
+    same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == node.target]
+    return [user for n in same for user in n.users]
+
+
+def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
+    """Make ``tensor`` the parameter (or buffer) called ``name``, replacing what was there."""
+    path, _, leaf = name.rpartition(".")
+    owner: torch.nn.Module = module
+    for part in path.split(".") if path else ():
+        child = owner._modules.get(part)
+        if child is None:
+            child = torch.nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    if parameter:
+        owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def unused_name(module: GraphModule, name: str) -> str:
+    """``name``, or ``name`` with the first number that makes it new in ``module``."""
+    taken = {n for n, _ in (*module.named_parameters(), *module.named_buffers())}
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def read_attribute(module: GraphModule, name: str, before: Node, like: Node) -> Node:
+    """A new ``get_attr`` of ``name`` placed before a node, with the layer of ``like``."""
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(name)
+    if "nn_module_stack" in like.meta:
+        node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+    return node
+
+
+def drop_unused(module: GraphModule) -> None:
+    """Erase ``get_attr`` nodes that nothing uses, and the parameters and buffers that no node reads any more."""
+    for node in reversed(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+    read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    called = tuple(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+    for path, owner in list(module.named_modules(remove_duplicate=False)):
+        if path and path.startswith(called):
+            continue
+        for leaf in [*owner._parameters, *owner._buffers]:
+            name = f"{path}.{leaf}" if path else leaf
+            if name not in read:
+                delattr(owner, leaf)
+    module.delete_all_unused_submodules()

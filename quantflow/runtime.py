@@ -1,0 +1,62 @@
+"""The ExecuTorch runtime, in this process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from quantflow.errors import QuantflowError
+
+# A .pte is a flatbuffer: a root offset, then this identifier.
+_IDENTIFIER = b"ET12"
+
+
+@functools.cache
+def _runtime() -> Any:
+    # Loading the runtime alone leaves the undelegated quantize and dequantize operators without kernels.
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.runtime import Runtime
+
+    return Runtime.get()
+
+
+def load_program(buffer: bytes) -> Any:
+    """An ``executorch.runtime.Program`` of ``buffer``.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, for bytes that are no whole program.
+    """
+    if len(buffer) < 8 or buffer[4:6] != _IDENTIFIER[:2]:
+        raise QuantflowError("runtime", "not an ExecuTorch program", remedy="pass the bytes or path of a .pte file")
+    try:
+        return _runtime().load_program(buffer)
+    except RuntimeError as error:
+        raise QuantflowError(
+            "runtime",
+            f"the program does not load: {error}",
+            remedy="the file may be cut short, or made by another version of executorch: lower it again",
+        ) from error
+
+
+def load_method(program: Any, name: str) -> Any:
+    """The method ``name`` of ``program``, ready to run."""
+    try:
+        return program.load_method(name)
+    except RuntimeError as error:
+        raise QuantflowError(
+            "runtime",
+            f"the method does not load: {error}",
+            node=name,
+            remedy="a backend or kernel of the program is missing in this runtime, or its delegate refuses a node; "
+            "to_edge(None) tells which",
+        ) from error
+
+
+def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
+    """Run ``method`` on flat ``inputs``."""
+    try:
+        return method.execute(inputs)
+    except RuntimeError as error:
+        raise QuantflowError(
+            "runtime", f"execution failed: {error}", node=name, remedy="check the inputs against program.signature"
+        ) from error

@@ -1,0 +1,23 @@
+"""Backend quantizers: tables of rules over ATen. They know nothing of the edge dialect and of executorch."""
+
+from quantizers.override import Override
+from quantizers.plan import Decision, Plan
+from quantizers.rule import Rule
+from quantizers.rule_quantizer import RuleQuantizer
+from quantizers.scheme import DYNAMIC_INT8, INT8, W4A8, Scheme, TensorScheme
+from quantizers.xnnpack import XNNPACK_RULES, XNNPACKQuantizer
+
+__all__ = [
+    "DYNAMIC_INT8",
+    "INT8",
+    "W4A8",
+    "XNNPACK_RULES",
+    "Decision",
+    "Override",
+    "Plan",
+    "Rule",
+    "RuleQuantizer",
+    "Scheme",
+    "TensorScheme",
+    "XNNPACKQuantizer",
+]

@@ -1,0 +1,44 @@
+"""A row in a backend's table: an operator, what may be fused behind it, and which of its tensors become integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch._ops import OpOverload
+from torch.fx import Node
+
+# Says why a backend can't run a node in integers; None where it can.
+Refusal = Callable[[Node], str | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a backend does in integers, for PTQ and QAT alike.
+
+    Attributes:
+        name: What to call it in a plan.
+        ops: The ATen operators it begins with. In-place forms count as their functional twins.
+        inputs: The activations among its arguments, by their names in the operator's schema. An argument that is a list of
+            tensors stands for each of them.
+        weight: The argument that is a constant weight, None where there is none.
+        weight_axis: The dimension of the weight that holds output channels.
+        batch_norm: Whether a batch norm behind it is folded into its weight.
+        clamps: Operators that it may be fused with behind that (``relu`` and the like).
+        output: ``"own"``: the output has a range of its own, observed behind what is fused. ``"shared"``: the output lies
+            on the grid of the inputs, and only follows inputs that are integers already.
+        dynamic: Whether the backend also has it with ranges taken at run time.
+        refusals: Checks on the node; the first that returns a reason keeps it in float.
+    """
+
+    name: str
+    ops: frozenset[OpOverload]
+    inputs: tuple[str, ...] = ("input",)
+    weight: str | None = None
+    weight_axis: int = 0
+    batch_norm: bool = False
+    clamps: frozenset[OpOverload] = frozenset()
+    output: Literal["own", "shared"] = "own"
+    dynamic: bool = False
+    refusals: tuple[Refusal, ...] = ()

@@ -1,0 +1,86 @@
+"""A quantizer that is a table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
+
+from quantflow.aten import INFERENCE_IDENTITIES, argument, op
+from quantizers.override import Overrides, Where, overrides_from
+from quantizers.plan import Decision, Plan, make_plan
+from quantizers.rule import Rule
+from quantizers.scheme import INT8, Scheme
+
+
+class RuleQuantizer(Quantizer):
+    """Annotates a graph by a table of rules, on torchao's protocol; works in stock ``prepare_pt2e`` as well.
+
+    Args:
+        scheme: To which integers, where no override says otherwise; None for none.
+        overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
+        skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
+        rules: The table; a subclass may have it as class attribute instead.
+    """
+
+    rules: Sequence[Rule] = ()
+
+    def __init__(
+        self,
+        scheme: Scheme | None = INT8,
+        *,
+        overrides: Overrides = (),
+        skip: Iterable[Where] = (),
+        rules: Sequence[Rule] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.overrides = (*overrides_from(overrides), *overrides_from([(where, None) for where in skip]))
+        if rules is not None:
+            self.rules = tuple(rules)
+
+    def plan(self, graph: GraphModule) -> Plan:
+        """What will happen to each node of ``graph``, and why not; changes nothing."""
+        return make_plan(graph.graph, self.rules, self.scheme, self.overrides)
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Write the plan onto the nodes, as torchao annotations."""
+        for decision in self.plan(model).integer:
+            _annotate(decision)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to do: the plan refuses what the backend can't run."""
+
+
+def _annotate(decision: Decision) -> None:
+    rule, scheme, node = decision.rule, decision.scheme, decision.node
+    assert rule is not None
+    assert scheme is not None
+    spec = scheme.activation.spec()
+    shared: QuantizationSpecBase | None = None
+    for given in decision.activations():
+        producer, consumer = _edge(given, node)
+        _annotation(consumer).input_qspec_map[producer] = shared or spec
+        if rule.output == "shared":
+            shared = shared or SharedQuantizationSpec((producer, consumer))
+    if rule.weight is not None:
+        weight = argument(node, rule.weight)
+        _annotation(node).input_qspec_map[weight] = scheme.weight.spec(rule.weight_axis)
+    for member in decision.nodes:
+        _annotation(member)._annotated = True
+    if not scheme.activation.dynamic:
+        _annotation(decision.tail).output_qspec = shared or spec
+
+
+def _annotation(node: Node) -> QuantizationAnnotation:
+    return node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation())
+
+
+def _edge(producer: Node, consumer: Node) -> tuple[Node, Node]:
+    """The edge on which to quantize an input: before what is the identity in inference, so that integers meet the layer."""
+    while op(producer) in INFERENCE_IDENTITIES:
+        producer, consumer = producer.args[0], producer  # type: ignore[assignment]
+    return producer, consumer

@@ -1,0 +1,90 @@
+"""To which integers: bits, symmetry, granularity and range estimation, as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torchao.quantization.pt2e.quantizer import QuantizationSpec
+
+from quantflow.errors import QuantflowError
+from quantflow.observers import OBSERVERS
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one kind of tensor becomes integers, stored as int8.
+
+    Attributes:
+        bits: 2 to 8. Below 8 the narrower grid lies in int8; whether a backend packs it is the backend's matter.
+        symmetric: Centre the grid on zero, without the lowest integer; otherwise affine, with a zero point.
+        per_channel: A scale for each output channel instead of one for the tensor.
+        dynamic: Take the range of each input at run time.
+        observer: How ranges are estimated, a key of ``quantflow.observers.OBSERVERS``.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    per_channel: bool = False
+    dynamic: bool = False
+    observer: str = "min_max"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise QuantflowError("plan", f"{self.bits} bits do not fit int8", node="bits", remedy="2 to 8")
+        if self.observer not in OBSERVERS:
+            remedy = f"one of {sorted(OBSERVERS)}"
+            raise QuantflowError("plan", f"no observer {self.observer!r}", node="observer", remedy=remedy)
+
+    def spec(self, axis: int = 0) -> QuantizationSpec:
+        """The torchao spec, for a tensor with output channels in dimension ``axis``."""
+        top = 2 ** (self.bits - 1)
+        kind = ("per_channel" if self.per_channel else "per_tensor", "symmetric" if self.symmetric else "affine")
+        return QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=OBSERVERS[self.observer][self.per_channel],
+            quant_min=1 - top if self.symmetric else -top,
+            quant_max=top - 1,
+            qscheme=getattr(torch, "_".join(kind)),
+            ch_axis=axis if self.per_channel else None,
+            is_dynamic=self.dynamic,
+        )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How activations and weights become integers."""
+
+    activation: TensorScheme = TensorScheme()
+    weight: TensorScheme = TensorScheme(symmetric=True, per_channel=True)
+
+    def to_json(self) -> str:
+        """A JSON text from which :meth:`from_json` builds an equal scheme."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Scheme:
+        """The scheme that :meth:`to_json` wrote; an unknown key is an error."""
+        data = json.loads(text)
+        _check_keys(data, cls)
+        for part in data.values():
+            _check_keys(part, TensorScheme)
+        return cls(**{name: TensorScheme(**part) for name, part in data.items()})
+
+    def __str__(self) -> str:
+        kind = "dynamic " if self.activation.dynamic else ""
+        same = self.activation.bits == self.weight.bits == 8
+        return f"{kind}int8" if same else f"{kind}w{self.weight.bits}a{self.activation.bits}"
+
+
+def _check_keys(data: dict, cls: type) -> None:
+    unknown = set(data) - {f.name for f in fields(cls)}
+    if unknown:
+        known = sorted(f.name for f in fields(cls))
+        raise QuantflowError("plan", f"unknown key {sorted(unknown)[0]!r}", node=cls.__name__, remedy=f"one of {known}")
+
+
+INT8 = Scheme()
+DYNAMIC_INT8 = Scheme(activation=TensorScheme(dynamic=True))
+W4A8 = Scheme(weight=TensorScheme(bits=4, symmetric=True, per_channel=True))

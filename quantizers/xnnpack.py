@@ -1,0 +1,119 @@
+"""What XNNPACK runs in int8, as a table.
+
+Each refusal is a limit of executorch's XNNPACK delegate (1.5): a node it would not run, or run wrongly, in integers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.fx import Node
+
+from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, value
+from quantizers.rule import Rule
+from quantizers.rule_quantizer import RuleQuantizer
+
+CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
+
+
+def _pair(given: Any) -> tuple[int, int]:
+    sizes = [given] if isinstance(given, int) else list(given)
+    return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _rank(node: Node) -> int:
+    val = value(node)
+    return val.ndim if val is not None else -1
+
+
+def _grouped(node: Node) -> str | None:
+    groups = argument(node, "groups")
+    return None if groups == 1 else f"no per-channel scales for a transposed convolution in {groups} groups"
+
+
+def _scaled_addend(node: Node) -> str | None:
+    return None if math.isclose(argument(node, "alpha"), 1.0) else f"alpha is {argument(node, 'alpha')}, not 1"
+
+
+def _not_global(node: Node) -> str | None:
+    size = list(argument(node, "output_size"))
+    return None if size == [1, 1] and _rank(node) == 4 else f"pools to {size}; only [1, 1] is a mean in int8"
+
+
+def _not_spatial(node: Node) -> str | None:
+    dims = argument(node, "dim") or []
+    spatial = _rank(node.args[0]) == 4 and sorted(d % 4 for d in dims) == [2, 3]  # type: ignore[arg-type]
+    return (
+        None if spatial and argument(node, "keepdim") else "only the mean over H and W with keepdim=True runs in int8"
+    )
+
+
+def _pool_gaps(node: Node) -> str | None:
+    kernel = _pair(argument(node, "kernel_size"))
+    stride = _pair(argument(node, "stride") or kernel)
+    if argument(node, "ceil_mode"):
+        return "ceil_mode"
+    return None if all(s <= k for s, k in zip(stride, kernel, strict=True)) else f"stride {stride} over kernel {kernel}"
+
+
+def _strided(node: Node) -> str | None:
+    return None if argument(node, "step") == 1 else "slices with a step"
+
+
+def _not_trailing(node: Node) -> str | None:
+    dim = argument(node, "dim")
+    return None if dim in (-1, _rank(node) - 1) else "unsqueezes a dimension that is not the last"
+
+
+def _single(node: Node) -> str | None:
+    return None if len(argument(node, "tensors")) > 1 else "joins one tensor only"
+
+
+XNNPACK_RULES = (
+    Rule(
+        "convolution",
+        CONVOLUTIONS - {aten.conv3d.default, aten.conv3d.padding},
+        weight="weight",
+        batch_norm=True,
+        clamps=CLAMPS,
+    ),
+    Rule(
+        "transposed convolution",
+        frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input}),
+        weight="weight",
+        weight_axis=1,
+        batch_norm=True,
+        clamps=CLAMPS,
+        refusals=(_grouped,),
+    ),
+    Rule("linear", LINEARS, weight="weight", batch_norm=True, clamps=CLAMPS, dynamic=True),
+    Rule(
+        "add",
+        frozenset({aten.add.Tensor}),
+        inputs=("self", "other"),
+        clamps=frozenset({aten.relu.default}),
+        refusals=(_scaled_addend,),
+    ),
+    Rule("multiply", frozenset({aten.mul.Tensor}), inputs=("self", "other")),
+    Rule("concatenate", frozenset({aten.cat.default}), inputs=("tensors",), output="shared", refusals=(_single,)),
+    Rule("global average pool", frozenset({aten.adaptive_avg_pool2d.default}), ("self",), refusals=(_not_global,)),
+    Rule("mean", frozenset({aten.mean.dim}), ("self",), refusals=(_not_spatial,)),
+    Rule("max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_pool_gaps,)),
+    Rule("clamp", CLAMPS, ("self",), output="shared"),
+    Rule(
+        "reshape",
+        frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default}),
+        ("self",),
+        output="shared",
+    ),
+    Rule("permute", frozenset({aten.permute.default, aten.transpose.int}), ("self",), output="shared"),
+    Rule("slice", frozenset({aten.slice.Tensor}), ("self",), output="shared", refusals=(_strided,)),
+    Rule("unsqueeze", frozenset({aten.unsqueeze.default}), ("self",), output="shared", refusals=(_not_trailing,)),
+)
+
+
+class XNNPACKQuantizer(RuleQuantizer):
+    """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
+
+    rules = XNNPACK_RULES

@@ -1,0 +1,124 @@
+"""Images for the recipes: a data set that a package ships, a torchvision one, an image folder or a ``labels.csv`` folder."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from quantflow import QuantflowError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Training and held-out images, float32 [3, size, size] each with an integer label."""
+
+    train: Dataset
+    held_out: Dataset
+    classes: int
+
+
+def digits(image_size: int, seed: int) -> ImageData:
+    """scikit-learn's handwritten digits (1,797 images of 8×8), upsampled; a quarter is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    pixels = torch.from_numpy(raw.images).float().unsqueeze(1) / 16
+    images = torch.nn.functional.interpolate(pixels, size=image_size, mode="bilinear").expand(-1, 3, -1, -1)
+    images = v2.functional.normalize(images.contiguous(), IMAGENET_MEAN, IMAGENET_STD)
+    labels = torch.from_numpy(raw.target)
+    train, held_out = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
+    return ImageData(TensorDataset(images[train], labels[train]), TensorDataset(images[held_out], labels[held_out]), 10)
+
+
+def preprocessing(image_size: int, *, resize: bool = True) -> Callable[[Any], torch.Tensor]:
+    """Resize (shorter side to 256/224 of the size, unless told not to), centre crop, scale and normalise as ImageNet."""
+    steps: list[Any] = [v2.ToImage()]
+    if resize:
+        steps.append(v2.Resize(image_size * 256 // 224, antialias=True))
+    steps += [v2.CenterCrop(image_size), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*steps, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
+    """``"digits"``, an image folder (with or without ``train`` and ``val`` inside), or a torchvision data set by name."""
+    if name == "digits":
+        return digits(image_size, seed)
+    transform = preprocessing(image_size)
+    if Path(name).is_dir():
+        return _from_folder(Path(name), transform, seed)
+    try:
+        kind = getattr(datasets, name)
+        by_split = "train" not in inspect.signature(kind).parameters
+        parts: Sequence[dict[str, Any]] = (
+            [{"split": "train"}, {"split": "test"}] if by_split else [{"train": True}, {"train": False}]
+        )
+        train, held_out = (kind(str(root), download=True, transform=transform, **part) for part in parts)
+    except (AttributeError, TypeError, RuntimeError, OSError) as error:
+        remedy = "digits, a folder of images by class, or a torchvision classification data set with its --data-root"
+        raise QuantflowError("recipe", f"no such data: {error}", node=f"--data {name}", remedy=remedy) from error
+    return ImageData(train, held_out, len(train.classes))
+
+
+def _from_folder(folder: Path, transform: Callable[[Any], torch.Tensor], seed: int) -> ImageData:
+    try:
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            train, held_out = (datasets.ImageFolder(str(folder / p), transform) for p in ("train", "val"))
+            return ImageData(train, held_out, len(train.classes))
+        both = datasets.ImageFolder(str(folder), transform)
+    except FileNotFoundError as error:
+        remedy = "one folder a class, with images in each"
+        raise QuantflowError("recipe", str(error), node=f"--data {folder}", remedy=remedy) from error
+    parts = random_split(both, [0.8, 0.2], torch.Generator().manual_seed(seed))
+    return ImageData(parts[0], parts[1], len(both.classes))
+
+
+class LabelledImages(Dataset):
+    """The images that a ``labels.csv`` (columns ``file,label``) lists, in its order."""
+
+    def __init__(self, folder: Path, transform: Callable[[Any], torch.Tensor]) -> None:
+        with open(folder / "labels.csv", newline="") as file:
+            self.rows = [(folder / row["file"], int(row["label"])) for row in csv.DictReader(file)]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.rows[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB")), label
+        except (OSError, UnidentifiedImageError) as error:
+            raise QuantflowError("recipe", str(error), node=str(path), remedy="remove or replace the file") from error
+
+
+def labelled_folder(folder: Path, transform: Callable[[Any], torch.Tensor]) -> Dataset:
+    """A folder with ``labels.csv``, or one folder a class."""
+    try:
+        if (folder / "labels.csv").is_file():
+            return LabelledImages(folder, transform)
+        return datasets.ImageFolder(str(folder), transform)
+    except (OSError, KeyError, ValueError) as error:
+        remedy = "a folder with images and labels.csv (file,label), or one folder a class"
+        reason = f"not a folder of labelled images: {type(error).__name__}: {error}"
+        raise QuantflowError("recipe", reason, node=str(folder), remedy=remedy) from error
+
+
+def first(dataset: Dataset, count: int | None) -> Dataset:
+    """The first ``count`` images, or all."""
+    size = len(dataset)  # type: ignore[arg-type]
+    return dataset if count is None or count >= size else Subset(dataset, range(count))

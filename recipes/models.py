@@ -1,0 +1,78 @@
+"""torchvision classifiers for the recipes, with weights by name or from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+
+from quantflow import QuantflowError
+
+
+def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module:
+    """The torchvision model ``name``.
+
+    Args:
+        name: As in ``torchvision.models``.
+        classes: Size of its last layer; None for the size that the weights have (1,000 without).
+        weights: A torchvision weights name (``"DEFAULT"``, ``"IMAGENET1K_V1"``), a file with a state dict, or None for a
+            random initialisation. Layers whose shape differs because of ``classes`` start fresh.
+
+    Raises:
+        QuantflowError: at stage ``"recipe"``, for an unknown model and for weights that are missing or another model's.
+    """
+    if name not in models.list_models(models):
+        close = ", ".join(m for m in models.list_models(models) if m.startswith(name.split("_")[0]))
+        remedy = f"one of: {close}" if close else "a name of torchvision.models"
+        raise QuantflowError("recipe", "no such model in torchvision", node=f"--model {name}", remedy=remedy)
+    arguments = {} if classes is None else {"num_classes": classes}
+    model = models.get_model(name, weights=None, **arguments)
+    if weights is not None:
+        _load(model, _state_dict(name, weights), weights, fresh_head=classes is not None)
+    return model
+
+
+def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
+    path = Path(weights)
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or path.exists():
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            remedy = "a file that torch.save(model.state_dict(), path) wrote"
+            reason = f"can't be read as weights: {type(error).__name__}: {error}"
+            raise QuantflowError("recipe", reason, node=f"--weights {weights}", remedy=remedy) from error
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            remedy = "save model.state_dict()"
+            raise QuantflowError("recipe", "holds no state dict", node=f"--weights {weights}", remedy=remedy)
+        return state
+    try:
+        return models.get_model_weights(name)[weights.upper()].get_state_dict(progress=True)
+    except KeyError as error:
+        known = [w.name for w in models.get_model_weights(name)]
+        remedy = f"a file, or one of {known}"
+        raise QuantflowError("recipe", "no such weights", node=f"--weights {weights}", remedy=remedy) from error
+    except OSError as error:
+        remedy = "download the file by hand and name it"
+        raise QuantflowError(
+            "recipe", f"download failed: {error}", node=f"--weights {weights}", remedy=remedy
+        ) from error
+
+
+def _load(model: nn.Module, state: dict[str, torch.Tensor], weights: str, *, fresh_head: bool) -> None:
+    own = model.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    misfits = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    # A head of another size is what --weights with other classes is for: a weight and a bias, in the last place.
+    tolerated = 2 if fresh_head else 0
+    if len(misfits) > tolerated or len(fits) < len(own) // 2:
+        remedy = "name the weights of this model"
+        reason = f"the weights of another model: {len(misfits)} tensors do not fit, first {misfits[0]}"
+        raise QuantflowError("recipe", reason, node=f"--weights {weights}", remedy=remedy)
+    model.load_state_dict(fits, strict=False)

@@ -1,0 +1,124 @@
+"""Quantization-aware training of an image classifier, from float weights to a program on the ExecuTorch runtime.
+
+    python recipes/qat_mobilenet.py                                    # MobileNetV2 on handwritten digits, minutes on a CPU
+    python recipes/qat_mobilenet.py --model resnet18 --weights DEFAULT --data CIFAR10 --image-size 224 --device cuda
+
+Trains in float (from ``--weights`` or from scratch), then with fake quantization on the same graph, converts, lowers to
+XNNPACK, and measures float, fake-quantized, converted and ``.pte`` on the same held-out images, with PTQ beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from image_data import first, image_data
+from models import classifier
+from scoring import accuracy, agreement, labels, latency_ms, logits, output_folder, write_result
+from torch.utils.data import DataLoader
+
+import quantflow as qf
+from quantizers import XNNPACKQuantizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mobilenet_v2", help="any torchvision classification model")
+    parser.add_argument("--weights", help="torchvision weights by name, or a file with a state dict")
+    parser.add_argument("--data", default="digits", help="digits, an image folder, or a torchvision data set by name")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where torchvision data sets are kept")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--float-epochs", type=int, help="epochs in float first (default: 9, 0 with --weights)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of quantization-aware training")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate in float; a tenth of it in QAT")
+    parser.add_argument("--calibration-images", type=int, default=256, help="training images that PTQ calibrates on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/qat_mobilenet"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    start = time.perf_counter()
+    folder = output_folder(options.output)
+    torch.manual_seed(options.seed)
+    data = image_data(options.data, options.data_root, options.image_size, options.seed)
+    model = classifier(options.model, data.classes, options.weights)
+    loader = DataLoader(
+        data.train,
+        options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    example = (torch.zeros(1, 3, options.image_size, options.image_size),)
+    targets = labels(data.held_out)
+
+    # Float: the captured graph trains like the model itself.
+    float_graph = qf.export(model, example, dynamic_batch=True).module().to(options.device)
+    float_epochs = options.float_epochs if options.float_epochs is not None else (0 if options.weights else 9)
+    if float_epochs:
+        optimizer = torch.optim.SGD(
+            float_graph.parameters(), options.lr, momentum=0.9, weight_decay=1e-4, nesterov=True
+        )
+        steps = float_epochs * len(loader)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+        print(f"training {options.model} in float, {float_epochs} epochs")
+        qf.train(float_graph, loader, epochs=float_epochs, optimizer=optimizer, scheduler=scheduler)
+    float_graph.eval()
+    float_logits = logits(float_graph, data.held_out, options.batch_size, "float")
+
+    # QAT: the same graph with fake quantization, started from ranges that calibration found.
+    calibration = DataLoader(first(data.train, options.calibration_images), options.batch_size)
+    quantizer = XNNPACKQuantizer()
+    print(f"quantization-aware training, {options.epochs} epochs")
+    qat_graph = qf.prepare(float_graph, quantizer, qat=True)
+    qf.calibrate(qat_graph, calibration)
+    qf.train(qat_graph, loader, epochs=options.epochs, lr=options.lr / 10)
+    fake_quant_logits = logits(qat_graph, data.held_out, options.batch_size, "fake quantized")
+
+    # Integers, and down to the runtime.
+    converted = qf.convert(qat_graph.cpu())
+    converted_logits = logits(converted, data.held_out, options.batch_size, "converted")
+    print("lowering: QAT, PTQ and float")
+    program = lower(converted, example)
+    program.save(folder / "model.pte")
+    pte_logits = logits(program, data.held_out, 1, ".pte")
+
+    # PTQ and float beside it.
+    ptq_graph = qf.calibrate(qf.prepare(float_graph.cpu(), quantizer), calibration)
+    ptq_program = lower(qf.convert(ptq_graph), example)
+    float_program = lower(float_graph, example)
+
+    image = data.held_out[0][0].unsqueeze(0)
+    write_result(
+        folder,
+        {
+            "model": options.model,
+            "held_out_images": len(targets),
+            "float_accuracy": accuracy(float_logits, targets),
+            "fake_quant_accuracy": accuracy(fake_quant_logits, targets),
+            "converted_accuracy": accuracy(converted_logits, targets),
+            "pte_accuracy": accuracy(pte_logits, targets),
+            "ptq_pte_accuracy": accuracy(logits(ptq_program, data.held_out, 1, "PTQ .pte"), targets),
+            "pte_agreement": agreement(pte_logits, converted_logits),
+            "float_bytes": len(float_program.buffer),
+            "pte_bytes": len(program.buffer),
+            "float_latency_ms": latency_ms(float_program, image),
+            "pte_latency_ms": latency_ms(program, image),
+            "delegated_fraction": program.delegation.fraction if program.delegation else None,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )
+
+
+def lower(graph: torch.nn.Module, example: tuple[torch.Tensor]) -> qf.Program:
+    return qf.export(graph, example).to_core_aten().to_edge("xnnpack").to_executorch()
+
+
+if __name__ == "__main__":
+    main()

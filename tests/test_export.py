@@ -1,0 +1,142 @@
+"""Stage 1: capture, structure, gradients, and errors of export that are seen as such."""
+
+import pytest
+import torch
+from networks import ConvNet, Structured, randomize_statistics
+from torch import nn
+
+import quantflow as qf
+from quantizers import XNNPACKQuantizer
+
+X = torch.randn(4, 3, 16, 16)
+
+
+def quantized(graph):
+    prepared = qf.prepare(graph, XNNPACKQuantizer())
+    qf.calibrate(prepared, [X], progress=False)
+    return qf.convert(prepared)
+
+
+def test_without_quantization():
+    model = ConvNet()
+    core = qf.export(model, (X,)).to_core_aten()
+    assert torch.allclose(core.module()(X), model.eval()(X), atol=1e-5)
+
+
+def test_quantized_and_exported_again():
+    model = randomize_statistics(ConvNet())
+    exported = qf.export(model, (X,))
+    again = qf.export(quantized(exported.module()), (X,))
+    assert type(again) is type(exported)
+    core = again.to_core_aten()
+    assert any("quantized_decomposed" in str(n.target) for n in core.program.graph.nodes)
+
+
+def test_gradients_equal_eager():
+    model = randomize_statistics(ConvNet(p=0.5)).train()
+    graph = qf.export(model, (X,)).module()
+    assert graph.training
+    target = torch.randint(0, 5, (4,))
+    for module in (model, graph):
+        torch.manual_seed(1)
+        nn.functional.cross_entropy(module(X), target).backward()
+    for (name, eager), (same, ours) in zip(model.named_parameters(), graph.named_parameters(), strict=True):
+        assert name == same
+        assert torch.allclose(eager.grad, ours.grad, atol=1e-5), name
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(buffer.float(), graph.get_buffer(name).float(), atol=1e-5), name
+
+
+def test_export_leaves_the_model_as_it_was():
+    model = ConvNet().train()
+    model.stem_bn.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = qf.export(model, (X,)).module()
+    assert model.training
+    assert not model.stem_bn.training
+    assert model.dropout.training
+    with torch.no_grad():
+        next(graph.parameters()).zero_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_dynamic_batch(batch):
+    model = ConvNet().eval()
+    graph = qf.export(model, (X[:batch],), dynamic_batch=True).module()
+    for size in (1, 2, 7):
+        x = torch.randn(size, 3, 16, 16)
+        assert torch.allclose(graph(x), model(x), atol=1e-6)
+
+
+def test_dynamic_batch_with_keyword_inputs():
+    model = Structured().eval()
+    graph = qf.export(model, (torch.randn(1, 8),), {"y": torch.randn(1, 4)}, dynamic_batch=True).module()
+    x, y = torch.randn(5, 8), torch.randn(5, 4)
+    ours, eager = graph(x, y=y), model(x, y=y)
+    assert torch.equal(ours["sum"], eager["sum"])
+    assert torch.equal(ours["parts"][0], eager["parts"][0])
+
+
+def test_capture_under_no_grad_still_quantizes():
+    with torch.no_grad():
+        graph = qf.export(ConvNet(), (X,)).module()
+    assert len(XNNPACKQuantizer().plan(graph).integer) >= 5
+
+
+class NoGradInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.relu(self.backbone(x))
+        return self.head(x)
+
+
+def test_regions_without_gradients_are_quantized_and_stay_without():
+    model = NoGradInside()
+    graph = qf.export(model, (torch.randn(3, 6),)).module()
+    assert len(XNNPACKQuantizer().plan(graph).integer) == 2
+    graph(torch.randn(3, 6)).sum().backward()
+    assert graph.backbone.weight.grad is None
+    assert graph.head.weight.grad is not None
+    assert torch.is_grad_enabled()
+
+
+def test_exported_program_from_elsewhere():
+    model = randomize_statistics(ConvNet())
+    for mode in (model.eval(), model.train()):
+        program = torch.export.export(mode, (X,))
+        graph = qf.export(program).module().eval()
+        assert torch.allclose(graph(X), model.eval()(X), atol=1e-5)
+
+
+class DataDependent(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("call", "node"),
+    [
+        (lambda: qf.export(DataDependent(), (X,)), None),
+        (lambda: qf.export("model", (X,)), "model"),
+        (lambda: qf.export(ConvNet(), X), "args"),
+        (lambda: qf.export(ConvNet(), (X,), dynamic_shapes=({0: torch.export.Dim("b")},), dynamic_batch=True), None),
+    ],
+)
+def test_what_can_not_be_exported_is_an_error_of_export(call, node):
+    with pytest.raises(qf.QuantflowError) as caught:
+        call()
+    assert caught.value.stage == "export"
+    assert caught.value.remedy
+    if node:
+        assert caught.value.node == node
+
+
+def test_exporting_a_prepared_graph_names_convert():
+    prepared = qf.prepare(qf.export(ConvNet(), (X,)).module(), XNNPACKQuantizer())
+    with pytest.raises(qf.QuantflowError, match=r"qf\.convert"):
+        qf.export(prepared, (X,))

@@ -1,0 +1,128 @@
+"""The captured graph's modes: the eager model's own dropout and batch norm, through every copy."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from networks import ConvNet, norm_networks, randomize_statistics
+from torch import nn
+from torch.nn import functional as F
+
+import quantflow as qf
+
+NETWORKS = norm_networks()
+
+
+def step(module, x):
+    """Output, gradients and buffers of one step, as the layer's mode has them."""
+    torch.manual_seed(3)
+    module.zero_grad()
+    y = module(x)
+    y.square().mean().backward()
+    return y.detach(), {k: p.grad for k, p in module.named_parameters()}, dict(module.named_buffers())
+
+
+def assert_same_step(ours, eager):
+    assert torch.allclose(ours[0], eager[0], rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(ours[1:], eager[1:], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.allclose(mine[name].float(), tensor.float(), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_follows_eager_through_mode_switches(name):
+    model, x = NETWORKS[name]
+    model = randomize_statistics(copy.deepcopy(model))
+    graph = qf.export(model, (x,)).module()
+    for mode in (True, False, True, True, False):
+        graph.train(mode)
+        model.train(mode)
+        assert_same_step(step(graph, x), step(model, x))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda graph: pickle.loads(pickle.dumps(graph)),
+    "deepcopy of pickle": lambda graph: copy.deepcopy(pickle.loads(pickle.dumps(graph))),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("mode", [True, False])
+def test_copies_switch_modes(how, mode):
+    model = randomize_statistics(ConvNet(p=0.4)).train(mode)
+    x = torch.randn(4, 3, 16, 16)
+    twin = COPIES[how](qf.export(model, (x,), dynamic_batch=True).module())
+    assert twin.training is mode
+    for training in (not mode, mode, not mode):
+        twin.train(training)
+        model.train(training)
+        assert_same_step(step(twin, x), step(model, x))
+    assert [k for k, _ in twin.named_parameters()] == [k for k, _ in model.named_parameters()]
+
+
+def test_state_dict_passes_both_ways():
+    x = torch.randn(4, 3, 16, 16)
+    model, other = ConvNet(), randomize_statistics(ConvNet())
+    graph = qf.export(model, (x,)).module()
+    assert list(graph.state_dict()) != []
+    assert set(graph.state_dict()) == set(model.state_dict())
+    graph.load_state_dict(other.state_dict())
+    model.load_state_dict(graph.state_dict())
+    assert torch.allclose(graph.eval()(x), other.eval()(x), atol=1e-6)
+    assert torch.equal(model.eval()(x), other(x))
+
+
+def test_a_copy_is_independent():
+    x = torch.randn(4, 3, 16, 16)
+    graph = qf.export(ConvNet(), (x,)).module()
+    twin = copy.deepcopy(graph)
+    twin.eval()
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert graph.training
+    assert graph(x).abs().sum() > 0
+
+
+def test_frozen_batch_norm_stays_in_inference_while_dropout_trains():
+    model = randomize_statistics(ConvNet(p=0.5))
+    x = torch.randn(4, 3, 16, 16)
+    graph = qf.export(model, (x,)).module().train().freeze_batch_norm()
+    before = graph.stem_bn.running_mean.clone()
+    assert not torch.equal(graph(x), graph(x))
+    assert torch.equal(graph.stem_bn.running_mean, before)
+    graph.freeze_batch_norm(False)
+    graph(x)
+    assert not torch.equal(graph.stem_bn.running_mean, before)
+
+
+class MonteCarloDropout(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, training=True)
+
+
+def test_what_is_always_in_training_mode_stays_so():
+    x = torch.ones(64, 64)
+    graph = qf.export(MonteCarloDropout(), (x,)).module()
+    for mode in (True, False):
+        assert (graph.train(mode)(x) == 0).any()
+
+
+def test_distributed_data_parallel_takes_it(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        x = torch.randn(4, 3, 16, 16)
+        graph = qf.export(ConvNet(p=0.0), (x,)).module()
+        parallel = nn.parallel.DistributedDataParallel(graph)
+        parallel.train()
+        parallel(x).sum().backward()
+        assert all(p.grad is not None for p in graph.parameters())
+        parallel.eval()
+        assert not graph.training
+        assert torch.equal(parallel(x), parallel(x))
+    finally:
+        torch.distributed.destroy_process_group()
