@@ -48,6 +48,12 @@ class NormedLayer:
         shift = -mean * scale  # type: ignore[operator]
         return scale, shift if beta is None else shift + beta
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the norm's parameters and statistics, and its ``eps``: equal where the same norm is called."""
+        tensors = (getattr(argument(self.norm, name), "target", None) for name in _STATISTICS)
+        return (*map(str, tensors), str(argument(self.norm, "eps")))
+
     def folded_bias(self, module: GraphModule) -> torch.Tensor:
         """The bias of the layer with the norm folded into it, float64, one a channel."""
         scale, shift = self.scale_and_shift(module)
@@ -98,7 +104,7 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
     folded = []
     made: dict[tuple, tuple[str, str]] = {}  # a layer that is called twice with one norm stays one layer
     for pair in normed_layers(module.graph):
-        key = (str(pair.weight.target), *(str(argument(pair.norm, name)) for name in _STATISTICS))
+        key = (str(pair.weight.target), *pair.statistics)
         if key not in made:
             made[key] = _fold_weight(module, pair), _fold_bias(module, pair)
         weight, bias = made[key]

@@ -89,21 +89,47 @@ def _on_in_inference(node: Node) -> bool:
 def _convert_constants(module: GraphModule) -> None:
     """Write every observed constant as integers, and fold the batch norm of its layer."""
     norms = {pair.layer: pair for pair in normed_layers(module.graph)}
+    _separate_by_norm(module, norms)
     # All first, then the writing: a bias is fitted to the observer of its layer's input.
-    found: list[tuple[Node, nn.Module, IntegerTensor, NormedLayer | None]] = []
+    found: list[tuple[Node, nn.Module, IntegerTensor, list[NormedLayer]]] = []
     for node in module.graph.nodes:
-        if node.op != "call_module" or not is_constant(node.args[0]):
+        observer = _constant_observer(module, node)
+        if observer is None:
             continue
-        called = module.get_submodule(str(node.target))
-        observer = called.fake_quantize if isinstance(called, BatchNormScaledFakeQuantize) else called
-        if not is_observer(observer) or getattr(observer, "is_dynamic", False) or hasattr(observer, "convert"):
-            continue
-        pair = next((norms[user] for user in node.users if user in norms and is_weight(node, user)), None)
-        found.append((node, observer, integer_constant(module, node, observer, pair), pair))
-    for node, observer, constant, pair in found:
+        pairs = [norms[user] for user in node.users if user in norms and is_weight(node, user)]
+        found.append((node, observer, integer_constant(module, node, observer, pairs[0] if pairs else None), pairs))
+    for node, observer, constant, pairs in found:
         _write_constant(module, node, observer, constant)
-        if pair is not None:
+        for pair in pairs:
             fold_into_bias(module, pair)
+
+
+def _constant_observer(module: GraphModule, node: Node) -> nn.Module | None:
+    """The observer that ``node`` calls on a constant that is to become integers here."""
+    if node.op != "call_module" or not is_constant(node.args[0]):
+        return None
+    called = module.get_submodule(str(node.target))
+    observer = called.fake_quantize if isinstance(called, BatchNormScaledFakeQuantize) else called
+    if not is_observer(observer) or getattr(observer, "is_dynamic", False) or hasattr(observer, "convert"):
+        return None
+    return observer
+
+
+def _separate_by_norm(module: GraphModule, norms: dict[Node, NormedLayer]) -> None:
+    """Give each use of a shared weight that another batch norm is folded into an observer call of its own."""
+    for node in list(module.graph.nodes):
+        if _constant_observer(module, node) is None:
+            continue
+        calls: dict[tuple, Node] = {}
+        for user in list(node.users):
+            key = norms[user].statistics if user in norms and is_weight(node, user) else ()
+            if not calls:
+                calls[key] = node
+            elif key not in calls:
+                with module.graph.inserting_after(node):
+                    calls[key] = module.graph.node_copy(node)
+            if calls[key] is not node:
+                user.replace_input_with(node, calls[key])
 
 
 def _write_constant(module: GraphModule, node: Node, observer: nn.Module, constant: IntegerTensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 
@@ -52,11 +53,13 @@ def unused_name(module: GraphModule, name: str) -> str:
 
 
 def read_attribute(module: GraphModule, name: str, before: Node, like: Node) -> Node:
-    """A new ``get_attr`` of ``name`` placed before a node, with the layer of ``like``."""
+    """A new ``get_attr`` of ``name`` placed before a node, with the layer and the fake mode of ``like``."""
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(name)
     if "nn_module_stack" in like.meta:
         node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+    if isinstance(val := like.meta.get("val"), FakeTensor):  # stock quantizers read shapes off it
+        node.meta["val"] = val.fake_mode.from_tensor(tensor_of(module, node), static_shapes=True)
     return node
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from torch.fx import GraphModule
@@ -108,10 +110,15 @@ def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer
         remedy = "use per-channel symmetric weights, or leave the layer in float"
         reason = "grouped transposed convolution with batch norm has no per-tensor grid to train on"
         raise QuantflowError("prepare", reason, node=label(pair.layer), remedy=remedy)
-    name = str(node.target)
-    module.add_submodule(
-        name, BatchNormScaledFakeQuantize(fake_quantize, argument(pair.norm, "eps"), pair.channel_axis)
-    )
+    if len(node.users) > 1:  # another layer shares the weight, but not this grid
+        fake_quantize = copy.deepcopy(fake_quantize)
+        with module.graph.inserting_after(node):
+            own = module.graph.node_copy(node)
+        pair.layer.replace_input_with(node, own)
+        own.target = f"{node.target}_{pair.layer.name}"
+        node = own
+    fused = BatchNormScaledFakeQuantize(fake_quantize, argument(pair.norm, "eps"), pair.channel_axis)
+    module.add_submodule(str(node.target), fused)
     gamma, running_var = argument(pair.norm, "weight"), argument(pair.norm, "running_var")
     with module.graph.inserting_before(node):
         reads = [module.graph.get_attr(str(n.target)) if n is not None else None for n in (gamma, running_var)]

@@ -48,6 +48,15 @@ class Program:
     signature: Signature
     delegation: Delegation | None = None
 
+    @classmethod
+    def from_buffer(cls, buffer: bytes) -> Program:
+        """The program that ``buffer``, the bytes of a ``.pte``, holds."""
+        program = runtime.load_program(buffer)
+        if SIGNATURE_METHOD not in program.method_names:
+            return cls(buffer, _signature_from_runtime(program))
+        text = runtime.execute(runtime.load_method(program, SIGNATURE_METHOD), SIGNATURE_METHOD, [])[0]
+        return cls(buffer, Signature.from_json(text))
+
     @cached_property
     def _program(self) -> Any:
         return runtime.load_program(self.buffer)
@@ -86,17 +95,11 @@ def load(path: str | os.PathLike[str]) -> Program:
         QuantflowError: at stage ``"runtime"``, when it can't be read or is no whole program.
     """
     try:
-        buffer = Path(path).read_bytes()
+        return Program.from_buffer(Path(path).read_bytes())
     except OSError as error:
         raise QuantflowError("runtime", f"can't read: {error}", node=str(path), remedy="name a .pte file") from error
-    try:
-        program = runtime.load_program(buffer)
     except QuantflowError as error:
         raise QuantflowError(error.stage, error.reason, node=str(path), remedy=error.remedy) from error
-    if SIGNATURE_METHOD in program.method_names:
-        text = runtime.execute(runtime.load_method(program, SIGNATURE_METHOD), SIGNATURE_METHOD, [])[0]
-        return Program(buffer, Signature.from_json(text))
-    return Program(buffer, _signature_from_runtime(program))
 
 
 def _signature_from_runtime(program: Any) -> Signature:

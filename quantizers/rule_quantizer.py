@@ -63,7 +63,7 @@ def _annotate(decision: Decision) -> None:
     shared: QuantizationSpecBase | None = None
     for given in decision.activations():
         producer, consumer = _edge(given, node)
-        _annotation(consumer).input_qspec_map[producer] = shared or spec
+        _annotation(consumer).input_qspec_map.setdefault(producer, shared or spec)  # once, however often it is read
         if rule.output == "shared":
             shared = shared or SharedQuantizationSpec((producer, consumer))
     if rule.weight is not None:

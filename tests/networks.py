@@ -124,4 +124,4 @@ def randomize_statistics(model, seed=0):
 def sqnr(reference, approximation):
     """Signal to quantization noise ratio, dB."""
     noise = (reference - approximation).double().pow(2).mean().clamp(min=1e-30)
-    return float(10 * torch.log10(reference.double().pow(2).mean() / noise))
+    return float(10 * torch.log10(reference.double().pow(2).mean() / noise).detach())

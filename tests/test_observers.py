@@ -1,0 +1,97 @@
+"""Observers: ranges over batches, and their place in torchao's protocol."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from quantflow.fake_quantize import FakeQuantize
+from quantflow.observers import OBSERVERS, MinMaxObserver, MovingAverageMinMaxObserver, PerChannelMinMaxObserver
+from quantflow.qparams import quantize
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), st.integers(1, 5))
+def test_min_max_does_not_depend_on_batching(values, parts):
+    whole, in_parts = MinMaxObserver(), MinMaxObserver()
+    x = torch.tensor(values, dtype=torch.float32)
+    whole(x)
+    for part in x.chunk(parts):
+        in_parts(part)
+    assert torch.equal(whole.min_val, in_parts.min_val)
+    assert torch.equal(whole.max_val, in_parts.max_val)
+    assert whole.min_val == x.min()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_per_channel_ranges(axis):
+    x = torch.randn(3, 4, 5)
+    observer = PerChannelMinMaxObserver(qscheme=torch.per_channel_symmetric, ch_axis=axis, quant_min=-127)
+    assert observer(x) is x
+    other = [d for d in range(3) if d != axis]
+    assert torch.equal(observer.max_val, x.amax(other))
+    scale, _ = observer.calculate_qparams()
+    assert torch.allclose(scale, x.abs().amax(other) / 127)
+
+
+def test_moving_average_starts_with_the_first_batch():
+    observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
+    observer(torch.tensor([-2.0, 4.0]))
+    assert (observer.min_val, observer.max_val) == (-2.0, 4.0)
+    observer(torch.tensor([-4.0, 0.0]))
+    assert (observer.min_val, observer.max_val) == (-3.0, 2.0)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_protocol(name):
+    per_tensor, per_channel = OBSERVERS[name]
+    for kind in (per_tensor, per_channel):
+        made = kind.with_args(dtype=torch.int8, quant_min=-128, quant_max=127)()
+        assert isinstance(made, ObserverBase)
+    assert "PerChannel" in per_channel.__name__  # torchao hands ch_axis by this
+
+
+def test_state_dict_of_per_channel_observers():
+    make = lambda: PerChannelMinMaxObserver(qscheme=torch.per_channel_symmetric)  # noqa: E731
+    seen, fresh = FakeQuantize(make()), FakeQuantize(make())
+    seen(torch.randn(4, 3))
+    fresh.load_state_dict(seen.state_dict())
+    assert torch.equal(fresh.scale, seen.scale)
+    assert fresh.zero_point.dtype == torch.int32
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_fake_quantize_lands_on_the_grid_that_convert_uses(per_channel):
+    scheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_affine
+    kind = OBSERVERS["moving_average"][per_channel]
+    fake_quantize = FakeQuantize(kind(qscheme=scheme, quant_min=-127 if per_channel else -128))
+    x = torch.randn(6, 50) * torch.linspace(0.1, 3, 6)[:, None]
+    y = fake_quantize(x)
+    scale, zero_point = fake_quantize.calculate_qparams()
+    integers = quantize(x, scale, zero_point, fake_quantize.quant_min, fake_quantize.quant_max)
+    back = (integers - (zero_point[:, None] if per_channel else zero_point)) * (
+        scale[:, None] if per_channel else scale
+    )
+    assert torch.allclose(y, back, atol=1e-6)
+
+
+def test_gradient_is_one_inside_the_range_and_zero_outside():
+    fake_quantize = FakeQuantize(MovingAverageMinMaxObserver())
+    fake_quantize(torch.tensor([-1.0, 1.0]))
+    fake_quantize.eval()
+    x = torch.tensor([-5.0, -0.5, 0.25, 5.0], requires_grad=True)
+    fake_quantize(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+def test_ranges_move_in_training_only():
+    fake_quantize = FakeQuantize(MovingAverageMinMaxObserver())
+    fake_quantize(torch.tensor([-1.0, 1.0]))
+    frozen = copy.deepcopy(fake_quantize).eval()
+    frozen(torch.tensor([-9.0, 9.0]))
+    assert torch.equal(frozen.scale, fake_quantize.scale)
+    fake_quantize.enable_observer(False)
+    fake_quantize(torch.tensor([-9.0, 9.0]))
+    assert torch.equal(frozen.scale, fake_quantize.scale)

@@ -1,0 +1,117 @@
+"""Each rule of XNNPACK on the runtime: wholly delegated, and close to the converted graph."""
+
+import pytest
+import torch
+from networks import ConvNet, randomize_statistics, sqnr
+from torch import nn
+from torch.nn import functional as F
+
+import quantflow as qf
+from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
+
+
+class Function(nn.Module):
+    """A convolution, so that there are integers, and then a function of its output."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 8, 3, padding=1), function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+IMAGE = torch.randn(2, 3, 12, 12)
+
+CASES = {
+    "conv2d": (nn.Conv2d(3, 8, 3), IMAGE),
+    "conv2d same": (nn.Conv2d(3, 8, 4, padding="same"), IMAGE),
+    "conv2d bn relu6": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6()), IMAGE),
+    "conv2d functional relu6": (Function(F.relu6), IMAGE),
+    "conv2d hardtanh": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(-0.3, 0.2)), IMAGE),
+    "depthwise": (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU()), IMAGE),
+    "conv1d bn": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU()), torch.randn(2, 3, 20)),
+    "conv_transpose2d bn": (nn.Sequential(nn.ConvTranspose2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)), IMAGE),
+    "linear relu": (nn.Sequential(nn.Linear(12, 7), nn.ReLU()), IMAGE),
+    "linear bn": (nn.Sequential(nn.Linear(12, 7), nn.BatchNorm1d(7)), torch.randn(9, 12)),
+    "add relu": (Function(lambda y: F.relu(y + y.transpose(2, 3))), IMAGE),
+    "add": (Function(lambda y: y + F.relu(y)), IMAGE),
+    "mul": (Function(lambda y: y * y.mean((2, 3), keepdim=True)), IMAGE),
+    "cat": (Function(lambda y: torch.cat([y, F.relu(y), y], 1)), IMAGE),
+    "mean": (Function(lambda y: y.mean((2, 3), keepdim=True)), IMAGE),
+    "adaptive_avg_pool2d": (Function(lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1)), IMAGE),
+    "max_pool2d": (Function(lambda y: F.max_pool2d(y, 3, 2, 1)), IMAGE),
+    "reshape": (Function(lambda y: y.reshape(2, 4, -1)), IMAGE),
+    "view": (Function(lambda y: y.view(2, -1)), IMAGE),
+    "permute": (Function(lambda y: y.permute(0, 2, 3, 1)), IMAGE),
+    "slice": (Function(lambda y: y[:, 2:6]), IMAGE),
+    "unsqueeze": (Function(lambda y: y.unsqueeze(-1)), IMAGE),
+    "clamp on its own": (Function(lambda y: F.hardtanh(y.permute(0, 2, 3, 1), -0.2, 0.3)), IMAGE),
+    "convnet": (ConvNet(), torch.randn(2, 3, 16, 16)),
+}
+
+
+def quantize(model, x, scheme=INT8, *, qat=False):
+    graph = qf.export(model.eval(), (x,)).module()
+    prepared = qf.prepare(graph, XNNPACKQuantizer(scheme), qat=qat)
+    return qf.convert(qf.calibrate(prepared, [x], progress=False))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_in_integers_on_the_runtime(case):
+    model, x = CASES[case]
+    converted = quantize(randomize_statistics(model), x)
+    edge = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack")
+    assert edge.delegation().fraction == 1.0, str(edge.delegation())
+    program = edge.to_executorch()
+    expected = converted(x).detach()
+    # The device rounds the bias to int32 and a scale to float32: a step here and there.
+    assert sqnr(expected, program(x)) > 30
+    assert sqnr(model(x).detach(), program(x)) > 20
+
+
+def test_dynamic_linear_on_the_runtime():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(5, 32)
+    converted = quantize(model, x, DYNAMIC_INT8)
+    edge = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack")
+    assert edge.delegation().fraction == 1.0
+    # On the device each row has a range of its own, in the graph the whole tensor one.
+    assert sqnr(model(x).detach(), edge.to_executorch()(x)) > 30
+
+
+def test_qat_on_the_runtime():
+    model, x = randomize_statistics(ConvNet()), torch.randn(2, 3, 16, 16)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(), qat=True)
+    batch = (x, torch.tensor([0, 1]))
+    history = qf.train(prepared, [batch] * 4, epochs=3, lr=1e-2, progress=False)
+    assert len(history.loss) == 3
+    assert not prepared.training
+    converted = qf.convert(prepared)
+    program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert program.delegation.fraction == 1.0
+    assert sqnr(prepared(x).detach(), program(x)) > 25
+
+
+def test_channels_last_input_is_read_right():
+    model, x = CASES["conv2d"]
+    converted = quantize(model, x)
+    program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert torch.equal(program(x.to(memory_format=torch.channels_last)), program(x))
+
+
+def test_a_conv_that_is_quantized_with_two_users_runs_in_integers():
+    class TwoUsers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y) + self.c(y)
+
+    converted = quantize(TwoUsers(), IMAGE)
+    program = qf.export(converted, (IMAGE,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert program.delegation.calls == 1
+    assert program.delegation.fraction == 1.0
+    assert sqnr(converted(IMAGE).detach(), program(IMAGE)) > 30
