@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
@@ -69,12 +69,12 @@ def _calibrating(graph: GraphModule) -> Iterator[None]:
     fake_quantizers = [m for m in graph.modules() if isinstance(m, FakeQuantize)]
     _set_mode(graph, False)
     for module in fake_quantizers:
-        module.calibrating = True
+        module.calibrate(True)
     try:
         yield
     finally:
         for module in fake_quantizers:
-            module.calibrating = False
+            module.calibrate(False)
         _set_mode(graph, training)
 
 

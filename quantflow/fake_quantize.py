@@ -18,7 +18,8 @@ class FakeQuantize(FakeQuantizeBase):
     2013, arXiv:1308.3432). Ranges move in training mode only, and by :func:`quantflow.calibrate`.
 
     Args:
-        observer: Where range and grid come from.
+        observer: Where range and grid come from in training.
+        calibrator: Where the first range comes from, when there is calibration before training; by default the same.
 
     Attributes:
         scale: float32, a scalar or one a channel.
@@ -31,13 +32,14 @@ class FakeQuantize(FakeQuantizeBase):
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, calibrator: Observer | None = None) -> None:
         super().__init__()
         del self.fake_quant_enabled, self.observer_enabled  # plain flags: a tensor would have to be read at every call
         self.fake_quant_enabled: bool = True
         self.observer_enabled: bool = True
         self.calibrating: bool = False
         self.activation_post_process = observer
+        self.calibrator = calibrator
         self.register_buffer("scale", torch.ones_like(observer.min_val))
         self.register_buffer("zero_point", torch.zeros_like(observer.min_val, dtype=torch.int32))
 
@@ -48,16 +50,30 @@ class FakeQuantize(FakeQuantizeBase):
         return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.calibrating or self.is_dynamic or (self.training and self.observer_enabled):
+        if self.calibrating:
+            (self.calibrator or self.activation_post_process)(x.detach())
+            return x
+        if self.is_dynamic or (self.training and self.observer_enabled):
             self.activation_post_process(x.detach())
             self.update_qparams()
-        if not self.fake_quant_enabled or self.calibrating:
+        if not self.fake_quant_enabled:
             return x
         if self.per_channel:
             return torch.fake_quantize_per_channel_affine(
                 x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
             )
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def calibrate(self, calibrating: bool) -> None:
+        """Begin to observe whatever the mode, letting the tensor pass; or end, and start training from that range."""
+        self.calibrating = calibrating
+        if calibrating:
+            return
+        if self.calibrator is not None and self.calibrator.min_val.isfinite().all():
+            scale, zero_point = self.calibrator.calculate_qparams()
+            self.activation_post_process.min_val = (self.quant_min - zero_point) * scale
+            self.activation_post_process.max_val = (self.quant_max - zero_point) * scale
+        self.update_qparams()
 
     def update_qparams(self) -> None:
         """Take scale and zero point from the range observed so far."""

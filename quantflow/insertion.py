@@ -56,7 +56,10 @@ def _make_observer(spec: QuantizationSpecBase, made: ObserverMap, *, qat: bool, 
         return FixedQParamsFakeQuantize(observer=make) if qat else make()
     assert isinstance(spec, QuantizationSpec), f"unknown kind of quantization spec: {spec}"
     observer = _construct(spec)
-    return FakeQuantize(observer.for_training(weight=weight)) if qat and isinstance(observer, Observer) else observer
+    if not qat or not isinstance(observer, Observer):
+        return observer
+    calibrator = None if weight or observer.is_dynamic else observer
+    return FakeQuantize(observer.for_training(weight=weight), calibrator)
 
 
 def _construct(spec: QuantizationSpec) -> nn.Module:

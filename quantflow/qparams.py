@@ -47,8 +47,8 @@ def choose_qparams(
 
 
 def broadcast(qparam: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
-    """``qparam`` of one value a channel, shaped to broadcast against a tensor of ``ndim`` dimensions along ``axis``."""
-    return qparam if qparam.ndim == 0 else qparam.reshape([-1 if d == axis else 1 for d in range(ndim)])
+    """``qparam`` if it has one value a channel, shaped to broadcast against a tensor of ``ndim`` dimensions along ``axis``."""
+    return qparam if qparam.ndim != 1 else qparam.reshape([-1 if d == axis else 1 for d in range(ndim)])
 
 
 def quantize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError

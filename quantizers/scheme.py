@@ -56,7 +56,7 @@ class TensorScheme:
 class Scheme:
     """How activations and weights become integers."""
 
-    activation: TensorScheme = TensorScheme()
+    activation: TensorScheme = TensorScheme(observer="mse")
     weight: TensorScheme = TensorScheme(symmetric=True, per_channel=True)
 
     def to_json(self) -> str:

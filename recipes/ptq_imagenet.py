@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from image_data import first, labelled_folder, preprocessing
 from models import classifier
-from scoring import accuracy, agreement, labels, latency_ms, logits, output_folder, sqnr, write_result
+from scoring import accuracy, agreement, latency_ms, output_folder, score, sqnr, write_result
 from torch.utils.data import DataLoader
 
 import quantflow as qf
@@ -49,18 +49,16 @@ def main() -> None:
     calibration = first(labelled_folder(options.calibration, transform), options.calibration_images)
     validation = first(labelled_folder(options.validation, transform), options.validation_images)
     model = classifier(options.model, None, options.weights).eval()
-    targets = labels(validation)
     example = (torch.zeros(1, 3, options.image_size, options.image_size),)
 
-    float_logits = logits(model, validation, options.batch_size, "float")
     quantizer = XNNPACKQuantizer(skip=options.skip)
     result = qf.quantize(model, example, DataLoader(calibration, options.batch_size), quantizer=quantizer)
     print(result.report)
     result.program.save(folder / "model.pte")
-    converted_logits = logits(result.graph, validation, options.batch_size, "converted")
-    pte_logits = logits(result.program, validation, 1, ".pte")
 
-    float_accuracy, pte_accuracy = accuracy(float_logits, targets), accuracy(pte_logits, targets)
+    models = {"float": model, "converted": result.graph, "pte": result.program}
+    outputs, targets = score(models, validation, options.batch_size)
+    float_accuracy, pte_accuracy = accuracy(outputs["float"], targets), accuracy(outputs["pte"], targets)
     write_result(
         folder,
         {
@@ -68,12 +66,12 @@ def main() -> None:
             "calibration_images": len(calibration),  # type: ignore[arg-type]
             "validation_images": len(targets),
             "float_accuracy": float_accuracy,
-            "converted_accuracy": accuracy(converted_logits, targets),
+            "converted_accuracy": accuracy(outputs["converted"], targets),
             "pte_accuracy": pte_accuracy,
             "drop_points": round(100 * (float_accuracy - pte_accuracy), 3),
-            "agreement_with_float": agreement(pte_logits, float_logits),
-            "logit_sqnr_db": sqnr(float_logits, pte_logits),
-            "pte_sqnr_against_converted_db": sqnr(converted_logits, pte_logits),
+            "agreement_with_float": agreement(outputs["pte"], outputs["float"]),
+            "logit_sqnr_db": sqnr(outputs["float"], outputs["pte"]),
+            "pte_sqnr_against_converted_db": sqnr(outputs["converted"], outputs["pte"]),
             "pte_bytes": len(result.program.buffer),
             "pte_latency_ms": latency_ms(result.program, validation[0][0].unsqueeze(0)),
             "delegated_fraction": result.report.delegated_fraction,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from image_data import first, image_data
 from models import classifier
-from scoring import accuracy, agreement, labels, latency_ms, logits, output_folder, write_result
+from scoring import accuracy, agreement, latency_ms, output_folder, score, write_result
 from torch.utils.data import DataLoader
 
 import quantflow as qf
@@ -56,7 +56,6 @@ def main() -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     example = (torch.zeros(1, 3, options.image_size, options.image_size),)
-    targets = labels(data.held_out)
 
     # Float: the captured graph trains like the model itself.
     float_graph = qf.export(model, example, dynamic_batch=True).module().to(options.device)
@@ -70,7 +69,6 @@ def main() -> None:
         print(f"training {options.model} in float, {float_epochs} epochs")
         qf.train(float_graph, loader, epochs=float_epochs, optimizer=optimizer, scheduler=scheduler)
     float_graph.eval()
-    float_logits = logits(float_graph, data.held_out, options.batch_size, "float")
 
     # QAT: the same graph with fake quantization, started from ranges that calibration found.
     calibration = DataLoader(first(data.train, options.calibration_images), options.batch_size)
@@ -79,33 +77,35 @@ def main() -> None:
     qat_graph = qf.prepare(float_graph, quantizer, qat=True)
     qf.calibrate(qat_graph, calibration)
     qf.train(qat_graph, loader, epochs=options.epochs, lr=options.lr / 10)
-    fake_quant_logits = logits(qat_graph, data.held_out, options.batch_size, "fake quantized")
 
     # Integers, and down to the runtime.
     converted = qf.convert(qat_graph.cpu())
-    converted_logits = logits(converted, data.held_out, options.batch_size, "converted")
     print("lowering: QAT, PTQ and float")
     program = lower(converted, example)
     program.save(folder / "model.pte")
-    pte_logits = logits(program, data.held_out, 1, ".pte")
 
     # PTQ and float beside it.
     ptq_graph = qf.calibrate(qf.prepare(float_graph.cpu(), quantizer), calibration)
     ptq_program = lower(qf.convert(ptq_graph), example)
     float_program = lower(float_graph, example)
 
+    # All on the same held-out images; what is called .pte runs on the ExecuTorch runtime.
+    models = {
+        "float": float_graph,
+        "fake_quant": qat_graph,
+        "converted": converted,
+        "pte": program,
+        "ptq_pte": ptq_program,
+    }
+    outputs, targets = score(models, data.held_out, options.batch_size)
     image = data.held_out[0][0].unsqueeze(0)
     write_result(
         folder,
         {
             "model": options.model,
             "held_out_images": len(targets),
-            "float_accuracy": accuracy(float_logits, targets),
-            "fake_quant_accuracy": accuracy(fake_quant_logits, targets),
-            "converted_accuracy": accuracy(converted_logits, targets),
-            "pte_accuracy": accuracy(pte_logits, targets),
-            "ptq_pte_accuracy": accuracy(logits(ptq_program, data.held_out, 1, "PTQ .pte"), targets),
-            "pte_agreement": agreement(pte_logits, converted_logits),
+            **{f"{name}_accuracy": accuracy(output, targets) for name, output in outputs.items()},
+            "pte_agreement": agreement(outputs["pte"], outputs["converted"]),
             "float_bytes": len(float_program.buffer),
             "pte_bytes": len(program.buffer),
             "float_latency_ms": latency_ms(float_program, image),

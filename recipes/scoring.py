@@ -11,26 +11,28 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from quantflow import QuantflowError
+from quantflow import Program, QuantflowError
 from quantflow.files import write_atomically
 
 
 @torch.no_grad()
-def logits(model: Callable[[torch.Tensor], torch.Tensor], dataset: Dataset, batch_size: int, name: str) -> torch.Tensor:
-    """The outputs of ``model`` (a module in inference mode, or a program) on every image, [images, classes].
+def score(
+    models: dict[str, Callable[[torch.Tensor], torch.Tensor]], dataset: Dataset, batch_size: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The outputs of each of ``models`` on every image, [images, classes] by name, and the labels, [images].
 
-    A program made for a batch of one takes ``batch_size=1``.
+    One pass over the data serves all, so that all see the same images. A program runs one image at a time.
     """
-    device = _device_of(model)
-    loader = DataLoader(dataset, batch_size)
-    return torch.cat([model(x.to(device)).cpu() for x, _ in tqdm(loader, desc=name, unit="batch", leave=False)])
-
-
-def labels(dataset: Dataset) -> torch.Tensor:
-    """The labels of ``dataset``, in order."""
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])  # type: ignore[arg-type]
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in models}
+    targets = []
+    for x, y in tqdm(DataLoader(dataset, batch_size), desc="score", unit="batch", leave=False):
+        targets.append(y)
+        for name, model in models.items():
+            batches = x.split(1) if isinstance(model, Program) else (x.to(_device_of(model)),)
+            outputs[name] += [model(batch).cpu() for batch in batches]
+    return {name: torch.cat(parts) for name, parts in outputs.items()}, torch.cat(targets)
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from quantflow.fake_quantize import FakeQuantize
-from quantflow.observers import OBSERVERS, MinMaxObserver, MovingAverageMinMaxObserver, PerChannelMinMaxObserver
+from quantflow.observers import (
+    OBSERVERS,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MSEObserver,
+    PerChannelMinMaxObserver,
+)
 from quantflow.qparams import quantize
 
 
@@ -23,6 +29,34 @@ def test_min_max_does_not_depend_on_batching(values, parts):
     assert torch.equal(whole.min_val, in_parts.min_val)
     assert torch.equal(whole.max_val, in_parts.max_val)
     assert whole.min_val == x.min()
+
+
+@given(st.integers(0, 1000), st.booleans(), st.sampled_from([4, 8]))
+def test_mse_range_never_errs_more_than_min_max_on_its_sample(seed, one_signed, bits):
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) ** 3
+    x = x.abs() if one_signed else x
+    grid = {"quant_min": -(2 ** (bits - 1)), "quant_max": 2 ** (bits - 1) - 1}
+    errors = []
+    for observer in (MSEObserver(**grid), MinMaxObserver(**grid)):
+        observer(x)
+        scale, zero_point = observer.calculate_qparams()
+        sample = torch.cat(observer._sample) if isinstance(observer, MSEObserver) else sample  # noqa: F821
+        back = (quantize(sample, scale, zero_point, *grid.values()) - zero_point) * scale
+        errors.append(float((back - sample).square().mean()))
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+def test_mse_range_clips_an_outlier_and_its_memory_is_bounded():
+    observer = MSEObserver()
+    for _ in range(50):
+        observer(torch.randn(4, 1000))
+    observer(torch.tensor([1000.0]))
+    assert observer.max_val == 1000
+    assert sum(s.numel() for s in observer._sample) <= 16 * 2048
+    again = MSEObserver()
+    again(torch.randn(10000))
+    assert again.calculate_qparams()[0] < 1.01 * 8 / 255
+    assert observer.calculate_qparams()[0] < 1000 / 255
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

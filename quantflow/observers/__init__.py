@@ -7,15 +7,18 @@ configuration that is data.
 from quantflow.observers.base import Observer
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
+from quantflow.observers.mse import MSEObserver
 
 OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
     # name: (per tensor, per channel)
     "min_max": (MinMaxObserver, PerChannelMinMaxObserver),
+    "mse": (MSEObserver, PerChannelMinMaxObserver),
     "moving_average": (MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver),
 }
 
 __all__ = [
     "OBSERVERS",
+    "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
