@@ -9,6 +9,7 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from quantflow.errors import QuantflowError
 from quantflow.observers import Observer
+from quantflow.rounding import round_to_grid
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -58,11 +59,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.update_qparams()
         if not self.fake_quant_enabled:
             return x
-        if self.per_channel:
-            return torch.fake_quantize_per_channel_affine(
-                x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
-            )
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+        return round_to_grid(x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.ch_axis)
 
     def calibrate(self, calibrating: bool) -> None:
         """Begin to observe whatever the mode, letting the tensor pass; or end, and start training from that range."""

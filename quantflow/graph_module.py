@@ -68,7 +68,7 @@ class TrainableGraphModule(GraphModule):
         return type(self).__init__
 
     def __reduce__(self) -> tuple:
-        return graph_pickle.load, graph_pickle.dump(self)
+        return graph_pickle.load, (TrainableGraphModule, *graph_pickle.dump(self))
 
 
 def adopt(module: GraphModule) -> TrainableGraphModule:

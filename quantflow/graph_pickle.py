@@ -8,15 +8,14 @@ shape and dtype.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-if TYPE_CHECKING:
-    from quantflow.graph_module import TrainableGraphModule
+M = TypeVar("M", bound=GraphModule)
 
 # Metadata worth keeping: plain data only. Traced values go by _TracedTensor.
 _KEPT_META = (
@@ -41,8 +40,8 @@ class _TracedTensor(NamedTuple):
     dtype: torch.dtype
 
 
-def dump(module: TrainableGraphModule) -> tuple:
-    """The arguments from which :func:`load` builds ``module`` again."""
+def dump(module: GraphModule) -> tuple:
+    """The arguments from which :func:`load` builds ``module`` again, but for its class."""
     state = {k: v for k, v in module.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
     state.pop("_tracer_cls", None)
     nodes = [
@@ -53,10 +52,8 @@ def dump(module: TrainableGraphModule) -> tuple:
     return state, nodes, getattr(codegen, "pytree_info", None), type(codegen)
 
 
-def load(state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: type) -> TrainableGraphModule:
-    """Build the module that :func:`dump` took apart."""
-    from quantflow.graph_module import TrainableGraphModule
-
+def load(cls: type[M], state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: type) -> M:
+    """Build the module of class ``cls`` that :func:`dump` took apart."""
     graph = Graph()
     graph.set_codegen(codegen(pytree_info) if pytree_info is not None else codegen())
     env: dict[str, Node] = {}
@@ -70,7 +67,7 @@ def load(state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: t
         env[name] = node
     root = torch.nn.Module()
     root.__dict__.update(state)
-    module = TrainableGraphModule(root, graph)
+    module = cls(root, graph)
     module.__dict__.update({k: v for k, v in state.items() if k not in module.__dict__ or k in ("training", "meta")})
     return module
 

@@ -23,6 +23,7 @@ from quantflow.aten import is_float_tensor, value
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.observation import is_fake_quantizer
 from quantflow.observers import Observer
+from quantflow.observers.moving_average import for_training
 from quantflow.parameters import is_constant
 from quantflow.qparams import PER_CHANNEL
 from quantflow.sharing import annotation_of, sharing_groups
@@ -59,7 +60,7 @@ def _make_observer(spec: QuantizationSpecBase, made: ObserverMap, *, qat: bool, 
     if not qat or not isinstance(observer, Observer):
         return observer
     calibrator = None if weight or observer.is_dynamic else observer
-    return FakeQuantize(observer.for_training(weight=weight), calibrator)
+    return FakeQuantize(for_training(observer, weight=weight), calibrator)
 
 
 def _construct(spec: QuantizationSpec) -> nn.Module:

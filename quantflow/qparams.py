@@ -46,6 +46,11 @@ def choose_qparams(
     return scale, zero_point.to(torch.int32)
 
 
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """``1 / scale``, rounded once: quantizing multiplies by it, in training, in conversion and in the graph."""
+    return (1.0 / scale.double()).to(scale.dtype)
+
+
 def broadcast(qparam: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
     """``qparam`` if it has one value a channel, shaped to broadcast against a tensor of ``ndim`` dimensions along ``axis``."""
     return qparam if qparam.ndim != 1 else qparam.reshape([-1 if d == axis else 1 for d in range(ndim)])
@@ -55,5 +60,5 @@ def quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, axis: int = 0
 ) -> torch.Tensor:
     """The integers nearest to ``x`` on the grid, as float values (ties to even)."""
-    scale, zero_point = broadcast(scale, x.ndim, axis), broadcast(zero_point, x.ndim, axis)
-    return (torch.round(x / scale) + zero_point).clamp(quant_min, quant_max)
+    inverse, zero_point = broadcast(reciprocal(scale), x.ndim, axis), broadcast(zero_point, x.ndim, axis)
+    return (torch.round(x * inverse) + zero_point).clamp(quant_min, quant_max)

@@ -61,12 +61,6 @@ class Observer(ObserverBase):
         names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "eps", "is_dynamic")
         return {name: getattr(self, name) for name in names}
 
-    def for_training(self, *, weight: bool) -> Observer:
-        """The observer to use for the same grid inside fake quantize: ranges that follow training."""
-        from quantflow.observers.moving_average import moving_average_for_training
-
-        return moving_average_for_training(self, weight=weight)
-
     def reset(self) -> None:
         """Forget what was seen."""
         self.min_val = torch.tensor(float("inf"), device=self.min_val.device)
@@ -76,7 +70,8 @@ class Observer(ObserverBase):
         """The least and the greatest value of ``x``, one a channel for per-channel schemes, as float32."""
         x = x.detach()
         if self.per_channel:
-            low, high = x.transpose(0, self.ch_axis).flatten(1).aminmax(dim=1)
+            other = [d for d in range(x.ndim) if d != self.ch_axis]
+            low, high = (x.amin(other), x.amax(other)) if other else (x, x)  # twice the passes of aminmax, a fifth of its time here
         else:
             low, high = x.aminmax()
         return low.float(), high.float()

@@ -37,6 +37,6 @@ class PerChannelMovingAverageMinMaxObserver(MovingAverageMinMaxObserver):
     """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
 
 
-def moving_average_for_training(observer: Observer, *, weight: bool) -> Observer:
-    """Activations average over batches; weights are what they are at each step."""
+def for_training(observer: Observer, *, weight: bool) -> MovingAverageMinMaxObserver:
+    """An observer for the same grid inside fake quantize: activations average over batches, weights are what they are."""
     return MovingAverageMinMaxObserver(1.0 if weight or observer.is_dynamic else 0.01, **observer.spec())
