@@ -14,12 +14,14 @@ from quantflow.graph_module import TrainableGraphModule
 from quantflow.prepare import prepare
 from quantflow.program import Program, load
 from quantflow.quantize import Result, quantize
-from quantflow.train import History, Schedule, train
+from quantflow.training import Checkpoints, Distillation, History, Schedule, train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "CoreAten",
+    "Distillation",
     "Exported",
     "History",
     "Program",

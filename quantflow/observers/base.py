@@ -71,7 +71,9 @@ class Observer(ObserverBase):
         x = x.detach()
         if self.per_channel:
             other = [d for d in range(x.ndim) if d != self.ch_axis]
-            low, high = (x.amin(other), x.amax(other)) if other else (x, x)  # twice the passes of aminmax, a fifth of its time here
+            low, high = (
+                (x.amin(other), x.amax(other)) if other else (x, x)
+            )  # twice the passes of aminmax, a fifth of its time here
         else:
             low, high = x.aminmax()
         return low.float(), high.float()

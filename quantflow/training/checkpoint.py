@@ -1,0 +1,102 @@
+"""Checkpoints on disk: written whole or not at all, checked when read, and never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.files import write_atomically
+
+_PREFIX, _SUFFIX = "step-", ".safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A folder of checkpoints of one training.
+
+    Each is one safetensors file: tensors, and in its header a JSON text and the digest of both. The last two are kept, so
+    that there is a good one at any moment.
+
+    Attributes:
+        folder: Where they lie; made if need be.
+        every: Steps between two checkpoints; one is written after each epoch besides.
+        resume: Go on from the last good one in the folder, where there is one; otherwise start anew.
+    """
+
+    folder: Path
+    every: int = 200
+    resume: bool = True
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of ``step``; the last but one and older ones are removed."""
+        folder = Path(self.folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = "name a folder that can be written to"
+            raise QuantflowError("train", f"can't write: {error}", node=str(folder), remedy=remedy) from error
+        flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        text = json.dumps(state, sort_keys=True)
+        data = save(flat, {"state": text, "digest": _digest(flat, text)})
+        path = write_atomically(folder / f"{_PREFIX}{step:09d}{_SUFFIX}", data, stage="train")
+        for old in self.paths()[:-2]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def paths(self) -> list[Path]:
+        """The checkpoints in the folder, oldest first."""
+        return sorted(Path(self.folder).glob(f"{_PREFIX}*{_SUFFIX}"))
+
+    def last_good(self, fingerprint: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole and of the training with ``fingerprint``; each one passed over is warned of."""
+        for path in reversed(self.paths()):
+            try:
+                tensors, state = read_checkpoint(path)
+            except QuantflowError as error:
+                warnings.warn(
+                    QuantflowWarning("train", error.reason, node=str(path), remedy=error.remedy), stacklevel=2
+                )
+                continue
+            if state.get("fingerprint") == fingerprint:
+                return tensors, state
+            reason = "the checkpoint of another training (another graph, optimizer or set of options): passed over"
+            remedy = "use a folder of its own for each training"
+            warnings.warn(QuantflowWarning("train", reason, node=str(path), remedy=remedy), stacklevel=2)
+        return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state that :meth:`Checkpoints.save` wrote.
+
+    Raises:
+        QuantflowError: at stage ``"train"``, for a file that is cut short, damaged, or no checkpoint.
+    """
+    remedy = "remove the file; the one before it is used"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        if "state" not in header or _digest(tensors, header["state"]) != header.get("digest"):
+            raise QuantflowError("train", "damaged, or no checkpoint of quantflow", node=str(path), remedy=remedy)
+        return tensors, json.loads(header["state"])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise QuantflowError("train", f"can't be read: {error}", node=str(path), remedy=remedy) from error
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

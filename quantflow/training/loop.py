@@ -1,0 +1,240 @@
+"""The verb that trains a graph prepared for QAT (or any captured graph)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from quantflow.batches import Batch, PickInputs, batches
+from quantflow.convert import convert
+from quantflow.errors import QuantflowError
+from quantflow.fake_quantize import FakeQuantize
+from quantflow.graph_module import TrainableGraphModule
+from quantflow.observation import observers_of
+from quantflow.training.checkpoint import Checkpoints
+from quantflow.training.distillation import Distillation
+from quantflow.training.history import History
+from quantflow.training.randomness import random_state, seed_everything, set_random_state
+from quantflow.training.schedule import Schedule
+from quantflow.training.state import TrainingState
+
+Loss = Callable[[Any, Any], torch.Tensor]
+Validate = Callable[[TrainableGraphModule], float]
+
+
+def train(
+    graph: TrainableGraphModule,
+    data: Iterable[Any],
+    *,
+    epochs: int = 1,
+    loss: Loss = F.cross_entropy,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 1e-3,
+    scheduler: Any = None,
+    schedule: Schedule | None = None,
+    distill: Distillation | None = None,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    amp: bool = False,
+    compile: bool = False,
+    validate: Validate | None = None,
+    validate_converted: bool = False,
+    patience: int | None = None,
+    checkpoints: Checkpoints | None = None,
+    seed: int = 0,
+    inputs: PickInputs | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> History:
+    """Train ``graph`` on ``(inputs, target)`` batches with ``loss(output, target).backward()`` on the graph itself.
+
+    Args:
+        graph: A captured graph, prepared with ``qat=True`` to learn its integers. Trained in place; left in inference mode.
+        data: A loader, iterated once an epoch. For a run to be repeatable its order must follow from torch's random state
+            (a shuffling DataLoader does) or from its own ``generator``, which is seeded anew each epoch.
+        epochs: How many.
+        loss: Of output and target; scalar.
+        optimizer: By default SGD with momentum 0.9 at ``lr``, decaying along a cosine to zero.
+        lr: Learning rate of the default optimizer.
+        scheduler: A learning rate scheduler, stepped after each batch.
+        schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
+            QAT, never for one in float.
+        distill: Learn from a teacher besides.
+        clip_norm: Clip the norm of all gradients to this.
+        ema: Decay of an exponential moving average of the parameters, which is what is validated and kept.
+        amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
+        compile: Run forward and backward through ``torch.compile``.
+        validate: Called with the graph in inference mode after each epoch; higher is better. The best epoch's state is kept.
+        validate_converted: Call it with the converted graph as well.
+        patience: Stop after so many epochs without a better figure.
+        checkpoints: Save the run as it goes, and resume it: killed at any moment and started again with the same arguments,
+            it ends with the same bits on a CPU.
+        seed: Of data order, dropout and augmentation.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        device: Where to train; by default where the graph's parameters are.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"train"``, when there is no data or target, or the loss stops being a number.
+    """
+    if not isinstance(graph, TrainableGraphModule):
+        remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
+        raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+    target_device = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
+    graph.to(target_device)
+    steps_per_epoch = len(data) if isinstance(data, Sized) else None
+    if optimizer is None:
+        optimizer = torch.optim.SGD(graph.parameters(), lr=lr, momentum=0.9)
+        if scheduler is None and steps_per_epoch:
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_per_epoch * epochs)
+    if schedule is None:
+        schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
+    average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
+    scaler = torch.amp.GradScaler(target_device.type, enabled=amp and target_device.type == "cuda")
+    run = TrainingState(graph, optimizer, scheduler, scaler, average)
+    fingerprint = run.fingerprint(epochs, steps_per_epoch, schedule.to_json(), ema, amp, seed)
+    seed_everything(seed)
+    if checkpoints is not None and checkpoints.resume and (found := checkpoints.last_good(fingerprint)) is not None:
+        run.restore(*found)
+        run.history.resumed_at.append(run.step)
+
+    forward: Callable[..., Any] = torch.compile(graph) if compile else graph
+    autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
+    switched: tuple[bool, ...] | None = None
+
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(run.step, run.tensors(), {**run.plain(), "fingerprint": fingerprint})
+
+    total = steps_per_epoch * epochs if steps_per_epoch else None
+    try:
+        with tqdm(desc="train", total=total, initial=run.step, unit="step", disable=not progress, leave=False) as bar:
+            while run.epoch < epochs and not _exhausted(run, patience):
+                graph.train()
+                switched = None
+                for batch in _epoch(run, data, graph, inputs, target_device, seed):
+                    at = run.step / total if total else run.epoch / epochs
+                    if switched != schedule.state(at):
+                        schedule.apply(graph, at)
+                        switched = schedule.state(at)
+                    with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp):
+                        value = _loss(forward, batch, loss, distill, run.batch)
+                    _update(run, value, clip_norm)
+                    bar.update()
+                    if checkpoints is not None and run.step % checkpoints.every == 0:
+                        save()
+                _end_epoch(run, validate, validate_converted)
+                if run.history.metric:
+                    bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")
+                save()
+    finally:
+        Schedule.never().apply(graph, 0.0)
+        graph.eval()
+    _keep_best(run)
+    return run.history
+
+
+def _epoch(
+    run: TrainingState,
+    data: Iterable[Any],
+    graph: TrainableGraphModule,
+    inputs: PickInputs | None,
+    device: torch.device,
+    seed: int,
+) -> Iterator[Batch]:
+    """The batches of the epoch that are still to be done, in the order that its seed gives."""
+    here = random_state() if run.batch else None  # resumed within the epoch
+    if here is None:
+        run.epoch_start = random_state()
+    else:
+        set_random_state(run.epoch_start)
+    generator = getattr(data, "generator", None)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed * 1_000_003 + run.epoch)
+    set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(run.epoch)
+    done, index = run.batch, 0
+    for index, batch in enumerate(batches(data, graph, stage="train", inputs=inputs, device=device), 1):
+        if index <= done:
+            continue
+        if here is not None:
+            set_random_state(here)
+            here = None
+        yield batch
+    if not index:
+        raise QuantflowError("train", "the training set is empty", node="data", remedy="pass at least one batch")
+
+
+def _loss(
+    forward: Callable[..., Any], batch: Batch, loss: Loss, distill: Distillation | None, index: int
+) -> torch.Tensor:
+    if batch.target is None:
+        remedy = "give (inputs, target) batches"
+        raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
+    output = forward(*batch.args, **batch.kwargs)
+    value = loss(output, batch.target)
+    return value if distill is None else distill.loss(value, output, batch.args, batch.kwargs)
+
+
+def _update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> None:
+    """One step of the optimizer along the gradient of ``value``."""
+    figure = value.item()
+    if not torch.isfinite(value):
+        remedy = "lower the learning rate, or pass clip_norm"
+        raise QuantflowError("train", f"the loss is {figure}", node=f"batch {run.batch}", remedy=remedy)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(value).backward()
+    if clip_norm is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.graph.parameters(), clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scheduler is not None:
+        run.scheduler.step()
+    if run.average is not None:
+        run.average.update_parameters(run.graph)
+    run.batch, run.step, run.loss_sum = run.batch + 1, run.step + 1, run.loss_sum + figure
+
+
+def _end_epoch(run: TrainingState, validate: Validate | None, converted: bool) -> None:
+    run.history.loss.append(run.loss_sum / max(run.batch, 1))
+    run.graph.eval()
+    if validate is not None:
+        kept = _averaged(run)
+        with torch.no_grad():
+            run.history.metric.append(float(validate(kept)))
+            if converted and observers_of(kept):
+                run.history.converted_metric.append(float(validate(convert(kept))))
+        if run.history.metric[-1] > run.best_metric:
+            run.best_metric, run.history.best_epoch = run.history.metric[-1], run.epoch
+            run.best = {name: t.detach().clone() for name, t in kept.state_dict().items()}
+    run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
+
+
+def _averaged(run: TrainingState) -> TrainableGraphModule:
+    """The graph with averaged parameters, in inference mode, or the graph itself."""
+    if run.average is None:
+        return run.graph
+    averaged = copy.deepcopy(run.graph)
+    averaged.load_state_dict(run.average.module.state_dict())
+    return averaged.eval()
+
+
+def _keep_best(run: TrainingState) -> None:
+    if run.best is not None:
+        run.graph.load_state_dict(run.best)
+    elif run.average is not None:
+        run.graph.load_state_dict(run.average.module.state_dict())
+
+
+def _exhausted(run: TrainingState, patience: int | None) -> bool:
+    best = run.history.best_epoch
+    return patience is not None and best is not None and run.epoch - 1 - best >= patience

@@ -1,0 +1,62 @@
+"""When quantization-aware training turns things on and freezes them, as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from quantflow.errors import QuantflowError
+from quantflow.fake_quantize import FakeQuantize
+from quantflow.graph_module import TrainableGraphModule
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The usual course of QAT (Jacob et al. 2018, arXiv:1712.05877, section 3.1), as fractions of all steps.
+
+    Attributes:
+        fake_quantize: From here on tensors are rounded; before, observers only watch.
+        freeze_batch_norm: From here on batch norm uses its running statistics, as the integer program will.
+        freeze_observers: From here on ranges stay.
+    """
+
+    fake_quantize: float = 0.0
+    freeze_batch_norm: float = 0.5
+    freeze_observers: float = 0.75
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0.0 <= getattr(self, field.name) <= 1.0:
+                reason = f"{getattr(self, field.name)} is no fraction of the training"
+                raise QuantflowError("train", reason, node=f"schedule.{field.name}", remedy="0 (at once) to 1 (never)")
+
+    @classmethod
+    def never(cls) -> Schedule:
+        """Round from the start, freeze nothing."""
+        return cls(0.0, 1.0, 1.0)
+
+    def apply(self, graph: TrainableGraphModule, progress: float) -> None:
+        """Bring ``graph`` to the state that holds at ``progress``, 0 to 1."""
+        graph.freeze_batch_norm(progress >= self.freeze_batch_norm)
+        for module in graph.modules():
+            if isinstance(module, FakeQuantize):
+                module.enable_fake_quant(progress >= self.fake_quantize)
+                module.enable_observer(progress < self.freeze_observers)
+
+    def state(self, progress: float) -> tuple[bool, bool, bool]:
+        """What is on at ``progress``; equal where :meth:`apply` would change nothing."""
+        return progress >= self.fake_quantize, progress >= self.freeze_batch_norm, progress >= self.freeze_observers
+
+    def to_json(self) -> str:
+        """A JSON text from which :meth:`from_json` builds an equal schedule."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """The schedule that :meth:`to_json` wrote; an unknown key is an error."""
+        data = json.loads(text)
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            remedy = f"one of {[f.name for f in fields(cls)]}"
+            raise QuantflowError("train", f"unknown key {sorted(unknown)[0]!r}", node="schedule", remedy=remedy)
+        return cls(**data)
