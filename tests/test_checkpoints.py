@@ -1,0 +1,120 @@
+"""Killed at any moment and started again, a training ends with the same bits."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from networks import ConvNet
+from torch.utils.data import DataLoader, TensorDataset
+
+import quantflow as qf
+from quantflow.training.checkpoint import read_checkpoint
+from quantizers import XNNPACKQuantizer
+
+SCRIPT = Path(__file__).parent / "killed_training.py"
+
+
+def start(folder):
+    command = [sys.executable, str(SCRIPT), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_killed_at_ten_random_steps_ends_with_the_same_bits(tmp_path):
+    undisturbed = start(tmp_path / "undisturbed")
+    assert undisturbed.wait(300) == 0
+    rng, kills = random.Random(7), 0
+    for _ in range(10):
+        # Each life runs some steps of the 60 on, and is killed at a random moment within a step.
+        process = start(tmp_path / "killed")
+        for _ in range(rng.randint(1, 8)):
+            if not process.stdout.readline().startswith("step"):
+                break
+        time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait(60) == -signal.SIGKILL
+    assert kills == 10
+    assert start(tmp_path / "killed").wait(300) == 0
+    for name in ("weights.safetensors", "model.pte"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def run(folder, epochs=2, *, lr=0.05, **options):
+    torch.manual_seed(5)
+    images, labels = torch.randn(24, 3, 16, 16), torch.arange(24) % 5
+    graph = qf.export(ConvNet(p=0.3), (images[:2],), dynamic_batch=True).module()
+    graph = qf.prepare(graph, XNNPACKQuantizer(), qat=True)
+    loader = DataLoader(TensorDataset(images, labels), 8, shuffle=True)
+    checkpoints = qf.Checkpoints(folder, every=2)
+    history = qf.train(graph, loader, epochs=epochs, lr=lr, checkpoints=checkpoints, progress=False, **options)
+    return graph.state_dict(), history, checkpoints
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    first, _, checkpoints = run(tmp_path)
+    assert len(checkpoints.paths()) == 2
+    again, history, _ = run(tmp_path)
+    assert same(first, again)
+    assert history.resumed_at == [6]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "text", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, damage):
+    expected, _, checkpoints = run(tmp_path, ema=0.9, clip_norm=1.0)
+    newest = checkpoints.paths()[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "truncate":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[-100] ^= 1
+        newest.write_bytes(content)
+    else:
+        newest.write_bytes(b"hello" if damage == "text" else b"")
+    with pytest.raises(qf.QuantflowError):
+        read_checkpoint(newest)
+    with pytest.warns(qf.QuantflowWarning, match=newest.name):
+        again, history, _ = run(tmp_path, ema=0.9, clip_norm=1.0)
+    assert history.resumed_at == [4]
+    assert same(expected, again)
+
+
+def test_a_foreign_checkpoint_is_named_and_passed_over(tmp_path):
+    run(tmp_path)
+    with pytest.warns(qf.QuantflowWarning, match="another training"):
+        _, history, _ = run(tmp_path, lr=0.1)
+    assert history.resumed_at == []
+
+
+def test_resuming_keeps_averages_best_and_history(tmp_path):
+    probe = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    left = [10**6]
+
+    def validate(graph):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return float(graph(probe).std())
+
+    options = {"ema": 0.8, "validate": validate, "validate_converted": True}
+    expected, history, _ = run(tmp_path / "whole", 4, **options)
+    left[0] = 5  # two calls an epoch: in the third
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 4, **options)
+    left[0] = 10**6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, resumed, _ = run(tmp_path / "cut", 4, **options)
+    assert same(expected, again)
+    assert resumed.metric == history.metric
+    assert resumed.converted_metric == history.converted_metric
+    assert resumed.best_epoch == history.best_epoch
+    assert resumed.resumed_at
