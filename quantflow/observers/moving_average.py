@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quantflow.distributed import widest
 from quantflow.observers.base import Observer
 
 
@@ -24,7 +25,7 @@ class MovingAverageMinMaxObserver(Observer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
             return x
-        low, high = self.extremes(x)
+        low, high = widest(*self.extremes(x))
         if self.averaging_constant != 1.0:
             # lerp from infinity is no number, so the first batch is chosen, without asking the tensor for its value.
             low = torch.where(self.min_val.isfinite(), torch.lerp(self.min_val, low, self.averaging_constant), low)

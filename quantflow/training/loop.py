@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from quantflow import distributed
 from quantflow.batches import Batch, PickInputs, batches
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError
@@ -54,6 +56,9 @@ def train(
     progress: bool = True,
 ) -> History:
     """Train ``graph`` on ``(inputs, target)`` batches with ``loss(output, target).backward()`` on the graph itself.
+
+    Under ``torchrun`` the processes train as one: gradients are averaged, batch norm and observers see all batches, and the
+    process of rank 0 writes. Give each its part of the data (``torch.utils.data.DistributedSampler``).
 
     Args:
         graph: A captured graph, prepared with ``qat=True`` to learn its integers. Trained in place; left in inference mode.
@@ -99,23 +104,35 @@ def train(
     average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
     scaler = torch.amp.GradScaler(target_device.type, enabled=amp and target_device.type == "cuda")
     run = TrainingState(graph, optimizer, scheduler, scaler, average)
-    fingerprint = run.fingerprint(epochs, steps_per_epoch, schedule.to_json(), ema, amp, seed)
-    seed_everything(seed)
+    fingerprint = run.fingerprint(epochs, steps_per_epoch, schedule.to_json(), ema, amp, seed, distributed.world_size())
+    seed_everything(seed + distributed.rank())
     if checkpoints is not None and checkpoints.resume and (found := checkpoints.last_good(fingerprint)) is not None:
         run.restore(*found)
         run.history.resumed_at.append(run.step)
 
-    forward: Callable[..., Any] = torch.compile(graph) if compile else graph
+    parallel = _in_parallel(graph, target_device)
+    forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
     autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
+    synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
     switched: tuple[bool, ...] | None = None
 
     def save() -> None:
-        if checkpoints is not None:
-            checkpoints.save(run.step, run.tensors(), {**run.plain(), "fingerprint": fingerprint})
+        if checkpoints is None:
+            return
+        tensors = run.tensors()  # all take part: each has a random state of its own
+        if distributed.rank() == 0:
+            checkpoints.save(run.step, tensors, {**run.plain(), "fingerprint": fingerprint})
 
     total = steps_per_epoch * epochs if steps_per_epoch else None
     try:
-        with tqdm(desc="train", total=total, initial=run.step, unit="step", disable=not progress, leave=False) as bar:
+        with tqdm(
+            desc="train",
+            total=total,
+            initial=run.step,
+            unit="step",
+            disable=not progress or distributed.rank() > 0,
+            leave=False,
+        ) as bar:
             while run.epoch < epochs and not _exhausted(run, patience):
                 graph.train()
                 switched = None
@@ -124,7 +141,7 @@ def train(
                     if switched != schedule.state(at):
                         schedule.apply(graph, at)
                         switched = schedule.state(at)
-                    with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp):
+                    with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp), synchronized:
                         value = _loss(forward, batch, loss, distill, run.batch)
                     _update(run, value, clip_norm)
                     bar.update()
@@ -139,6 +156,14 @@ def train(
         graph.eval()
     _keep_best(run)
     return run.history
+
+
+def _in_parallel(graph: TrainableGraphModule, device: torch.device) -> nn.Module:
+    """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
+    if distributed.world_size() == 1:
+        return graph
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(graph, device_ids=devices, broadcast_buffers=False)
 
 
 def _epoch(
@@ -205,7 +230,7 @@ def _update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) ->
 
 
 def _end_epoch(run: TrainingState, validate: Validate | None, converted: bool) -> None:
-    run.history.loss.append(run.loss_sum / max(run.batch, 1))
+    run.history.loss.append(distributed.mean(run.loss_sum / max(run.batch, 1)))
     run.graph.eval()
     if validate is not None:
         kept = _averaged(run)

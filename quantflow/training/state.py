@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from quantflow import distributed
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, set_random_state
@@ -65,8 +66,8 @@ class TrainingState:
             "graph": self.graph.state_dict(),
             "best": self.best or {},
             "average": dict(self.average.module.state_dict()) if self.average else {},
-            "random": random_state(),
-            "epoch_start": self.epoch_start,
+            **{f"random{rank}": state for rank, state in enumerate(distributed.gathered(random_state()))},
+            **{f"epoch_start{rank}": state for rank, state in enumerate(distributed.gathered(self.epoch_start))},
             "optimizer": {
                 f"{index}.{name}": value
                 for index, entries in self.optimizer.state_dict()["state"].items()
@@ -115,8 +116,8 @@ class TrainingState:
         self.history = History(**plain["history"])
         self.epoch, self.batch, self.step, self.loss_sum = plain["position"]
         self.best_metric = plain["best_metric"]
-        self.epoch_start = parts["epoch_start"]
-        set_random_state(parts["random"])
+        self.epoch_start = parts[f"epoch_start{distributed.rank()}"]
+        set_random_state(parts[f"random{distributed.rank()}"])
 
 
 def _plain(value: Any) -> bool:

@@ -1,0 +1,166 @@
+"""What a step of quantization-aware training costs: float, quantflow and stock PT2E in one run.
+
+    python benchmarks/qat_step.py                       # MobileNetV2, batch 8, 224×224: ratios to the float step
+    python benchmarks/qat_step.py --compile             # the compiled float and quantflow steps besides (minutes to compile)
+
+A step is forward and backward. The variants take turns, and ratios are of medians. Peak memory is the growth of the resident
+set over two steps, each variant in a process of its own. Writes JSON and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+import quantflow as qf
+from quantflow.allocator import keep_freed_memory
+from quantizers import XNNPACKQuantizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mobilenet_v2")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each variant")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="with quantflow.allocator, for all variants")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_step.json"))
+    return parser.parse_args()
+
+
+def float_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, float]]:
+    return models.get_model(options.model, weights=None).train(), {}
+
+
+def quantflow_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, float]]:
+    graph = qf.export(models.get_model(options.model, weights=None), example(options)).module()
+    start = time.perf_counter()
+    prepared = qf.prepare(graph, XNNPACKQuantizer(), qat=True).train()
+    return prepared, {"prepare_s": time.perf_counter() - start}
+
+
+def stock_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, float]]:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    model = models.get_model(options.model, weights=None).train()
+    exported = torch.export.export(model, example(options)).module()
+    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    start = time.perf_counter()
+    prepared = prepare_qat_pt2e(exported, stock.XNNPACKQuantizer().set_global(config))
+    seconds = time.perf_counter() - start
+    return move_exported_model_to_train(prepared), {"prepare_s": seconds}
+
+
+VARIANTS = {"float": float_model, "quantflow": quantflow_model, "stock": stock_model}
+
+
+def example(options: argparse.Namespace) -> tuple[torch.Tensor]:
+    return (torch.randn(options.batch_size, 3, options.image_size, options.image_size),)
+
+
+def step(model: Callable[..., Any], x: torch.Tensor, target: torch.Tensor) -> float:
+    start = time.perf_counter()
+    nn.functional.cross_entropy(model(x), target).backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def convert_seconds(name: str, model: nn.Module) -> float:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    start = time.perf_counter()
+    (qf.convert if name == "quantflow" else convert_pt2e)(model)  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+def peak_bytes(name: str, options: argparse.Namespace, result: Any) -> None:
+    """The growth of this process over two steps of the variant ``name``."""
+    model, _ = VARIANTS[name](options)
+    (x,), target = example(options), torch.zeros(options.batch_size, dtype=torch.long)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident_peak()
+    for _ in range(2):
+        step(model, x, target)
+    result.put(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def measured_peak(name: str, options: argparse.Namespace) -> int:
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=peak_bytes, args=(name, options, result))
+    process.start()
+    peak = result.get()
+    process.join()
+    return peak
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.keep_freed_memory:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    rows: dict[str, dict[str, float]] = {}
+    peaks = {name: measured_peak(name, options) for name in VARIANTS} if options.device == "cpu" else {}
+    built: dict[str, Callable[..., Any]] = {}
+    for name, build in VARIANTS.items():
+        built[name], rows[name] = build(options)
+        built[name].to(options.device)  # type: ignore[attr-defined]
+    eager = dict(built)
+    if options.compile:
+        for name in ("float", "quantflow"):
+            built[f"{name} compiled"], rows[f"{name} compiled"] = torch.compile(eager[name]), {}
+    x, target = example(options)[0].to(options.device), torch.zeros(options.batch_size, dtype=torch.long)
+    target = target.to(options.device)
+    for model in built.values():  # warm up, and compile
+        step(model, x, target)
+        step(model, x, target)
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(options.steps):
+        for name, model in built.items():
+            times[name].append(step(model, x, target))
+    for name, peak in peaks.items():
+        rows[name].update(peak_bytes=peak, peak_ratio=peak / peaks["float"])
+    for name, taken in times.items():
+        rows[name]["step_s"] = statistics.median(taken)
+        base = "float compiled" if name.endswith("compiled") else "float"
+        rows[name]["step_ratio"] = statistics.median(taken) / statistics.median(times[base])
+    for name in ("quantflow", "stock"):
+        rows[name]["convert_s"] = convert_seconds(name, eager[name])  # type: ignore[arg-type]
+    report(options, rows)
+
+
+def report(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:
+    columns = ("step_ratio", "peak_ratio", "prepare_s", "convert_s", "step_s")
+    print(f"{'':<20}" + "".join(f"{c:>12}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:<20}" + "".join(f"{row[c]:>12.2f}" if c in row else f"{'-':>12}" for c in columns))
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    settings = {k: str(v) for k, v in vars(options).items() if k != "output"}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+    print(f"\nwritten: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
