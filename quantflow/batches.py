@@ -84,6 +84,8 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
             return Batch(tuple(raw[0]), {}, raw[1])
         if len(raw) == positional + 1:
             return Batch(tuple(raw[:-1]), {}, raw[-1])
+    if type(raw).__module__ == "numpy":
+        raise QuantflowError(stage, "a numpy array", node=f"batch {index}", remedy="torch.from_numpy(batch)")
     raise QuantflowError(
         stage,
         f"can't tell the inputs of {_describe(raw)}; the model takes {signature.describe_inputs()}",

@@ -15,7 +15,7 @@ from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.integers import IntegerTensor, integer_constant, is_weight
-from quantflow.observation import has_seen_data, is_observer, observer_of, observers_of, qparams_of
+from quantflow.observation import has_seen_data, is_observer, observer_of, observers_of, qparams_of, saw_no_number
 from quantflow.parameters import drop_unused, is_constant, read_attribute, set_tensor, unused_name
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC
 
@@ -60,11 +60,19 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
 
 
 def _check_observed(module: GraphModule) -> None:
-    unseen = []
+    unseen: list[Node] = []
+    broken: list[Node] = []
     for node in module.graph.nodes:
         observer = observer_of(node, module)
         if observer is not None and not is_constant(node.args[0]) and not has_seen_data(observer):
-            unseen.append(node.args[0])
+            (broken if saw_no_number(observer) else unseen).append(node.args[0])
+    if broken:
+        raise QuantflowError(
+            "calibrate",
+            "the range is infinite or not a number",
+            node=label(broken[0]),
+            remedy="look for NaN and infinity in the data, and in the float model's own values there",
+        )
     if unseen:
         names = ", ".join(label(n) for n in unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
         raise QuantflowError(

@@ -62,6 +62,9 @@ def export(
             node=next(iter(observers_of(model))),
             remedy="call qf.convert(graph) first",
         )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        reason = f"{type(kwargs).__name__} given as keyword inputs"
+        raise QuantflowError("export", reason, node="kwargs", remedy="a dict; pass other arguments by their names")
     args, kwargs = tuple(args), dict(kwargs or {})
     if dynamic_batch:
         if dynamic_shapes is not None:
@@ -74,12 +77,7 @@ def export(
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:
-            raise QuantflowError(
-                "export",
-                f"torch.export could not trace {type(model).__name__}: {_first_lines(error)}",
-                remedy="make the data-dependent part static (torch.cond, torch._check), or export a submodule; "
-                "no quantization is involved at this stage",
-            ) from error
+            raise _why_not(model, args, kwargs, error) from error
     modes.mark_switched(program.graph)
     _mark_cumulative_averages(model, program)
     provenance.shorten(program.graph)
@@ -133,7 +131,10 @@ def _with_dynamic_batch(
     def dims(leaf: Any) -> Any:
         return {0: dim} if batched(leaf) else None
 
-    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    try:
+        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
     return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
 
@@ -162,6 +163,23 @@ def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> Non
     for node in program.graph.nodes:
         if modes.SWITCHED in node.meta and layer(node) in cumulative:
             node.meta[modes.CUMULATIVE] = True
+
+
+def _why_not(model: nn.Module, args: tuple, kwargs: dict[str, Any], error: Exception) -> QuantflowError:
+    """The error of a model that can't be traced, or of one that does not even run on the example inputs."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as eager:
+        reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
+        return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
+    return QuantflowError(
+        "export",
+        f"torch.export could not trace {name}: {_first_lines(error)}",
+        remedy="make the data-dependent part static (torch.cond, torch._check), or export a submodule; "
+        "no quantization is involved at this stage",
+    )
 
 
 def _first_lines(error: Exception, limit: int = 400) -> str:

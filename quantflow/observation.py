@@ -37,6 +37,12 @@ def observers_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def is_converted(module: GraphModule) -> bool:
+    """Whether ``module`` holds quantize or dequantize operators already."""
+    targets = (n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    return any(target.namespace in ("quantized_decomposed", "torchao") for target in targets)
+
+
 def observer_of(node: Node, module: GraphModule) -> nn.Module | None:
     """The observer that ``node`` calls in ``module``, None where it calls none."""
     if node.op != "call_module":
@@ -54,6 +60,13 @@ def has_seen_data(observer: nn.Module) -> bool:
     if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor):
         return True
     return low.numel() > 0 and bool(torch.isfinite(low).all() and torch.isfinite(high).all())
+
+
+def saw_no_number(observer: nn.Module) -> bool:
+    """Whether ``observer`` saw NaN or infinity in its data."""
+    inner = getattr(observer, "activation_post_process", observer)
+    low, high = inner.min_val, inner.max_val
+    return bool(low.isnan().any() or high.isnan().any() or (low == float("-inf")).any() or (high == float("inf")).any())
 
 
 def qparams_of(observer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from quantflow.exported import Exported
 from quantflow.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.insertion import insert_observers, is_inserted_fake_quantizer, make_observers
-from quantflow.observation import observer_of, observers_of
+from quantflow.observation import is_converted, observer_of, observers_of
 from quantflow.observers import Observer
 from quantflow.parameters import is_constant, tensor_of
 
@@ -93,6 +93,9 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
     if not isinstance(quantizer, Quantizer):
         reason = f"{type(quantizer).__name__} is no torchao pt2e Quantizer"
         raise QuantflowError("prepare", reason, node="quantizer", remedy="pass an instance, as XNNPACKQuantizer()")
+    if is_converted(graph):
+        reason, remedy = "the graph is converted already", "prepare the graph that Exported.module() returned"
+        raise QuantflowError("prepare", reason, node="graph", remedy=remedy)
     if observers_of(graph):
         reason, remedy = "the graph is prepared already", "prepare the graph that Exported.module() returned"
         raise QuantflowError("prepare", reason, node=next(iter(observers_of(graph))), remedy=remedy)

@@ -63,11 +63,12 @@ class Signature:
         }
         nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
         inputs = []
+        names: dict[str, str] = {}
         for name in program.graph_signature.user_inputs:
             if not isinstance(name, str) or name in constants:
                 inputs.append(Input(str(name), constant=constants.get(name, name)))
             else:
-                inputs.append(_input(nodes[name], program.range_constraints))
+                inputs.append(_input(nodes[name], program.range_constraints, names))
         return cls(tuple(inputs), program.call_spec.in_spec, program.call_spec.out_spec)
 
     @classmethod
@@ -75,7 +76,8 @@ class Signature:
         """The signature of a captured graph: the one it was captured with, or what its placeholders tell."""
         if "quantflow_signature" in module.meta:
             return module.meta["quantflow_signature"]
-        inputs = [_input(n, {}) for n in module.graph.nodes if n.op == "placeholder"]
+        names: dict[str, str] = {}
+        inputs = [_input(n, {}, names) for n in module.graph.nodes if n.op == "placeholder"]
         info = getattr(module.graph._codegen, "pytree_info", None)
         return cls(tuple(inputs), info.in_spec if info else None, info.out_spec if info else None)
 
@@ -172,21 +174,25 @@ def _load_spec(text: str | None) -> pytree.TreeSpec | None:
         return None
 
 
-def _input(node: torch.fx.Node, ranges: Mapping[Any, Any]) -> Input:
+def _input(node: torch.fx.Node, ranges: Mapping[Any, Any], names: dict[str, str]) -> Input:
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor):
         return Input(node.name, constant=val)
-    return Input(node.name, _dtype_name(val.dtype), tuple(_dim(s, ranges) for s in val.shape))
+    shape = tuple(_dim(size, position, ranges, names) for position, size in enumerate(val.shape))
+    return Input(node.name, _dtype_name(val.dtype), shape)
 
 
-def _dim(size: int | torch.SymInt, ranges: Mapping[Any, Any]) -> int | DynamicDim:
+def _dim(size: int | torch.SymInt, position: int, ranges: Mapping[Any, Any], names: dict[str, str]) -> int | DynamicDim:
     if isinstance(size, int):
         return size
+    # The tracer numbers its symbols; a person reads "batch".
+    wanted = "batch" if position == 0 and "batch" not in names.values() else f"dim{len(names)}"
+    name = names.setdefault(str(size), wanted)
     bounds = ranges.get(size.node.expr)
     if bounds is None:
-        return DynamicDim(str(size), 1, None)
+        return DynamicDim(name, 1, None)
     unbounded = str(bounds.upper) in ("int_oo", "oo") or bounds.upper >= 2**31
-    return DynamicDim(str(size), int(bounds.lower), None if unbounded else int(bounds.upper))
+    return DynamicDim(name, int(bounds.lower), None if unbounded else int(bounds.upper))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -211,6 +217,8 @@ def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> No
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
     if not _fits(tuple(given.shape), declared.shape, sizes):
         reason = f"shape {list(given.shape)} given, [{', '.join(map(str, declared.shape))}] taken"
+        if given.shape[1:] == declared.shape[1:]:
+            remedy += "; for other batch sizes export with dynamic_batch=True, or =N to lower it"
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
 
 

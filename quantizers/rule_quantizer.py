@@ -9,6 +9,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantize
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.aten import INFERENCE_IDENTITIES, argument, op
+from quantflow.errors import QuantflowError
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
 from quantizers.rule import Rule
@@ -32,17 +33,24 @@ class RuleQuantizer(Quantizer):
         scheme: Scheme | None = INT8,
         *,
         overrides: Overrides = (),
-        skip: Iterable[Where] = (),
+        skip: Where | Iterable[Where] = (),
         rules: Sequence[Rule] | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        skip = [skip] if isinstance(skip, (str, type)) or callable(skip) else skip
         self.overrides = (*overrides_from(overrides), *overrides_from([(where, None) for where in skip]))
+        for given in (scheme, *(override.scheme for override in self.overrides)):
+            if given is not None and not isinstance(given, Scheme):
+                raise QuantflowError("plan", f"{given!r} is no Scheme", node="scheme", remedy="INT8, W4A8, Scheme(...)")
         if rules is not None:
             self.rules = tuple(rules)
 
     def plan(self, graph: GraphModule) -> Plan:
         """What will happen to each node of ``graph``, and why not; changes nothing."""
+        if not isinstance(graph, GraphModule):
+            remedy = "pass qf.export(model, args).module()"
+            raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         return make_plan(graph.graph, self.rules, self.scheme, self.overrides)
 
     def annotate(self, model: GraphModule) -> GraphModule:

@@ -60,16 +60,20 @@ def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
     transform = preprocessing(image_size)
     if Path(name).is_dir():
         return _from_folder(Path(name), transform, seed)
+    kind = getattr(datasets, name, None)
+    if kind is None:
+        remedy = "digits, an existing folder with one folder a class, or a data set of torchvision.datasets"
+        raise QuantflowError("recipe", "no such data", node=f"--data {name}", remedy=remedy)
     try:
-        kind = getattr(datasets, name)
         by_split = "train" not in inspect.signature(kind).parameters
         parts: Sequence[dict[str, Any]] = (
             [{"split": "train"}, {"split": "test"}] if by_split else [{"train": True}, {"train": False}]
         )
         train, held_out = (kind(str(root), download=True, transform=transform, **part) for part in parts)
     except (AttributeError, TypeError, RuntimeError, OSError) as error:
-        remedy = "digits, a folder of images by class, or a torchvision classification data set with its --data-root"
-        raise QuantflowError("recipe", f"no such data: {error}", node=f"--data {name}", remedy=remedy) from error
+        remedy = "put the files under --data-root by hand; it must be a classification data set with a test part"
+        reason = f"can't be downloaded or read: {error}"
+        raise QuantflowError("recipe", reason, node=f"--data {name}", remedy=remedy) from error
     return ImageData(train, held_out, len(train.classes))
 
 

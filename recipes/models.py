@@ -27,10 +27,14 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
         close = ", ".join(m for m in models.list_models(models) if m.startswith(name.split("_")[0]))
         remedy = f"one of: {close}" if close else "a name of torchvision.models"
         raise QuantflowError("recipe", "no such model in torchvision", node=f"--model {name}", remedy=remedy)
-    arguments = {} if classes is None else {"num_classes": classes}
-    model = models.get_model(name, weights=None, **arguments)
-    if weights is not None:
-        _load(model, _state_dict(name, weights), weights, fresh_head=classes is not None)
+    state = None if weights is None else _state_dict(name, weights)
+    model = models.get_model(name, weights=None, **({} if classes is None else {"num_classes": classes}))
+    if state is None:
+        return model
+    head, own = list(model.state_dict().items())[-1]
+    if classes is None and head in state and state[head].shape[:1] != own.shape[:1]:
+        model = models.get_model(name, weights=None, num_classes=state[head].shape[0])
+    _load(model, state, str(weights), fresh_head=classes is not None)
     return model
 
 
@@ -44,7 +48,7 @@ def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
                 return load_file(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            remedy = "a file that torch.save(model.state_dict(), path) wrote"
+            remedy = "check the path; the file is one that torch.save(model.state_dict(), path) wrote"
             reason = f"can't be read as weights: {type(error).__name__}: {error}"
             raise QuantflowError("recipe", reason, node=f"--weights {weights}", remedy=remedy) from error
         state = state.get("state_dict", state) if isinstance(state, dict) else state

@@ -10,6 +10,7 @@ converted graph and of the ``.pte`` on the ExecuTorch runtime, on the same image
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -82,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except qf.QuantflowError as error:
+        sys.exit(f"error: {error}")

@@ -2,6 +2,8 @@
 
     python recipes/qat_mobilenet.py                                    # MobileNetV2 on handwritten digits, minutes on a CPU
     python recipes/qat_mobilenet.py --model resnet18 --weights DEFAULT --data CIFAR10 --image-size 224 --device cuda
+    python recipes/qat_mobilenet.py --resume                           # killed? go on where it was
+    torchrun --nproc-per-node 2 recipes/qat_mobilenet.py               # several processes train as one
 
 Trains in float (from ``--weights`` or from scratch), then with fake quantization on the same graph, converts, lowers to
 XNNPACK, and measures float, fake-quantized, converted and ``.pte`` on the same held-out images, with PTQ beside it.
@@ -10,6 +12,8 @@ XNNPACK, and measures float, fake-quantized, converted and ``.pte`` on the same 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +21,11 @@ import torch
 from image_data import first, image_data
 from models import classifier
 from scoring import accuracy, agreement, latency_ms, output_folder, score, write_result
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
+from quantflow.allocator import keep_freed_memory
+from quantflow.distributed import world_size
 from quantizers import XNNPACKQuantizer
 
 
@@ -36,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate in float; a tenth of it in QAT")
     parser.add_argument("--calibration-images", type=int, default=256, help="training images that PTQ calibrates on")
+    parser.add_argument("--distill", action="store_true", help="learn from the float model's outputs as well")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--resume", action="store_true", help="continue what is in --output, or start there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/qat_mobilenet"))
     return parser.parse_args()
@@ -44,17 +53,30 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     start = time.perf_counter()
+    distributed = "LOCAL_RANK" in os.environ
+    if distributed:
+        torch.distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
+        if options.device.startswith("cuda"):
+            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(options.device)
+    keep_freed_memory()
     folder = output_folder(options.output)
     torch.manual_seed(options.seed)
     data = image_data(options.data, options.data_root, options.image_size, options.seed)
     model = classifier(options.model, data.classes, options.weights)
+    sampler = DistributedSampler(data.train, seed=options.seed, drop_last=True) if distributed else None
     loader = DataLoader(
         data.train,
-        options.batch_size,
-        shuffle=True,
+        options.batch_size // world_size(),
+        shuffle=sampler is None,
+        sampler=sampler,
         drop_last=True,
-        generator=torch.Generator().manual_seed(options.seed),
+        generator=torch.Generator(),
     )
+    if not len(loader):
+        remedy = "a smaller --batch-size, or more data"
+        raise qf.QuantflowError("recipe", "no whole batch of training images", node="--batch-size", remedy=remedy)
+    training = {"seed": options.seed, "compile": options.compile, "amp": options.device.startswith("cuda")}
     example = (torch.zeros(1, 3, options.image_size, options.image_size),)
 
     # Float: the captured graph trains like the model itself.
@@ -67,7 +89,16 @@ def main() -> None:
         steps = float_epochs * len(loader)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
         print(f"training {options.model} in float, {float_epochs} epochs")
-        qf.train(float_graph, loader, epochs=float_epochs, optimizer=optimizer, scheduler=scheduler)
+        checkpoints = qf.Checkpoints(folder / "float", resume=options.resume)
+        qf.train(
+            float_graph,
+            loader,
+            epochs=float_epochs,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            checkpoints=checkpoints,
+            **training,
+        )
     float_graph.eval()
 
     # QAT: the same graph with fake quantization, started from ranges that calibration found.
@@ -76,7 +107,22 @@ def main() -> None:
     print(f"quantization-aware training, {options.epochs} epochs")
     qat_graph = qf.prepare(float_graph, quantizer, qat=True)
     qf.calibrate(qat_graph, calibration)
-    qf.train(qat_graph, loader, epochs=options.epochs, lr=options.lr / 10)
+    distill = qf.Distillation(float_graph, weight=0.5) if options.distill else None
+    checkpoints = qf.Checkpoints(folder / "qat", resume=options.resume)
+    history = qf.train(
+        qat_graph,
+        loader,
+        epochs=options.epochs,
+        lr=options.lr / 10,
+        distill=distill,
+        checkpoints=checkpoints,
+        **training,
+    )
+    if distributed:
+        torch.distributed.destroy_process_group()
+        if os.environ["RANK"] != "0":  # one process measures and writes
+            return
+    history.plot().savefig(folder / "history.png")
 
     # Integers, and down to the runtime.
     converted = qf.convert(qat_graph.cpu())
@@ -121,4 +167,7 @@ def lower(graph: torch.nn.Module, example: tuple[torch.Tensor]) -> qf.Program:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except qf.QuantflowError as error:
+        sys.exit(f"error: {error}")

@@ -180,6 +180,10 @@ class LinearOnly(RuleQuantizer):
     rules = tuple(r for r in XNNPACK_RULES if r.name == "linear")
 
 
+def converted(graph, x):
+    return qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
+
+
 @pytest.mark.parametrize(
     ("call", "stage", "words"),
     [
@@ -189,6 +193,14 @@ class LinearOnly(RuleQuantizer):
         (lambda g, x: qf.prepare(qf.prepare(g, XNNPACKQuantizer()), XNNPACKQuantizer()), "prepare", "already"),
         (lambda g, x: qf.calibrate(g, [x]), "calibrate", "not prepared"),
         (lambda g, x: qf.convert(g), "convert", "not prepared"),
+        (lambda g, x: qf.prepare(converted(g, x), XNNPACKQuantizer()), "prepare", "converted already"),
+        (lambda g, x: qf.train(converted(g, x), [(x, x)]), "train", "before qf.convert"),
+        (lambda g, x: qf.train(qf.prepare(g, XNNPACKQuantizer()), [(x, x)]), "train", "qat=True"),
+        (lambda g, x: converted(g, x * float("nan")), "calibrate", "NaN"),
+        (lambda g, x: XNNPACKQuantizer("int8"), "plan", "no Scheme"),
+        (lambda g, x: XNNPACKQuantizer().plan(ConvNet()), "plan", "qf.export"),
+        (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), [x.numpy()]), "calibrate", "from_numpy"),
+        (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), [x[:2]]), "calibrate", "dynamic_batch"),
         (lambda g, x: qf.convert(qf.prepare(g, XNNPACKQuantizer())), "calibrate", "saw no data"),
         (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), []), "calibrate", "empty"),
         (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), x), "calibrate", "iterable"),

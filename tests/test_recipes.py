@@ -35,7 +35,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(RECIPES))
 
     def run(recipe, **options):
-        arguments = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+        arguments = [str(part) for pair in pairs for part in pair if part is not None]
         output = options.get("output", tmp_path / "run")
         if "output" not in options:
             arguments += ["--output", str(output)]
@@ -62,21 +63,35 @@ def images(tmp_path):
 
 
 def test_qat_recipe(run):
-    result, folder = run(
-        "qat_mobilenet", model="resnet18", image_size=32, float_epochs=2, epochs=1, device="cpu", lr=0.02, batch_size=64
-    )
+    options = {
+        "model": "resnet18",
+        "image_size": 32,
+        "float_epochs": 2,
+        "epochs": 1,
+        "device": "cpu",
+        "lr": 0.02,
+        "batch_size": 64,
+        "distill": None,
+    }
+    result, folder = run("qat_mobilenet", **options)
     assert result.keys() >= FIGURES
     assert result["delegated_fraction"] == 1.0
     assert result["pte_bytes"] <= 0.32 * result["float_bytes"]
     assert result["float_accuracy"] > 0.3
     assert abs(result["pte_accuracy"] - result["converted_accuracy"]) <= 0.02
     assert result["pte_agreement"] >= 0.97
-    assert len(qf.load(folder / "model.pte").buffer) == result["pte_bytes"]
+    program = (folder / "model.pte").read_bytes()
+    assert len(program) == result["pte_bytes"]
+    assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
+    # Resumed at its end, the same bits.
+    (folder / "model.pte").unlink()
+    run("qat_mobilenet", **options, resume=None)
+    assert (folder / "model.pte").read_bytes() == program
 
 
 def test_ptq_recipe(run, images, tmp_path):
     weights = tmp_path / "resnet18.pth"
-    torch.save(models.resnet18().state_dict(), weights)
+    torch.save(models.resnet18(num_classes=12).state_dict(), weights)
     result, folder = run(
         "ptq_imagenet",
         model="resnet18",
@@ -91,7 +106,7 @@ def test_ptq_recipe(run, images, tmp_path):
     assert result["validation_images"] == 12
     assert result["delegated_fraction"] == 1.0
     assert result["pte_sqnr_against_converted_db"] > 15
-    assert qf.load(folder / "model.pte")(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+    assert qf.load(folder / "model.pte")(torch.randn(1, 3, 32, 32)).shape == (1, 12)
 
 
 @pytest.mark.parametrize(
@@ -104,28 +119,27 @@ def test_ptq_recipe(run, images, tmp_path):
     ],
 )
 def test_qat_recipe_refuses(run, options, words):
-    with pytest.raises(qf.QuantflowError, match=words) as caught:
+    with pytest.raises(SystemExit, match=words) as caught:
         run("qat_mobilenet", **options)
-    assert caught.value.stage == "recipe"
-    assert caught.value.remedy
+    assert "Remedy" in str(caught.value)
 
 
 def test_foreign_weights_are_named(run, tmp_path):
     torch.save(models.squeezenet1_1().state_dict(), tmp_path / "other.pth")
-    with pytest.raises(qf.QuantflowError, match="weights of another model"):
+    with pytest.raises(SystemExit, match="weights of another model"):
         run("qat_mobilenet", weights=tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not weights")
-    with pytest.raises(qf.QuantflowError, match="can't be read as weights"):
+    with pytest.raises(SystemExit, match="can't be read as weights"):
         run("qat_mobilenet", weights=tmp_path / "text.pth")
 
 
 def test_an_output_that_can_not_be_written_is_found_first(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(qf.QuantflowError, match="can't write"):
+    with pytest.raises(SystemExit, match="can't write"):
         run("qat_mobilenet", output=tmp_path / "file" / "run")
 
 
 def test_a_folder_without_images_is_named(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(qf.QuantflowError, match="not a folder of labelled images"):
+    with pytest.raises(SystemExit, match="not a folder of labelled images"):
         run("ptq_imagenet", calibration=tmp_path / "empty", validation=tmp_path / "empty", weights="DEFAULT")

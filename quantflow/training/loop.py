@@ -19,7 +19,7 @@ from quantflow.convert import convert
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.graph_module import TrainableGraphModule
-from quantflow.observation import observers_of
+from quantflow.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.history import History
@@ -92,6 +92,7 @@ def train(
     if not isinstance(graph, TrainableGraphModule):
         remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
         raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+    _check(graph)
     target_device = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
     graph.to(target_device)
     steps_per_epoch = len(data) if isinstance(data, Sized) else None
@@ -158,6 +159,17 @@ def train(
     return run.history
 
 
+def _check(graph: TrainableGraphModule) -> None:
+    """Refuse a graph that would train without learning anything."""
+    observed = [name for name, m in observers_of(graph).items() if not is_fake_quantizer(m)]
+    if observed:
+        reason = "the graph was prepared for PTQ: batch norm is folded away and nothing is rounded"
+        raise QuantflowError("train", reason, node=observed[0], remedy="qf.prepare(graph, quantizer, qat=True)")
+    if not any(p.requires_grad for p in graph.parameters()) or is_converted(graph):
+        remedy = "train before qf.convert: qf.prepare(graph, quantizer, qat=True), qf.train, qf.convert"
+        raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
+
+
 def _in_parallel(graph: TrainableGraphModule, device: torch.device) -> nn.Module:
     """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
     if distributed.world_size() == 1:
@@ -195,7 +207,9 @@ def _epoch(
             here = None
         yield batch
     if not index:
-        raise QuantflowError("train", "the training set is empty", node="data", remedy="pass at least one batch")
+        reason = "the training set is empty" if not run.epoch else f"the data gave nothing in epoch {run.epoch + 1}"
+        remedy = "pass a DataLoader or a list with at least one batch; a generator can be read once only"
+        raise QuantflowError("train", reason, node="data", remedy=remedy)
 
 
 def _loss(
