@@ -14,7 +14,16 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, set_argument, value
 from quantflow.modes import BATCH_NORM, SWITCHED
-from quantflow.parameters import drop_unused, is_constant, read_attribute, readers, set_tensor, tensor_of, unused_name
+from quantflow.parameters import (
+    Reads,
+    drop_unused,
+    is_constant,
+    read_attribute,
+    reads_of,
+    set_tensor,
+    tensor_of,
+    unused_name,
+)
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
@@ -87,8 +96,8 @@ def normed_layer(norm: Node) -> NormedLayer | None:
         return None
     if op(layer) in LINEARS and ((val := value(layer)) is None or val.ndim != 2):
         return None  # batch norm counts dimension 1 as channels, linear makes the last one
-    if not is_constant(argument(norm, "running_mean")) or not is_constant(argument(norm, "running_var")):
-        return None
+    if not all((node := argument(norm, name)) is None or is_constant(node) for name in _STATISTICS):
+        return None  # a computed scale or shift
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     while isinstance(weight, Node) and weight.op == "call_module":
         weight = weight.args[0]
@@ -102,11 +111,13 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
         The names of the nodes whose batch norm is gone. Unused parameters are dropped, the caller recompiles.
     """
     folded = []
+    reads = reads_of(module.graph)
     made: dict[tuple, tuple[str, str]] = {}  # a layer that is called twice with one norm stays one layer
     for pair in normed_layers(module.graph):
-        key = (str(pair.weight.target), *pair.statistics)
+        bias = getattr(argument(pair.layer, "bias"), "target", None)
+        key = (str(pair.layer.target), str(pair.layer.args[3:]), str(pair.weight.target), str(bias), *pair.statistics)
         if key not in made:
-            made[key] = _fold_weight(module, pair), _fold_bias(module, pair)
+            made[key] = _fold_weight(module, pair, reads), _fold_bias(module, pair, reads)
         weight, bias = made[key]
         set_argument(pair.layer, "weight", read_attribute(module, weight, pair.layer, pair.weight))
         _replace_norm(module, pair, bias)
@@ -115,9 +126,9 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
     return folded
 
 
-def fold_into_bias(module: GraphModule, pair: NormedLayer) -> None:
+def fold_into_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> None:
     """Replace the batch norm of ``pair`` by the layer's bias alone: its scale is in the layer's integers already."""
-    _replace_norm(module, pair, _fold_bias(module, pair))
+    _replace_norm(module, pair, _fold_bias(module, pair, reads))
 
 
 def _replace_norm(module: GraphModule, pair: NormedLayer, bias: str) -> None:
@@ -126,24 +137,24 @@ def _replace_norm(module: GraphModule, pair: NormedLayer, bias: str) -> None:
     module.graph.erase_node(pair.norm)
 
 
-def _fold_weight(module: GraphModule, pair: NormedLayer) -> str:
+def _fold_weight(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
     """Make the folded weight of ``pair``; its name, the layer's own where no other call reads that."""
     scale, _ = pair.scale_and_shift(module)
     weight = tensor_of(module, pair.weight).detach()
     folded = (weight.double() * pair.per_weight(scale, module)).to(weight.dtype)
     name = str(pair.weight.target)
-    name = name if len(readers(module, pair.weight)) == 1 else unused_name(module, name)
+    name = name if reads[name] == 1 else unused_name(module, name)
     set_tensor(module, name, folded, parameter=True)
     return name
 
 
-def _fold_bias(module: GraphModule, pair: NormedLayer) -> str:
+def _fold_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
     """Make the folded bias of ``pair``; its name, the layer's own where that is free."""
     folded = pair.folded_bias(module).to(tensor_of(module, pair.weight).dtype)
     prefix = str(pair.weight.target).rpartition(".")[0]
     name = f"{prefix}.bias" if prefix else "bias"
     own = argument(pair.layer, "bias")
-    replaceable = own is not None and str(own.target) == name and len(readers(module, own)) == 1
+    replaceable = own is not None and str(own.target) == name and reads[name] == 1
     name = name if replaceable else unused_name(module, name)
     set_tensor(module, name, folded, parameter=True)
     return name

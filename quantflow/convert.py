@@ -16,7 +16,7 @@ from quantflow.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.integers import IntegerTensor, integer_constant, is_weight
 from quantflow.observation import has_seen_data, is_observer, observer_of, observers_of, qparams_of, saw_no_number
-from quantflow.parameters import drop_unused, is_constant, read_attribute, set_tensor, unused_name
+from quantflow.parameters import drop_unused, is_constant, read_attribute, reads_of, set_tensor, unused_name
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC
 
 decomposed = torch.ops.quantized_decomposed
@@ -106,10 +106,11 @@ def _convert_constants(module: GraphModule) -> None:
             continue
         pairs = [norms[user] for user in node.users if user in norms and is_weight(node, user)]
         found.append((node, observer, integer_constant(module, node, observer, pairs[0] if pairs else None), pairs))
+    reads = reads_of(module.graph)
     for node, observer, constant, pairs in found:
         _write_constant(module, node, observer, constant)
         for pair in pairs:
-            fold_into_bias(module, pair)
+            fold_into_bias(module, pair, reads)
 
 
 def _constant_observer(module: GraphModule, node: Node) -> nn.Module | None:

@@ -15,8 +15,8 @@ from quantflow.observation import has_seen_data, observer_of, qparams_of
 from quantflow.parameters import is_constant, tensor_of
 from quantflow.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
 
-# The device holds a bias as int32, with scale s_in·s_w.
-_INT32_MAX = 2**31 - 1
+# The device holds a bias as int32, with scale s_in·s_w, and adds products to it: half the range is left to them.
+_LARGEST_BIAS = 2**30
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _fit_bias(module: GraphModule, layer: Node, weight: IntegerTensor, pair: Nor
     """Widen the scale of channels so small that their bias would overflow the int32 it becomes on the device."""
     source, bias_node = layer.args[0], argument(layer, "bias")
     observer = observer_of(source, module) if isinstance(source, Node) else None
-    if observer is None or getattr(observer, "is_dynamic", False) or weight.scale.ndim == 0:
+    if observer is None or getattr(observer, "is_dynamic", False):
         return
     if pair is not None:
         bias = pair.folded_bias(module)
@@ -88,10 +88,11 @@ def _fit_bias(module: GraphModule, layer: Node, weight: IntegerTensor, pair: Nor
         bias = tensor_of(module, bias_node).detach().double()
     else:
         return
-    if bias.numel() != weight.scale.numel():
+    if weight.scale.ndim and bias.numel() != weight.scale.numel():
         return
     input_scale = float(qparams_of(observer)[0])
-    smallest = (bias.abs() / (input_scale * _INT32_MAX)).to(weight.scale)
+    smallest = (bias.abs() / (input_scale * _LARGEST_BIAS)).to(weight.scale)
+    smallest = smallest if weight.scale.ndim else smallest.max()
     scale = torch.maximum(weight.scale, smallest)
     shrink = broadcast(weight.scale / scale, weight.integers.ndim, weight.axis)
     weight.integers = torch.where(shrink < 1, torch.round(weight.integers * shrink), weight.integers)

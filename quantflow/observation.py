@@ -30,10 +30,11 @@ def is_observer(module: nn.Module) -> bool:
 def observers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The observers and fake quantizers of ``model`` by name; an observer inside a fake quantizer is not listed."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if is_observer(module) and not inside:
+    outer = "\0"
+    for name, module in model.named_modules():  # depth first: what is inside comes right behind
+        if is_observer(module) and not name.startswith(f"{outer}."):
             found[name] = module
+            outer = name
     return found
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+
+Reads = Counter[str]
 
 
 def is_constant(node: object) -> bool:
@@ -18,10 +22,13 @@ def tensor_of(module: GraphModule, node: Node) -> torch.Tensor:
     return getattr(module.get_submodule(owner), name)
 
 
-def readers(module: GraphModule, node: Node) -> list[Node]:
-    """Every node that uses the tensor that ``node`` reads, by whichever ``get_attr``."""
-    same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == node.target]
-    return [user for n in same for user in n.users]
+def reads_of(graph: Graph) -> Reads:
+    """How many uses each parameter and buffer has, over all ``get_attr`` nodes that read it."""
+    reads: Reads = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            reads[str(node.target)] += len(node.users)
+    return reads
 
 
 def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
@@ -44,12 +51,19 @@ def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, paramete
 
 def unused_name(module: GraphModule, name: str) -> str:
     """``name``, or ``name`` with the first number that makes it new in ``module``."""
-    taken = {n for n, _ in (*module.named_parameters(), *module.named_buffers())}
     candidate, count = name, 0
-    while candidate in taken:
+    while _exists(module, candidate):
         count += 1
         candidate = f"{name}_{count}"
     return candidate
+
+
+def _exists(module: torch.nn.Module, name: str) -> bool:
+    for part in name.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
 
 
 def read_attribute(module: GraphModule, name: str, before: Node, like: Node) -> Node:
@@ -69,9 +83,12 @@ def drop_unused(module: GraphModule) -> None:
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    called = tuple(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+    # What a called submodule or the body of a higher-order operator holds is its own.
+    whole = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
+    whole |= {path for path, m in module.named_modules(remove_duplicate=False) if path in read and path}
     for path, owner in list(module.named_modules(remove_duplicate=False)):
-        if path and path.startswith(called):
+        parts = path.split(".")
+        if any(".".join(parts[: i + 1]) in whole for i in range(len(parts))):
             continue
         for leaf in [*owner._parameters, *owner._buffers]:
             name = f"{path}.{leaf}" if path else leaf

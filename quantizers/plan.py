@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from quantflow.aten import (
     INFERENCE_IDENTITIES,
     argument,
+    has_argument,
     is_float_tensor,
     label,
     layer,
@@ -22,7 +23,7 @@ from quantflow.batch_norm import normed_layer
 from quantflow.errors import QuantflowError
 from quantflow.parameters import is_constant
 from quantizers.override import Override
-from quantizers.rule import Rule
+from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
 
 
@@ -87,7 +88,13 @@ class Plan:
         return "\n".join([*lines, f"{len(self.integer)} of {len(self.decisions)} operators become integers"])
 
 
-def make_plan(graph: Graph, rules: Sequence[Rule], scheme: Scheme | None, overrides: Sequence[Override]) -> Plan:
+def make_plan(
+    graph: Graph,
+    rules: Sequence[Rule],
+    scheme: Scheme | None,
+    overrides: Sequence[Override],
+    refuse: Refusal = lambda node: None,
+) -> Plan:
     """Decide on every operator of ``graph``.
 
     Raises:
@@ -105,7 +112,7 @@ def make_plan(graph: Graph, rules: Sequence[Rule], scheme: Scheme | None, overri
                 integers.add(node)
             continue
         chosen, because = _scheme_for(node, scheme, overrides, matched)
-        decision = _decide(node, by_op.get(op(node)), chosen, because, integers)
+        decision = _decide(node, by_op.get(op(node)), chosen, because, integers, refuse)
         decided.update(dict.fromkeys(decision.nodes, decision))
         if decision.scheme is not None and not decision.scheme.activation.dynamic:
             integers.add(decision.tail)
@@ -135,12 +142,14 @@ def _scheme_for(
     return scheme, because
 
 
-def _decide(node: Node, rule: Rule | None, scheme: Scheme | None, because: str, integers: set[Node]) -> Decision:
+def _decide(
+    node: Node, rule: Rule | None, scheme: Scheme | None, because: str, integers: set[Node], refuse: Refusal
+) -> Decision:
     if rule is None:
         return Decision((node,), reason=f"no rule for {short_name(op(node))}")
     chain = _chain(node, rule)
     candidate = Decision(chain, rule, scheme)
-    reason = because if scheme is None else _refusal(candidate, rule, scheme, integers)
+    reason = because if scheme is None else refuse(node) or _refusal(candidate, rule, scheme, integers)
     return Decision((node,), rule, None, reason) if reason else candidate
 
 
@@ -160,6 +169,12 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
         return f"{rule.name} has no dynamic form"
     if rule.weight is not None and not is_constant(argument(decision.node, rule.weight)):
         return "its weight is computed, not constant"
+    if rule.weight is not None and has_argument(decision.node, "bias"):
+        bias = argument(decision.node, "bias")
+        if bias is not None and not is_constant(bias):
+            return "its bias is computed, not constant"
+    if all(is_constant(given) for given in decision.activations()):
+        return "it computes on constants only"
     for given in decision.activations():
         if not isinstance(given, Node) or (not is_float_tensor(given) and value(given) is not None):
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.aten import INFERENCE_IDENTITIES, argument, op
@@ -43,6 +43,8 @@ class RuleQuantizer(Quantizer):
         for given in (scheme, *(override.scheme for override in self.overrides)):
             if given is not None and not isinstance(given, Scheme):
                 raise QuantflowError("plan", f"{given!r} is no Scheme", node="scheme", remedy="INT8, W4A8, Scheme(...)")
+            if given is not None and (reason := self.refuse_scheme(given)):
+                raise QuantflowError("plan", reason, node=f"scheme {given}", remedy="another Scheme, as INT8")
         if rules is not None:
             self.rules = tuple(rules)
 
@@ -51,7 +53,15 @@ class RuleQuantizer(Quantizer):
         if not isinstance(graph, GraphModule):
             remedy = "pass qf.export(model, args).module()"
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
-        return make_plan(graph.graph, self.rules, self.scheme, self.overrides)
+        return make_plan(graph.graph, self.rules, self.scheme, self.overrides, self.refuse_node)
+
+    def refuse_scheme(self, scheme: Scheme) -> str | None:
+        """Why the backend can't compute in ``scheme``, None where it can. For subclasses."""
+        return None
+
+    def refuse_node(self, node: Node) -> str | None:
+        """Why the backend can't run ``node`` in integers, whatever its rule; None where it can. For subclasses."""
+        return None
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan onto the nodes, as torchao annotations."""
@@ -68,12 +78,16 @@ def _annotate(decision: Decision) -> None:
     assert rule is not None
     assert scheme is not None
     spec = scheme.activation.spec()
-    shared: QuantizationSpecBase | None = None
+    shared: SharedQuantizationSpec | None = None
     for given in decision.activations():
         producer, consumer = _edge(given, node)
-        _annotation(consumer).input_qspec_map.setdefault(producer, shared or spec)  # once, however often it is read
-        if rule.output == "shared":
-            shared = shared or SharedQuantizationSpec((producer, consumer))
+        _annotation(consumer).input_qspec_map.setdefault(producer, spec)  # once, however often it is read
+        if rule.output != "shared":
+            continue
+        if shared is None:
+            shared = SharedQuantizationSpec((producer, consumer))
+        else:
+            _join((producer, consumer), shared)
     if rule.weight is not None:
         weight = argument(node, rule.weight)
         _annotation(node).input_qspec_map[weight] = scheme.weight.spec(rule.weight_axis)
@@ -85,6 +99,27 @@ def _annotate(decision: Decision) -> None:
 
 def _annotation(node: Node) -> QuantizationAnnotation:
     return node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation())
+
+
+def _join(edge: EdgeOrNode, shared: SharedQuantizationSpec) -> None:
+    """Let ``edge``, and all that it shares a grid with, share that of ``shared``."""
+    group = [shared.edge_or_node]
+    while isinstance(spec := _spec(group[-1]), SharedQuantizationSpec):
+        group.append(spec.edge_or_node)
+    while edge not in group and isinstance(spec := _spec(edge), SharedQuantizationSpec):
+        edge = spec.edge_or_node
+    if edge in group:
+        return
+    if isinstance(edge, tuple):
+        _annotation(edge[1]).input_qspec_map[edge[0]] = shared
+    else:
+        _annotation(edge).output_qspec = shared
+
+
+def _spec(edge: EdgeOrNode) -> QuantizationSpecBase | None:
+    if isinstance(edge, tuple):
+        return _annotation(edge[1]).input_qspec_map[edge[0]]
+    return _annotation(edge).output_qspec
 
 
 def _edge(producer: Node, consumer: Node) -> tuple[Node, Node]:

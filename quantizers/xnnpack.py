@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, value
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
+from quantizers.scheme import Scheme
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
@@ -25,6 +27,20 @@ def _pair(given: Any) -> tuple[int, int]:
 def _rank(node: Node) -> int:
     val = value(node)
     return val.ndim if val is not None else -1
+
+
+def _unbatched(node: Node) -> str | None:
+    weight = argument(node, "weight")
+    return None if _rank(node) == _rank(weight) else "its input has no batch dimension"
+
+
+def _flat_pool(node: Node) -> str | None:
+    return None if _rank(node) == 4 else f"pools a tensor of rank {_rank(node)}, not 4"
+
+
+def _high_rank(node: Node) -> str | None:
+    ranks = [_rank(n) for n in (node, *node.all_input_nodes)]
+    return f"rank {max(ranks)}; XNNPACK has 6 dimensions" if max(ranks) > 6 else None
 
 
 def _grouped(node: Node) -> str | None:
@@ -77,6 +93,7 @@ XNNPACK_RULES = (
         weight="weight",
         batch_norm=True,
         clamps=CLAMPS,
+        refusals=(_unbatched,),
     ),
     Rule(
         "transposed convolution",
@@ -85,7 +102,7 @@ XNNPACK_RULES = (
         weight_axis=1,
         batch_norm=True,
         clamps=CLAMPS,
-        refusals=(_grouped,),
+        refusals=(_unbatched, _grouped),
     ),
     Rule("linear", LINEARS, weight="weight", batch_norm=True, clamps=CLAMPS, dynamic=True),
     Rule(
@@ -99,17 +116,26 @@ XNNPACK_RULES = (
     Rule("concatenate", frozenset({aten.cat.default}), inputs=("tensors",), output="shared", refusals=(_single,)),
     Rule("global average pool", frozenset({aten.adaptive_avg_pool2d.default}), ("self",), refusals=(_not_global,)),
     Rule("mean", frozenset({aten.mean.dim}), ("self",), refusals=(_not_spatial,)),
-    Rule("max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_pool_gaps,)),
+    Rule(
+        "max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_flat_pool, _pool_gaps)
+    ),
     Rule("clamp", CLAMPS, ("self",), output="shared"),
     Rule(
         "reshape",
         frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default}),
         ("self",),
         output="shared",
+        refusals=(_high_rank,),
     ),
     Rule("permute", frozenset({aten.permute.default, aten.transpose.int}), ("self",), output="shared"),
     Rule("slice", frozenset({aten.slice.Tensor}), ("self",), output="shared", refusals=(_strided,)),
-    Rule("unsqueeze", frozenset({aten.unsqueeze.default}), ("self",), output="shared", refusals=(_not_trailing,)),
+    Rule(
+        "unsqueeze",
+        frozenset({aten.unsqueeze.default}),
+        ("self",),
+        output="shared",
+        refusals=(_high_rank, _not_trailing),
+    ),
 )
 
 
@@ -117,3 +143,20 @@ class XNNPACKQuantizer(RuleQuantizer):
     """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
 
     rules = XNNPACK_RULES
+
+    def refuse_scheme(self, scheme: Scheme) -> str | None:
+        """What XNNPACK would compute wrongly, or not load."""
+        if not scheme.weight.symmetric:
+            return "XNNPACK reads weights as symmetric, whatever their zero point"
+        if scheme.activation.per_channel:
+            return "XNNPACK has one scale for an activation"
+        if scheme.activation.bits != 8:
+            return "XNNPACK saturates activations at 8 bits only"
+        if scheme.activation.dynamic and (scheme.activation.symmetric or not scheme.weight.per_channel):
+            return "XNNPACK's dynamic int8 has affine activations and per-channel weights"
+        return None
+
+    def refuse_node(self, node: Node) -> str | None:
+        """Only float32 has int8 twins."""
+        val = value(node)
+        return None if val is None or val.dtype == torch.float32 else f"computes in {val.dtype}, not float32"

@@ -9,7 +9,7 @@ from torchvision.ops import StochasticDepth
 
 import quantflow as qf
 from quantflow.fake_quantize import FakeQuantize
-from quantizers import XNNPACKQuantizer
+from quantizers import XNNPACK_RULES, RuleQuantizer
 
 FAMILIES = {
     "mobilenet_v2": {},
@@ -37,7 +37,7 @@ def test_rounding_off_is_eager(name):
     randomize_statistics(model)
     model.train()
     x, target = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(), qat=True).train()
+    prepared = qf.prepare(qf.export(model, (x,)).module(), RuleQuantizer(rules=XNNPACK_RULES), qat=True).train()
     fake_quantizers = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
     assert len(fake_quantizers) > 20
     for module in fake_quantizers:
