@@ -61,6 +61,13 @@ def is_inplace(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and _functional(node.target) is not node.target
 
 
+def is_view(node: Node) -> bool:
+    """Whether the value of ``node`` shares memory with its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    alias = schema.returns[0].alias_info if schema is not None and schema.returns else None
+    return alias is not None and not alias.is_write and bool(node.args) and isinstance(node.args[0], Node)
+
+
 def argument(node: Node, name: str) -> Any:
     """The value of the schema argument ``name`` at the call ``node``, its default where the call leaves it out."""
     for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]

@@ -76,12 +76,12 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
     if isinstance(raw, torch.Tensor):
         return Batch((raw,), {}, None)
     if isinstance(raw, (tuple, list)):
-        if len(raw) == positional and not keyword:
-            return Batch(tuple(raw), {}, None)
         if len(raw) == 2 and isinstance(raw[0], Mapping):
             return Batch((), dict(raw[0]), raw[1])
         if len(raw) == 2 and isinstance(raw[0], (tuple, list)):
             return Batch(tuple(raw[0]), {}, raw[1])
+        if len(raw) == positional and not keyword:
+            return Batch(tuple(raw), {}, None)
         if len(raw) == positional + 1:
             return Batch(tuple(raw[:-1]), {}, raw[-1])
     if type(raw).__module__ == "numpy":

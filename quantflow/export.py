@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from quantflow import modes, provenance
 from quantflow.aten import layer
@@ -18,7 +19,7 @@ from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.observation import observers_of
-from quantflow.signature import Signature
+from quantflow.signature import DynamicDim, Signature
 
 
 def export(
@@ -65,23 +66,45 @@ def export(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         reason = f"{type(kwargs).__name__} given as keyword inputs"
         raise QuantflowError("export", reason, node="kwargs", remedy="a dict; pass other arguments by their names")
-    args, kwargs = tuple(args), dict(kwargs or {})
+    positional, keyword = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
     if dynamic_batch:
         if dynamic_shapes is not None:
             reason = "dynamic_shapes and dynamic_batch are both given"
             raise QuantflowError("export", reason, node="dynamic_batch", remedy="give one of them")
-        args, kwargs, dynamic_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_batch)
+        positional, keyword, dynamic_shapes = _with_dynamic_batch(model, positional, keyword, dynamic_batch)
     training = model.training
     # Captured under no_grad, the whole program would be one opaque region.
     with _inference_mode(model), torch.enable_grad():
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:
-            raise _why_not(model, args, kwargs, error) from error
+            raise _why_not(model, positional, keyword, error) from error
+    if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
+        return _take_in(program)  # its mode is what its nodes say
     modes.mark_switched(program.graph)
     _mark_cumulative_averages(model, program)
     provenance.shorten(program.graph)
     return Exported(program, training)
+
+
+def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The inputs with a tensor that stands there twice cloned: the tracer would take both for one input."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(own, (args, kwargs))
+
+
+def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order in which a captured graph reads them."""
+    info = getattr(model.graph._codegen, "pytree_info", None) if isinstance(model, GraphModule) else None
+    names = info.in_spec.children()[1].context if info is not None else None
+    return {name: kwargs[name] for name in names} if names and sorted(names) == sorted(kwargs) else kwargs
 
 
 def _take_in(program: ExportedProgram) -> Exported:
@@ -103,7 +126,12 @@ def _take_in(program: ExportedProgram) -> Exported:
     graph.eval()
     args, kwargs = program.example_inputs
     signature = Signature.of_program(program)
-    dims = [{i: Dim.AUTO for i, d in enumerate(s.shape) if not isinstance(d, int)} or None for s in signature.inputs]
+    made: dict[str, Any] = {}
+
+    def dim(size: DynamicDim) -> Any:
+        return made.setdefault(size.name, Dim(size.name, min=size.min, max=size.max))
+
+    dims = [{i: dim(d) for i, d in enumerate(s.shape) if isinstance(d, DynamicDim)} or None for s in signature.inputs]
     dynamic_shapes = None
     if any(dims):
         positional, keyword = pytree.tree_unflatten(dims, pytree.tree_structure((args, kwargs)))
@@ -119,6 +147,9 @@ def _with_dynamic_batch(
     if not tensors:
         raise QuantflowError("export", "no input has a batch dimension", node="args", remedy="drop dynamic_batch")
     batch = tensors[0].shape[0]
+    if bound is not True and int(bound) < 2:
+        reason, remedy = f"a batch of at most {bound} does not vary", "drop dynamic_batch, or give the largest batch"
+        raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
 
     def batched(leaf: Any) -> bool:
@@ -143,7 +174,8 @@ def _with_dynamic_batch(
 def _inference_mode(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; every submodule gets its own mode back."""
     was = [(m, m.training) for m in model.modules()]
-    model.eval()
+    with contextlib.suppress(NotImplementedError):  # a graph of stock torch holds its mode on its nodes
+        model.eval()
     try:
         yield
     finally:

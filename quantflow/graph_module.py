@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule
 from quantflow import graph_pickle, modes
 from quantflow.aten import argument
 
+_SETS_GRAD_MODE = "quantflow_sets_grad_mode"
+
 
 class TrainableGraphModule(GraphModule):
     """A pre-dispatch ATen graph that behaves like the eager model it was captured from.
@@ -37,12 +39,23 @@ class TrainableGraphModule(GraphModule):
         """The graph of ``program`` with parameters of its own, in inference mode."""
         root = copy.deepcopy(program.module(check_guards=False))
         modes.strip_tracking(root.graph)
-        inline_grad_mode_regions(root)
+        if inline_grad_mode_regions(root):
+            root.meta[_SETS_GRAD_MODE] = True
         modes.mark_switched(root.graph)
         module = cls(root, root.graph)
         module.meta.update(root.meta)
+        for name, _ in list(module.named_buffers(remove_duplicate=False)):
+            if name not in program.state_dict:  # a constant of the trace is no state of the model
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
         module.training = True
         return module.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.meta.get(_SETS_GRAD_MODE):
+            return super().__call__(*args, **kwargs)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # brought back also when the graph raises in between
+            return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode (or inference mode), on this module, its observers and its nodes."""
@@ -79,6 +92,7 @@ def adopt(module: GraphModule) -> TrainableGraphModule:
     adopted = TrainableGraphModule(module, module.graph)
     adopted.meta.update(module.meta)
     modes.mark_switched(adopted.graph)
+    modes.mark_all(adopted.graph)  # captured in training mode
     adopted.training = modes_say_training(adopted.graph.nodes)
     return adopted
 
@@ -88,21 +102,24 @@ def modes_say_training(nodes: Iterable[torch.fx.Node]) -> bool:
     return any(modes.SWITCHED in n.meta and argument(n, n.meta[modes.SWITCHED]) for n in nodes)
 
 
-def inline_grad_mode_regions(module: GraphModule) -> None:
+def inline_grad_mode_regions(module: GraphModule) -> bool:
     """Write regions under ``torch.no_grad`` (or ``enable_grad``) back into the flat graph.
 
     Export wraps them in a higher-order operator whose body no quantizer sees. They become plain nodes between calls that
-    set the grad mode, which is what they are in eager mode.
+    set the grad mode, which is what they are in eager mode. Returns whether there were any.
     """
+    found = False
     graph = module.graph
     hop = torch.ops.higher_order.wrap_with_set_grad_enabled
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not hop:
             continue
+        found = True
         enabled, body_ref, *inputs = node.args
         body = module.get_submodule(str(body_ref.target))
         inline_grad_mode_regions(body)
         with graph.inserting_before(node):
+            before = graph.call_function(torch.is_grad_enabled)
             graph.call_function(torch._C._set_grad_enabled, (enabled,))
             env = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
             for inner in body.graph.nodes:
@@ -111,7 +128,7 @@ def inline_grad_mode_regions(module: GraphModule) -> None:
                 if inner.op in ("get_attr", "call_module"):
                     setattr(module, f"{node.name}_{inner.name}", getattr(body, str(inner.target)))
                 env[inner] = graph.node_copy(inner, lambda n, env=env: env[n])
-            graph.call_function(torch._C._set_grad_enabled, (not enabled,))
+            graph.call_function(torch._C._set_grad_enabled, (before,))
         results = next(n for n in body.graph.nodes if n.op == "output").args[0]
         results = results if isinstance(results, (tuple, list)) else (results,)
         for user in list(node.users):  # a region always returns a tuple, read by getitem
@@ -121,6 +138,7 @@ def inline_grad_mode_regions(module: GraphModule) -> None:
         if not body_ref.users:
             graph.erase_node(body_ref)
     graph.lint()
+    return found
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:

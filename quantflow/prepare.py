@@ -6,11 +6,11 @@ import copy
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from quantflow.aten import argument, label
+from quantflow.aten import argument, is_inplace, is_view, label
 from quantflow.batch_norm import NormedLayer, fold_batch_norm, normed_layers
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
@@ -41,6 +41,7 @@ def prepare(graph: GraphModule, quantizer: Quantizer, *, qat: bool = False) -> T
     _check(graph, quantizer)
     training = graph.training
     prepared = adopt(graph).eval()
+    _check_writes(prepared)
     if not qat:
         fold_batch_norm(prepared)
     transformed = quantizer.transform_for_annotation(prepared)
@@ -69,13 +70,16 @@ def prepare(graph: GraphModule, quantizer: Quantizer, *, qat: bool = False) -> T
 
 def observe_constants(module: GraphModule) -> None:
     """Show each observer of a weight its weight, so that calibration need not do it at every batch."""
+    seen: set[nn.Module] = set()
     for node in module.graph.nodes:
         observer = observer_of(node, module)
         if observer is None or not is_constant(node.args[0]):
             continue
         inner = observer.activation_post_process if isinstance(observer, FakeQuantize) else observer
         if isinstance(inner, Observer):
-            inner.reset()
+            if inner not in seen:
+                inner.reset()
+            seen.add(inner)
             with torch.no_grad():
                 inner(tensor_of(module, node.args[0]))
         if isinstance(observer, FakeQuantize):
@@ -99,6 +103,20 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
     if observers_of(graph):
         reason, remedy = "the graph is prepared already", "prepare the graph that Exported.module() returned"
         raise QuantflowError("prepare", reason, node=next(iter(observers_of(graph))), remedy=remedy)
+
+
+def _check_writes(module: GraphModule) -> None:
+    """Refuse a write into part of a tensor that others read: its quantized copies would not see it."""
+    for node in module.graph.nodes:
+        if not is_inplace(node) or not isinstance(node.args[0], Node):
+            continue
+        base = node.args[0]
+        while is_view(base):
+            base = base.args[0]
+            if len(base.users) > 1:
+                reason = f"{node.target} writes into part of {label(base)}, which other nodes read"
+                remedy = "write it without in-place assignment (torch.where, torch.cat, masked_fill)"
+                raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:

@@ -61,6 +61,13 @@ class Program:
     def _program(self) -> Any:
         return runtime.load_program(self.buffer)
 
+    @cached_property
+    def _forward(self) -> Any:
+        if "forward" not in self._program.method_names:
+            remedy = f"it has {', '.join(self.methods)}"
+            raise QuantflowError("runtime", "the program has no such method", node="forward", remedy=remedy)
+        return runtime.load_method(self._program, "forward")
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of its methods."""
@@ -76,8 +83,7 @@ class Program:
         flat = self.signature.flatten(args, kwargs, stage="runtime")
         # The runtime reads memory as contiguous, whatever the strides say.
         flat = [t.detach().cpu().contiguous() if isinstance(t, torch.Tensor) else t for t in flat]
-        method = runtime.load_method(self._program, "forward")
-        return self.signature.unflatten(runtime.execute(method, "forward", flat))
+        return self.signature.unflatten(runtime.execute(self._forward, "forward", flat))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the ``.pte`` to ``path``, whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -14,7 +15,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from quantflow.batches import PickInputs
 from quantflow.calibrate import calibrate
 from quantflow.convert import convert
-from quantflow.errors import QuantflowError
+from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.export import export
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.prepare import prepare
@@ -103,6 +104,14 @@ def quantize(
         exported = export(converted, args, kwargs, dynamic_shapes=dynamic_shapes)
         program = exported.to_core_aten().to_edge(delegate).to_executorch()
     fraction = program.delegation.fraction if program.delegation else 0.0
+    program(*args, **(kwargs or {}))  # a program that does not load or run is found here, not on the device
+    if delegate is not None and program.delegation and program.delegation.portable:
+        outside = ", ".join(program.delegation.portable)
+        reason, remedy = (
+            f"left to portable kernels: {outside}",
+            "print(result.report) says what stays in float, and why",
+        )
+        warnings.warn(QuantflowWarning("edge", reason, remedy=remedy), stacklevel=2)
     return Result(program, converted, Report(plan, seconds, len(program.buffer), fraction))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 
 from quantflow.errors import QuantflowError
@@ -56,19 +57,16 @@ class Signature:
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Signature:
         """The signature of an exported program, with the bounds of its dynamic dimensions."""
-        constants = {
-            s.arg.name: s.arg.value
-            for s in program.graph_signature.input_specs
-            if s.kind == torch.export.graph_signature.InputKind.USER_INPUT and hasattr(s.arg, "value")
-        }
         nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
         inputs = []
         names: dict[str, str] = {}
-        for name in program.graph_signature.user_inputs:
-            if not isinstance(name, str) or name in constants:
-                inputs.append(Input(str(name), constant=constants.get(name, name)))
+        for spec in program.graph_signature.input_specs:
+            if spec.kind != InputKind.USER_INPUT:
+                continue
+            if hasattr(spec.arg, "value"):
+                inputs.append(Input(spec.arg.name, constant=spec.arg.value))
             else:
-                inputs.append(_input(nodes[name], program.range_constraints, names))
+                inputs.append(_input(nodes[spec.arg.name], program.range_constraints, names))
         return cls(tuple(inputs), program.call_spec.in_spec, program.call_spec.out_spec)
 
     @classmethod
@@ -95,7 +93,13 @@ class Signature:
 
     def _flatten_structure(self, args: Sequence[Any], kwargs: Mapping[str, Any], stage: str) -> list[Any]:
         if self.in_spec is None:
-            flat = [*args, *kwargs.values()]
+            names = [i.name for i in self.inputs][len(args) :]
+            if sorted(names) != sorted(kwargs) and kwargs:
+                remedy = f"pass {self.describe_inputs()} by position"
+                raise QuantflowError(
+                    stage, f"no inputs called {sorted(kwargs)}", node=str(sorted(kwargs)[0]), remedy=remedy
+                )
+            flat = [*args, *(kwargs[name] for name in names if name in kwargs)]
         else:
             names = self.in_spec.children()[1].context or []
             if sorted(names) == sorted(kwargs):
@@ -119,6 +123,13 @@ class Signature:
         """``outputs`` in the model's own structure; where that is unknown, one output alone or a tuple."""
         if self.out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if len(outputs) != self.out_spec.num_leaves:
+            reason = (
+                f"{len(outputs)} outputs, where the model returns {self.out_spec.num_leaves}: it changes its inputs"
+            )
+            raise QuantflowError(
+                "runtime", reason, remedy="return what the model writes, instead of writing to an input"
+            )
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def describe_inputs(self) -> str:

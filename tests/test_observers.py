@@ -40,7 +40,7 @@ def test_mse_range_never_errs_more_than_min_max_on_its_sample(seed, one_signed, 
     for observer in (MSEObserver(**grid), MinMaxObserver(**grid)):
         observer(x)
         scale, zero_point = observer.calculate_qparams()
-        sample = torch.cat(observer._sample) if isinstance(observer, MSEObserver) else sample  # noqa: F821
+        sample = observer.sample.flatten() if isinstance(observer, MSEObserver) else sample  # noqa: F821
         back = (quantize(sample, scale, zero_point, *grid.values()) - zero_point) * scale
         errors.append(float((back - sample).square().mean()))
     assert errors[0] <= errors[1] * (1 + 1e-6)
@@ -51,7 +51,7 @@ def test_mse_range_clips_an_outlier_and_its_memory_is_bounded():
     for _ in range(50):
         observer(torch.randn(4, 1000).index_fill(1, torch.tensor([7]), 100.0))
     assert observer.max_val == 100
-    assert sum(s.numel() for s in observer._sample) <= 16 * 2048
+    assert observer.sample.numel() <= 16 * 2048
     narrow = MSEObserver(quant_min=-8, quant_max=7)
     narrow(torch.cat([torch.randn(10**6), torch.tensor([100.0])]))
     assert narrow.calculate_qparams()[0] < 0.25 * 100 / 15
@@ -79,10 +79,10 @@ def test_moving_average_starts_with_the_first_batch():
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_protocol(name):
     per_tensor, per_channel = OBSERVERS[name]
-    for kind in (per_tensor, per_channel):
+    for kind in filter(None, (per_tensor, per_channel)):
         made = kind.with_args(dtype=torch.int8, quant_min=-128, quant_max=127)()
         assert isinstance(made, ObserverBase)
-    assert "PerChannel" in per_channel.__name__  # torchao hands ch_axis by this
+    assert per_channel is None or "PerChannel" in per_channel.__name__  # torchao hands ch_axis by this
 
 
 def test_state_dict_of_per_channel_observers():

@@ -9,10 +9,10 @@ from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
 from quantflow.observers.mse import MSEObserver
 
-OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
-    # name: (per tensor, per channel)
+OBSERVERS: dict[str, tuple[type[Observer], type[Observer] | None]] = {
+    # name: (per tensor, per channel, None where there is none)
     "min_max": (MinMaxObserver, PerChannelMinMaxObserver),
-    "mse": (MSEObserver, PerChannelMinMaxObserver),
+    "mse": (MSEObserver, None),
     "moving_average": (MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver),
 }
 

@@ -29,6 +29,7 @@ class Observer(ObserverBase):
 
     min_val: torch.Tensor
     max_val: torch.Tensor
+    resized: tuple[str, ...] = ("min_val", "max_val")  # buffers whose shape follows the data
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Observer(ObserverBase):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A fresh per-channel observer does not know yet how many channels there are.
-        for name in ("min_val", "max_val"):
+        for name in self.resized:
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -22,6 +22,9 @@ class MSEObserver(MinMaxObserver):
     batches, at most 16 of 2,048 values each, so that memory does not grow with the data.
     """
 
+    sample: torch.Tensor
+    resized = (*MinMaxObserver.resized, "sample")
+
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
         self.reset()
@@ -29,7 +32,7 @@ class MSEObserver(MinMaxObserver):
     def reset(self) -> None:
         """Forget what was seen."""
         super().reset()
-        self._sample: list[torch.Tensor] = []
+        self.register_buffer("sample", torch.empty(0, _PER_BATCH, device=self.min_val.device))
         self._batches = 0
         self._random = torch.Generator().manual_seed(0)  # the same data give the same range
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -45,19 +48,24 @@ class MSEObserver(MinMaxObserver):
             place = int(torch.randint(self._batches, (), generator=self._random))
         if place < _BATCHES:
             picked = torch.randint(x.numel(), (_PER_BATCH,), generator=self._random)
-            self._sample[place : place + 1] = [x.detach().reshape(-1)[picked.to(x.device)].float()]
+            row = x.detach().reshape(-1)[picked.to(x.device)].float()[None]
+            self.sample = torch.cat([self.sample[:place], row, self.sample[place + 1 :]])
         return x
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (float32) and zero point (int32), scalars."""
-        if not self._sample:
+        if not len(self.sample):
             return super().calculate_qparams()
         if self._found is None:
             self._found = self._search()
         return self._found
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._batches, self._found = len(self.sample), None
+
     def _search(self) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.cat(self._sample)
+        x = self.sample.flatten()
         shrink = _SHRINK.to(x.device)
         one = torch.ones_like(shrink)
         low, high = self.min_val.clamp(max=0.0), self.max_val.clamp(min=0.0)

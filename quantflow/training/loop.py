@@ -115,6 +115,7 @@ def train(
     forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
     autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
     synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
+    frozen = graph.batch_norm_frozen
     switched: tuple[bool, ...] | None = None
 
     def save() -> None:
@@ -140,7 +141,7 @@ def train(
                 for batch in _epoch(run, data, graph, inputs, target_device, seed):
                     at = run.step / total if total else run.epoch / epochs
                     if switched != schedule.state(at):
-                        schedule.apply(graph, at)
+                        schedule.apply(graph, at, frozen=frozen)
                         switched = schedule.state(at)
                     with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp), synchronized:
                         value = _loss(forward, batch, loss, distill, run.batch)
@@ -153,7 +154,7 @@ def train(
                     bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")
                 save()
     finally:
-        Schedule.never().apply(graph, 0.0)
+        Schedule.never().apply(graph, 0.0, frozen=frozen)
         graph.eval()
     _keep_best(run)
     return run.history

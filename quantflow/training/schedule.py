@@ -35,9 +35,9 @@ class Schedule:
         """Round from the start, freeze nothing."""
         return cls(0.0, 1.0, 1.0)
 
-    def apply(self, graph: TrainableGraphModule, progress: float) -> None:
-        """Bring ``graph`` to the state that holds at ``progress``, 0 to 1."""
-        graph.freeze_batch_norm(progress >= self.freeze_batch_norm)
+    def apply(self, graph: TrainableGraphModule, progress: float, *, frozen: bool = False) -> None:
+        """Bring ``graph`` to the state that holds at ``progress``, 0 to 1; ``frozen`` keeps batch norm frozen throughout."""
+        graph.freeze_batch_norm(frozen or progress >= self.freeze_batch_norm)
         for module in graph.modules():
             if isinstance(module, FakeQuantize):
                 module.enable_fake_quant(progress >= self.fake_quantize)

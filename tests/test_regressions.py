@@ -1,0 +1,302 @@
+"""Bugs that were, each with the smallest network that showed it."""
+
+import copy
+
+import pytest
+import torch
+from networks import ConvNet, randomize_statistics, sqnr
+from torch import nn
+from torch.nn import functional as F
+
+import quantflow as qf
+from quantizers import INT8, Scheme, TensorScheme, XNNPACKQuantizer
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+def quantize(model, *x, qat=False):
+    graph = qf.export(model.eval(), x).module()
+    prepared = qf.prepare(graph, XNNPACKQuantizer(), qat=qat)
+    for batch in [x]:
+        qf.calibrate(prepared, [batch], progress=False)
+    return qf.convert(prepared)
+
+
+def lower(converted, *x):
+    return qf.export(converted, x).to_core_aten().to_edge("xnnpack").to_executorch()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-9])
+@pytest.mark.parametrize("qat", [False, True])
+def test_dead_channels_keep_their_bias_on_the_device(gamma, qat):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        model[1].weight[1], model[1].bias[1] = gamma, 2.0
+    converted = quantize(model, IMAGE, qat=qat)
+    expected = converted(IMAGE)
+    assert torch.allclose(expected[:, 1], torch.tensor(2.0), atol=0.05)
+    assert sqnr(expected, lower(converted, IMAGE)(IMAGE)) > 35
+
+
+class Computed(nn.Module):
+    """Batch norm and bias that are computed, not stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.g = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, x):
+        y = F.batch_norm(self.conv(x), self.mean, self.var, 1 + self.g, self.g * 0.5)
+        return F.conv2d(y, torch.ones(2, 4, 1, 1), self.g[:2] * 2)
+
+
+def test_computed_scale_and_bias_are_left_alone():
+    model = Computed().eval()
+    graph = qf.export(model, (IMAGE,)).module()
+    prepared = qf.prepare(graph, XNNPACKQuantizer())
+    assert torch.allclose(prepared(IMAGE), model(IMAGE), atol=1e-5)
+    assert any(
+        "bias is computed" in d.reason or "weight is computed" in d.reason
+        for d in XNNPACKQuantizer().plan(graph).floating
+    )
+
+
+class Tied(nn.Module):
+    """Two convolutions with the same parameters, called before different norms; and one weight with two biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.n1, self.n2, self.n3 = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.other = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        x = self.n2(self.b(self.n1(self.a(x))))
+        x = self.n1(self.b(self.n3(self.a(x))))
+        return self.n3(F.conv2d(x, self.a.weight, self.a.bias)) + self.n3(F.conv2d(x, self.a.weight, self.other))
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_tied_parameters_fold_each_with_its_own_norm(qat):
+    model = randomize_statistics(Tied()).eval()
+    graph = qf.export(model, (IMAGE,)).module()
+    prepared = qf.prepare(graph, XNNPACKQuantizer(), qat=qat)
+    if not qat:
+        assert torch.allclose(prepared(IMAGE), model(IMAGE), atol=1e-4)
+    converted = qf.convert(qf.calibrate(prepared, [IMAGE], progress=False))
+    assert sqnr(model(IMAGE), converted(IMAGE)) > 20
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Scheme(weight=TensorScheme(per_channel=True)), "symmetric"),
+        (Scheme(activation=TensorScheme(dynamic=True), weight=TensorScheme(symmetric=True)), "per-channel weights"),
+        (Scheme(activation=TensorScheme(symmetric=True, dynamic=True)), "affine"),
+        (Scheme(activation=TensorScheme(per_channel=True)), "one scale"),
+        (Scheme(activation=TensorScheme(bits=4)), "8 bits"),
+    ],
+)
+def test_schemes_that_xnnpack_computes_wrongly_are_refused(scheme, words):
+    with pytest.raises(qf.QuantflowError, match=words):
+        XNNPACKQuantizer(scheme)
+    with pytest.raises(qf.QuantflowError, match=words):
+        XNNPACKQuantizer(overrides={"layer": scheme})
+
+
+def test_an_unbatched_convolution_stays_float():
+    plan = XNNPACKQuantizer().plan(qf.export(nn.Conv2d(3, 4, 1), (IMAGE[0],)).module())
+    assert "no batch dimension" in plan.floating[0].reason
+
+
+class WritesAPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        y[:, 0] = 0
+        return self.b(y)
+
+
+def test_a_write_into_part_of_a_tensor_is_refused():
+    graph = qf.export(WritesAPart(), (IMAGE,)).module()
+    with pytest.raises(qf.QuantflowError, match="writes into part"):
+        qf.prepare(graph, XNNPACKQuantizer())
+
+
+class Difference(nn.Module):
+    def forward(self, a, b):
+        return 2 * a - b
+
+
+def test_one_tensor_given_for_two_inputs_stays_two_inputs():
+    graph = qf.export(Difference(), (IMAGE, IMAGE)).module()
+    assert torch.equal(graph(IMAGE, IMAGE + 1), 2 * IMAGE - (IMAGE + 1))
+
+
+class Keywords(nn.Module):
+    def forward(self, x, *, a, b):
+        return x + 2 * a - b
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, 8])
+def test_keyword_inputs_in_another_order(dynamic_batch):
+    x, a, b = torch.randn(3, 2, 4)
+    graph = qf.export(Keywords(), (x,), {"a": a, "b": b}).module()
+    again = qf.export(graph, (x,), {"b": b, "a": a}, dynamic_batch=dynamic_batch)
+    assert torch.equal(again.module()(x, a=a, b=b), Keywords()(x, a=a, b=b))
+    program = again.to_core_aten().to_edge().to_executorch()
+    assert torch.allclose(program(x, b=b, a=a), Keywords()(x, a=a, b=b))
+
+
+class NoGradInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(x)
+
+
+def test_grad_mode_does_not_leak_out_of_a_graph():
+    graph = qf.export(NoGradInside(), (torch.randn(3, 6),)).module()
+    for twin in (graph, copy.deepcopy(graph)):
+        with torch.no_grad():
+            assert not twin(torch.randn(3, 6)).requires_grad
+            assert not torch.is_grad_enabled()
+        assert twin(torch.randn(3, 6)).requires_grad
+        with pytest.raises(RuntimeError):
+            twin(torch.randn(3, 5))
+        assert torch.is_grad_enabled()
+
+
+def test_a_stock_graph_captured_in_training_mode_converts_to_inference():
+    model = randomize_statistics(ConvNet())
+    stock = torch.export.export(model.train(), (torch.randn(4, 3, 16, 16),)).module()
+    x = torch.randn(4, 3, 16, 16)
+    converted = qf.convert(qf.calibrate(qf.prepare(stock, XNNPACKQuantizer()), [x], progress=False))
+    assert torch.equal(converted(x), converted(x))
+    assert sqnr(model.eval()(x), converted(x)) > 20
+
+
+def test_stock_modules_enter_export():
+    x = torch.randn(4, 3, 16, 16)
+    model = randomize_statistics(ConvNet()).eval()
+    stock = torch.export.export(model, (x,)).module()
+    assert torch.allclose(qf.export(stock, (x,)).module()(x), model(x), atol=1e-6)
+
+
+def test_batch_norm_frozen_by_the_user_stays_frozen_in_training():
+    x = torch.randn(4, 3, 16, 16)
+    graph = qf.export(randomize_statistics(ConvNet()), (x,)).module().freeze_batch_norm()
+    before = graph.stem_bn.running_mean.clone()
+    qf.train(graph, [(x, torch.arange(4))] * 2, progress=False)
+    assert torch.equal(graph.stem_bn.running_mean, before)
+    assert graph.batch_norm_frozen
+
+
+def test_a_calibrated_state_loads_with_its_ranges():
+    x = torch.randn(4, 3, 16, 16)
+    graph = qf.export(randomize_statistics(ConvNet()), (x,)).module().eval()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    loaded = qf.prepare(graph, XNNPACKQuantizer())
+    loaded.load_state_dict(prepared.state_dict())
+    assert torch.equal(qf.convert(loaded)(x), qf.convert(prepared)(x))
+
+
+class CatAfterDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        z, d = self.b(x), F.dropout(self.a(x) * 3, 0.1, self.training)
+        return torch.cat([z, d], 1), self.c(d)
+
+
+def test_concatenation_behind_dropout_shares_one_grid_and_loads():
+    converted = quantize(CatAfterDropout(), IMAGE)
+    for ours, expected in zip(lower(converted, IMAGE)(IMAGE), converted(IMAGE), strict=True):
+        assert sqnr(expected, ours) > 30
+
+
+def test_bounds_survive_a_program_captured_in_training_mode():
+    batch = torch.export.Dim("batch", min=1, max=8)
+    x = torch.randn(4, 3, 16, 16)
+    program = torch.export.export(ConvNet().train(), (x,), dynamic_shapes=({0: batch},))
+    lowered = qf.export(program).to_core_aten().to_edge().to_executorch()
+    assert lowered(x[:1]).shape == (1, 5)
+    assert lowered(torch.cat([x, x])).shape == (8, 5)
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_constants_of_the_trace_are_no_state():
+    model = Constant()
+    graph = qf.export(model, (torch.randn(2, 4),)).module()
+    assert set(graph.state_dict()) == set(model.state_dict())
+    graph.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(graph)
+    assert torch.equal(twin(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    assert set(twin.state_dict()) == set(model.state_dict())
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return torch.cond(x.sum() > 0, lambda y: y + torch.ones(4), lambda y: y - 1, (y,))
+
+
+def test_constants_inside_branches_survive():
+    x = torch.rand(2, 4)
+    model = Branches().eval()
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+    assert torch.allclose(prepared(x), model(x), atol=1e-6)
+
+
+def test_two_inputs_and_a_target():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, a, b):
+            return self.linear(a + b)
+
+    a = torch.randn(2, 4)
+    graph = qf.prepare(qf.export(Two(), (a, a)).module(), XNNPACKQuantizer())
+    for batch in (((a, a), torch.zeros(2)), (a, a), (a, a, torch.zeros(2))):
+        qf.calibrate(graph, [batch], progress=False)
+
+
+def test_quantize_warns_of_what_stays_outside():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(torch.sort(x)[0])
+
+    with pytest.warns(qf.QuantflowWarning, match="sort"):
+        qf.quantize(
+            Sorted(), (torch.randn(1, 8),), [torch.randn(4, 8)], quantizer=XNNPACKQuantizer(INT8), progress=False
+        )
