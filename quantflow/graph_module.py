@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from quantflow import graph_pickle, modes
 from quantflow.aten import argument
+from quantflow.parameters import submodule_at
 
 _SETS_GRAD_MODE = "quantflow_sets_grad_mode"
 
@@ -150,7 +151,7 @@ def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
         entries = {**owner._parameters, **owner._buffers}
         if not entries:
             continue
-        target = _submodule(module, path)
+        target = submodule_at(module, path)
         for name, tensor in entries.items():
             if tensor is None:
                 continue
@@ -158,13 +159,3 @@ def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
                 target.register_parameter(name, tensor)
             else:
                 target.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
-
-
-def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
-    for name in path.split(".") if path else ():
-        child = module._modules.get(name)
-        if child is None:
-            child = torch.nn.Module()
-            module.add_module(name, child)
-        module = child
-    return module

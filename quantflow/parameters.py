@@ -34,19 +34,24 @@ def reads_of(graph: Graph) -> Reads:
 def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
     """Make ``tensor`` the parameter (or buffer) called ``name``, replacing what was there."""
     path, _, leaf = name.rpartition(".")
-    owner: torch.nn.Module = module
-    for part in path.split(".") if path else ():
-        child = owner._modules.get(part)
-        if child is None:
-            child = torch.nn.Module()
-            owner.add_module(part, child)
-        owner = child
+    owner = submodule_at(module, path)
     if hasattr(owner, leaf):
         delattr(owner, leaf)
     if parameter:
         owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     else:
         owner.register_buffer(leaf, tensor)
+
+
+def submodule_at(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The submodule of ``module`` at the dotted ``path``, made where there is none."""
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            child = torch.nn.Module()
+            module.add_module(part, child)
+        module = child
+    return module
 
 
 def unused_name(module: GraphModule, name: str) -> str:

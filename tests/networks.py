@@ -37,6 +37,19 @@ class Structured(nn.Module):
         return {"sum": hidden + y, "parts": (hidden, y * 2)}
 
 
+class NoGradInside(nn.Module):
+    """A backbone that never trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.relu(self.backbone(x))
+        return self.head(x)
+
+
 class SharedConv(nn.Module):
     """One convolution called twice before one batch norm."""
 

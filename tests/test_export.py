@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import ConvNet, Structured, randomize_statistics
+from networks import ConvNet, NoGradInside, Structured, randomize_statistics
 from torch import nn
 
 import quantflow as qf
@@ -82,17 +82,6 @@ def test_capture_under_no_grad_still_quantizes():
     with torch.no_grad():
         graph = qf.export(ConvNet(), (X,)).module()
     assert len(XNNPACKQuantizer().plan(graph).integer) >= 5
-
-
-class NoGradInside(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = torch.relu(self.backbone(x))
-        return self.head(x)
 
 
 def test_regions_without_gradients_are_quantized_and_stay_without():

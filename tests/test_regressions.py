@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import ConvNet, randomize_statistics, sqnr
+from networks import ConvNet, NoGradInside, randomize_statistics, sqnr
 from torch import nn
 from torch.nn import functional as F
 
@@ -152,17 +152,6 @@ def test_keyword_inputs_in_another_order(dynamic_batch):
     assert torch.equal(again.module()(x, a=a, b=b), Keywords()(x, a=a, b=b))
     program = again.to_core_aten().to_edge().to_executorch()
     assert torch.allclose(program(x, b=b, a=a), Keywords()(x, a=a, b=b))
-
-
-class NoGradInside(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = self.backbone(x)
-        return self.head(x)
 
 
 def test_grad_mode_does_not_leak_out_of_a_graph():

@@ -1,5 +1,9 @@
 """The training loop: it learns, freezes on schedule, and says what is wrong."""
 
+import copy
+import shutil
+
+import matplotlib as mpl
 import pytest
 import torch
 from networks import ConvNet
@@ -9,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import quantflow as qf
 from quantizers import XNNPACKQuantizer
 
+mpl.use("Agg")
 Y = torch.arange(32) % 5
 X = torch.randn(32, 3, 16, 16) + torch.randn(5, 3, 1, 1)[Y]
 
@@ -33,6 +38,62 @@ def test_learns(qat):
     assert history.metric == [0.5] * 8
     assert not any(seen)
     assert not trained.training
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_follows_eager():
+    losses = {}
+    start = graph()
+    for compiled in (False, True):
+        trained = copy.deepcopy(start)
+        losses[compiled] = qf.train(trained, loader(), epochs=2, lr=0.01, compile=compiled, progress=False).loss
+        qf.convert(trained)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+def test_mixed_precision_trains():
+    assert qf.train(graph(), loader(), epochs=4, lr=0.05, amp=True, progress=False).loss[-1] < 1.5
+
+
+def test_distillation_pulls_towards_the_teacher():
+    teacher = graph(qat=False).eval()
+    student = qf.prepare(teacher, XNNPACKQuantizer(), qat=True)
+    with torch.no_grad():
+        student.head.weight.add_(torch.randn_like(student.head.weight))
+
+    def gap():
+        return float((student.eval()(X) - teacher(X)).square().mean())
+
+    qf.calibrate(student, [X], progress=False)
+    before = gap()
+    distill = qf.Distillation(teacher, weight=1.0, temperature=2.0)
+    qf.train(student, loader(), epochs=5, lr=0.1, distill=distill, progress=False)
+    assert gap() < 0.5 * before
+
+
+def test_patience_stops_and_the_best_is_kept():
+    figures = iter([0.1, 0.9, 0.2, 0.3, 0.95])
+    weights = []
+
+    def validate(trained):
+        weights.append(trained.head.weight.detach().clone())
+        return next(figures)
+
+    trained = graph()
+    history = qf.train(trained, loader(), epochs=5, lr=0.05, validate=validate, patience=2, progress=False)
+    assert history.metric == [0.1, 0.9, 0.2, 0.3]
+    assert history.best_epoch == 1
+    assert torch.equal(trained.head.weight, weights[1])
+    assert len(history.plot().axes) == 2
+
+
+def test_schedule_is_data():
+    schedule = qf.Schedule(0.1, 0.2, 0.3)
+    assert qf.Schedule.from_json(schedule.to_json()) == schedule
+    with pytest.raises(qf.QuantflowError, match="unknown key"):
+        qf.Schedule.from_json('{"speed": 1}')
+    with pytest.raises(qf.QuantflowError, match="no fraction"):
+        qf.Schedule(freeze_observers=2)
 
 
 def test_freezes_on_schedule():
