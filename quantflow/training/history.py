@@ -27,6 +27,7 @@ class History:
     def plot(self) -> Any:
         """A matplotlib figure of loss and metrics over epochs."""
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
 
         figure, axes = plt.subplots(1, 2 if self.metric else 1, figsize=(10 if self.metric else 5, 3.5), squeeze=False)
         epochs = range(1, len(self.loss) + 1)
@@ -41,5 +42,7 @@ class History:
                 axis.axvline(self.best_epoch + 1, color="grey", linewidth=0.8, label="kept")
             axis.set(xlabel="epoch", ylabel="metric")
             axis.legend()
+        for axis in axes[0]:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.tight_layout()
         return figure
