@@ -4,6 +4,12 @@ import pytest
 import torch
 
 
+def pytest_collectstart(collector):
+    """Data that a test file makes as it is read is the same in every run and every selection of tests."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

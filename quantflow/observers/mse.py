@@ -9,8 +9,8 @@ import torch
 from quantflow.observers.min_max import MinMaxObserver
 from quantflow.qparams import choose_qparams, quantize
 
-_PER_BATCH = 2048
-_BATCHES = 16
+_PER_BATCH = 4096
+_BATCHES = 8
 _SHRINK = torch.linspace(1.0, 0.2, 65)
 
 
@@ -19,7 +19,7 @@ class MSEObserver(MinMaxObserver):
 
     The extremes are exact, over all data; between them and a fifth of them, the two ends are searched, first together and
     then each alone (Choukroun et al. 2019, arXiv:1902.06822, search for it likewise). The sample is a reservoir of
-    batches, at most 16 of 2,048 values each, so that memory does not grow with the data.
+    batches, at most 8 of 4,096 values each, so that memory does not grow with the data; a smaller batch counts whole.
     """
 
     sample: torch.Tensor
@@ -47,10 +47,17 @@ class MSEObserver(MinMaxObserver):
         if place >= _BATCHES:  # reservoir sampling: each batch is as likely to stay as any other
             place = int(torch.randint(self._batches, (), generator=self._random))
         if place < _BATCHES:
-            picked = torch.randint(x.numel(), (_PER_BATCH,), generator=self._random)
-            row = x.detach().reshape(-1)[picked.to(x.device)].float()[None]
+            row = x.detach().reshape(-1)[self._pick(x.numel()).to(x.device)].float()[None]
             self.sample = torch.cat([self.sample[:place], row, self.sample[place + 1 :]])
         return x
+
+    def _pick(self, size: int) -> torch.Tensor:
+        """Which of ``size`` values to keep: all of few, so that no tail is missed; some of many."""
+        if size <= _PER_BATCH:
+            return torch.arange(_PER_BATCH) % size
+        if size <= 16 * _PER_BATCH:
+            return torch.randperm(size, generator=self._random)[:_PER_BATCH]
+        return torch.randint(size, (_PER_BATCH,), generator=self._random)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (float32) and zero point (int32), scalars."""
