@@ -9,8 +9,8 @@ import torch
 from quantflow.observers.min_max import MinMaxObserver
 from quantflow.qparams import choose_qparams, quantize
 
-_PER_BATCH = 4096
-_BATCHES = 8
+_PER_BATCH = 2048
+_BATCHES = 16
 _SHRINK = torch.linspace(1.0, 0.2, 65)
 
 
@@ -19,7 +19,8 @@ class MSEObserver(MinMaxObserver):
 
     The extremes are exact, over all data; between them and a fifth of them, the two ends are searched, first together and
     then each alone (Choukroun et al. 2019, arXiv:1902.06822, search for it likewise). The sample is a reservoir of
-    batches, at most 8 of 4,096 values each, so that memory does not grow with the data; a smaller batch counts whole.
+    batches, at most 16 of 2,048 values each, so that memory does not grow with the data; a smaller batch counts whole, and
+    the extremes always count.
     """
 
     sample: torch.Tensor
@@ -33,7 +34,7 @@ class MSEObserver(MinMaxObserver):
         """Forget what was seen."""
         super().reset()
         self.register_buffer("sample", torch.empty(0, _PER_BATCH, device=self.min_val.device))
-        self._batches = 0
+        self._batches, self._count = 0, 0
         self._random = torch.Generator().manual_seed(0)  # the same data give the same range
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -42,7 +43,7 @@ class MSEObserver(MinMaxObserver):
             return x
         super().forward(x)
         self._found = None
-        self._batches += 1
+        self._batches, self._count = self._batches + 1, self._count + x.numel()
         place = self._batches - 1
         if place >= _BATCHES:  # reservoir sampling: each batch is as likely to stay as any other
             place = int(torch.randint(self._batches, (), generator=self._random))
@@ -69,16 +70,17 @@ class MSEObserver(MinMaxObserver):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._batches, self._found = len(self.sample), None
+        self._batches, self._count, self._found = len(self.sample), max(self.sample.numel(), 1), None
 
     def _search(self) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.sample.flatten()
+        x, ends = self.sample.flatten(), torch.stack([self.min_val, self.max_val])
         shrink = _SHRINK.to(x.device)
         one = torch.ones_like(shrink)
         low, high = self.min_val.clamp(max=0.0), self.max_val.clamp(min=0.0)
         for low_factors, high_factors in ((shrink, shrink), (shrink, one), (one, shrink)):
             lows, highs = low * low_factors, high * high_factors
-            best = self._error(x, lows, highs).argmin()
+            # The two extremes, which the sample is likely to lack, count as what they are: two values of all.
+            best = (self._error(x, lows, highs) + 2 * self._error(ends, lows, highs) / self._count).argmin()
             low, high = lows[best], highs[best]
         return self._qparams(low, high)
 
