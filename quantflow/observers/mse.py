@@ -20,7 +20,7 @@ class MSEObserver(MinMaxObserver):
     The extremes are exact, over all data; between them and a fifth of them, the two ends are searched, first together and
     then each alone (Choukroun et al. 2019, arXiv:1902.06822, search for it likewise). The sample is a reservoir of
     batches, at most 16 of 2,048 values each, so that memory does not grow with the data; a smaller batch counts whole, and
-    the extremes always count.
+    of few data the extremes count besides.
     """
 
     sample: torch.Tensor
@@ -56,7 +56,7 @@ class MSEObserver(MinMaxObserver):
         """Which of ``size`` values to keep: all of few, so that no tail is missed; some of many."""
         if size <= _PER_BATCH:
             return torch.arange(_PER_BATCH) % size
-        if size <= 16 * _PER_BATCH:
+        if size <= 8 * _PER_BATCH:
             return torch.randperm(size, generator=self._random)[:_PER_BATCH]
         return torch.randint(size, (_PER_BATCH,), generator=self._random)
 
@@ -79,8 +79,10 @@ class MSEObserver(MinMaxObserver):
         low, high = self.min_val.clamp(max=0.0), self.max_val.clamp(min=0.0)
         for low_factors, high_factors in ((shrink, shrink), (shrink, one), (one, shrink)):
             lows, highs = low * low_factors, high * high_factors
-            # The two extremes, which the sample is likely to lack, count as what they are: two values of all.
-            best = (self._error(x, lows, highs) + 2 * self._error(ends, lows, highs) / self._count).argmin()
+            error = self._error(x, lows, highs)
+            if self._count <= _PER_BATCH * _BATCHES:  # few data: two values of them that the sample may lack
+                error = error + 2 * self._error(ends, lows, highs) / self._count
+            best = error.argmin()
             low, high = lows[best], highs[best]
         return self._qparams(low, high)
 
