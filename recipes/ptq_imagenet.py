@@ -21,6 +21,7 @@ from scoring import accuracy, agreement, latency_ms, output_folder, score, sqnr,
 from torch.utils.data import DataLoader
 
 import quantflow as qf
+from quantflow.allocator import keep_freed_memory
 from quantizers import XNNPACKQuantizer
 
 
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     start = time.perf_counter()
+    keep_freed_memory()
     folder = output_folder(options.output)
     transform = preprocessing(options.image_size, resize=options.resize)
     calibration = first(labelled_folder(options.calibration, transform), options.calibration_images)
