@@ -95,12 +95,6 @@ def has_argument(node: Node, name: str) -> bool:
     return any(a.name == name for a in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
-def first_tensor(node: Node) -> Node:
-    """The node that feeds the first argument of ``node``."""
-    assert isinstance(node.args[0], Node)
-    return node.args[0]
-
-
 def value(node: Node) -> torch.Tensor | None:
     """The fake tensor that the trace left on ``node``, None where its value is not one tensor."""
     val = node.meta.get("val")
