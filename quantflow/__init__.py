@@ -10,7 +10,9 @@ from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.export import export
 from quantflow.exported import Exported
+from quantflow.fake_quantize import FakeQuantize
 from quantflow.graph_module import TrainableGraphModule
+from quantflow.learned_step_size import LearnedStepSize
 from quantflow.prepare import prepare
 from quantflow.program import Program, load
 from quantflow.quantize import Result, quantize
@@ -23,7 +25,9 @@ __all__ = [
     "CoreAten",
     "Distillation",
     "Exported",
+    "FakeQuantize",
     "History",
+    "LearnedStepSize",
     "Program",
     "QuantflowError",
     "QuantflowWarning",

@@ -54,11 +54,17 @@ class FakeQuantize(FakeQuantizeBase):
         if self.calibrating:
             (self.calibrator or self.activation_post_process)(x.detach())
             return x
-        if self.is_dynamic or (self.training and self.observer_enabled):
+        if self.is_dynamic or (self.training and self.observer_enabled and self._follows_data()):
             self.activation_post_process(x.detach())
             self.update_qparams()
         if not self.fake_quant_enabled:
             return x
+        return self._round(x)
+
+    def _follows_data(self) -> bool:
+        return True
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
         return round_to_grid(x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.ch_axis)
 
     def calibrate(self, calibrating: bool) -> None:
@@ -95,7 +101,8 @@ class FakeQuantize(FakeQuantizeBase):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("scale", "zero_point"):
             if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+                grid = getattr(self, name)
+                grid.data = torch.empty_like(state_dict[prefix + name], device=grid.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

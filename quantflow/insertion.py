@@ -34,19 +34,21 @@ CONTAINER = "quantization"
 ObserverMap = dict[EdgeOrNode, nn.Module]
 
 
-def make_observers(graph_module: GraphModule, *, qat: bool) -> ObserverMap:
-    """One observer (or fake quantizer) for every group of annotated edges and outputs that share one."""
+def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] | None) -> ObserverMap:
+    """One observer (or ``fake_quantize``, where given) for every group of annotated edges and outputs that share one."""
     made: ObserverMap = {}
     groups = sharing_groups(graph_module.graph)
     derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
     for group in [g for g in groups if not isinstance(g.spec, DerivedQuantizationSpec)] + derived:
         weight = all(isinstance(m, tuple) and is_constant(m[0]) for m in group.members)
-        observer = _make_observer(group.spec, made, qat=qat, weight=weight)
+        observer = _make_observer(group.spec, made, fake_quantize, weight=weight)
         made.update(dict.fromkeys(group.members, observer))
     return made
 
 
-def _make_observer(spec: QuantizationSpecBase, made: ObserverMap, *, qat: bool, weight: bool) -> nn.Module:
+def _make_observer(
+    spec: QuantizationSpecBase, made: ObserverMap, fake_quantize: type[FakeQuantize] | None, *, weight: bool
+) -> nn.Module:
     if isinstance(spec, DerivedQuantizationSpec):
         names = ("derive_qparams_fn", "dtype", "quant_min", "quant_max", "qscheme", "ch_axis")
         sources = [made[key] for key in spec.derived_from]
@@ -54,13 +56,14 @@ def _make_observer(spec: QuantizationSpecBase, made: ObserverMap, *, qat: bool, 
     if isinstance(spec, FixedQParamsQuantizationSpec):
         arguments = {f.name: getattr(spec, f.name) for f in fields(spec)}
         make = FixedQParamsObserver.with_args(**arguments)
-        return FixedQParamsFakeQuantize(observer=make) if qat else make()
+        return make() if fake_quantize is None else FixedQParamsFakeQuantize(observer=make)
     assert isinstance(spec, QuantizationSpec), f"unknown kind of quantization spec: {spec}"
     observer = _construct(spec)
-    if not qat or not isinstance(observer, Observer):
+    if fake_quantize is None or not isinstance(observer, Observer):
         return observer
-    calibrator = None if weight or observer.is_dynamic else observer
-    return FakeQuantize(for_training(observer, weight=weight), calibrator)
+    if observer.is_dynamic:  # its grid is each input's own
+        return FakeQuantize(for_training(observer, weight=weight))
+    return fake_quantize(for_training(observer, weight=weight), None if weight else observer)
 
 
 def _construct(spec: QuantizationSpec) -> nn.Module:

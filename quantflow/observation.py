@@ -9,6 +9,8 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import fake_quantize as pt2e_fake_quantize
 from torchao.quantization.pt2e import observer as pt2e_observer
 
+from quantflow.fake_quantize import FakeQuantize
+
 _OBSERVERS = (
     pt2e_observer.ObserverBase,
     pt2e_observer.AffineQuantizedObserverBase,
@@ -72,7 +74,10 @@ def saw_no_number(observer: nn.Module) -> bool:
 
 def qparams_of(observer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point to convert with: those that training used, where there was training."""
-    if is_fake_quantizer(observer) and isinstance(getattr(observer, "scale", None), torch.Tensor):
+    theirs = is_fake_quantizer(observer) and not isinstance(observer, FakeQuantize)
+    if theirs and isinstance(
+        getattr(observer, "scale", None), torch.Tensor
+    ):  # they would compute it anew, by another rule
         return observer.scale.detach(), observer.zero_point.detach()
     scale, zero_point = observer.calculate_qparams()
     return scale.detach(), zero_point.detach()

@@ -23,7 +23,9 @@ from quantflow.observers import Observer
 from quantflow.parameters import is_constant, tensor_of
 
 
-def prepare(graph: GraphModule, quantizer: Quantizer, *, qat: bool = False) -> TrainableGraphModule:
+def prepare(
+    graph: GraphModule, quantizer: Quantizer, *, qat: bool = False, fake_quantize: type[FakeQuantize] = FakeQuantize
+) -> TrainableGraphModule:
     """Annotate ``graph`` and insert what its annotations ask for.
 
     For PTQ, batch norm is folded into the layer before it and observers are inserted; calibrate the result. For QAT, batch
@@ -34,6 +36,8 @@ def prepare(graph: GraphModule, quantizer: Quantizer, *, qat: bool = False) -> T
         graph: What ``Exported.module()`` returned, or any pre-dispatch ATen ``GraphModule``. It is left as it was.
         quantizer: Any torchao pt2e ``Quantizer``.
         qat: Prepare for training.
+        fake_quantize: How training rounds: :class:`FakeQuantize`, whose ranges follow the data, or
+            :class:`LearnedStepSize`, whose scales are trained.
 
     Raises:
         QuantflowError: at stage ``"prepare"``, when ``graph`` is no captured graph or nothing in it was quantized.
@@ -48,7 +52,7 @@ def prepare(graph: GraphModule, quantizer: Quantizer, *, qat: bool = False) -> T
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
-    observers = make_observers(prepared, qat=qat)
+    observers = make_observers(prepared, fake_quantize if qat else None)
     if not observers:
         raise QuantflowError(
             "prepare",

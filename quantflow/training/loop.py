@@ -19,6 +19,7 @@ from quantflow.convert import convert
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.graph_module import TrainableGraphModule
+from quantflow.learned_step_size import LearnedStepSize
 from quantflow.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
@@ -111,7 +112,7 @@ def train(
         run.restore(*found)
         run.history.resumed_at.append(run.step)
 
-    parallel = _in_parallel(graph, target_device)
+    parallel = _in_parallel(graph, target_device, schedule)
     forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
     autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
     synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
@@ -171,12 +172,16 @@ def _check(graph: TrainableGraphModule) -> None:
         raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
 
 
-def _in_parallel(graph: TrainableGraphModule, device: torch.device) -> nn.Module:
+def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Schedule) -> nn.Module:
     """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
     if distributed.world_size() == 1:
         return graph
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(graph, device_ids=devices, broadcast_buffers=False)
+    # A learned scale has no gradient before rounding begins.
+    idle = schedule.fake_quantize > 0 and any(isinstance(m, LearnedStepSize) for m in graph.modules())
+    return nn.parallel.DistributedDataParallel(
+        graph, device_ids=devices, broadcast_buffers=False, find_unused_parameters=idle
+    )
 
 
 def _epoch(
