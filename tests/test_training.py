@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantflow as qf
+from quantflow.training.features import tapped
 from quantizers import XNNPACKQuantizer
 
 mpl.use("Agg")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 Y = torch.arange(32) % 5
 X = torch.randn(32, 3, 16, 16) + torch.randn(5, 3, 1, 1)[Y]
 
@@ -40,7 +42,7 @@ def test_learns(qat):
     assert not trained.training
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_training_follows_eager():
     losses = {}
     start = graph()
@@ -70,6 +72,40 @@ def test_distillation_pulls_towards_the_teacher():
     distill = qf.Distillation(teacher, weight=1.0, temperature=2.0)
     qf.train(student, loader(), epochs=12, lr=0.03, distill=distill, progress=False)
     assert gap() < 0.5 * before
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_features_are_drawn_to_the_teachers(compiled):
+    teacher = graph(qat=False).eval()
+    student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
+    with torch.no_grad():
+        student.depthwise_bn.weight.mul_(0.5)
+    codes = teacher.code, student.code
+    layers = ("depthwise_bn", "head")  # what follows the first writes into its output
+
+    def gap():
+        with tapped(student.eval(), layers) as ours, tapped(teacher, layers) as theirs, torch.no_grad():
+            student(X), teacher(X)
+            return sum(float((a.take() - b.take()).square().mean()) for a, b in zip(ours, theirs, strict=True))
+
+    before = gap()
+    distill = qf.Distillation(teacher, weight=0.0, features=layers, feature_weight=5.0)
+    # Without any target's pull, only the features teach.
+    zero = lambda output, target: (output * 0).sum()  # noqa: E731
+    options = {"loss": zero, "schedule": qf.Schedule(freeze_batch_norm=0.0), "ema": 0.5, "compile": compiled}
+    qf.train(student, loader(), epochs=6, lr=0.03, distill=distill, **options, progress=False)
+    assert gap() < 0.5 * before
+    assert (teacher.code, student.code) == codes
+    qf.convert(student)
+
+
+@pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to tap"), (None, "no layer 'nowhere'")])
+def test_features_that_are_not_there(teacher, words):
+    student = graph()
+    distill = qf.Distillation(teacher or graph(qat=False), features=("head",) if teacher else ("nowhere",))
+    with pytest.raises(qf.QuantflowError, match=words):
+        qf.train(student, loader(), distill=distill, progress=False)
+    assert "taps" not in student.code
 
 
 def test_patience_stops_and_the_best_is_kept():

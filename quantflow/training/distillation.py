@@ -1,37 +1,67 @@
-"""Learning from the float model's outputs."""
+"""Learning from the float model's outputs, and from what flows inside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from quantflow.graph_module import TrainableGraphModule
+from quantflow.training.features import Tap, tapped
+
+# Of the task's loss, the output, and the inputs of a batch.
+MixedLoss = Callable[[torch.Tensor, Any, tuple, dict[str, Any]], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Distillation:
     """Draws the outputs of the graph towards those of a teacher (Hinton et al. 2015, arXiv:1503.02531).
 
-    The loss becomes ``(1 - weight)·loss(output, target) + weight·T²·KL(teacher/T ‖ output/T)``.
+    The loss becomes ``(1 - weight)·loss(output, target) + weight·T²·KL(teacher/T ‖ output/T)``, and for each layer of
+    ``features``, besides, ``feature_weight·‖layer - teacher's‖² / ‖teacher's‖²`` (after FitNets, Romero et al. 2015,
+    arXiv:1412.6550; relative, so that layers of any size count alike).
 
     Attributes:
-        teacher: The float model in inference mode, called with the same inputs, without gradients.
+        teacher: The float model in inference mode, called with the same inputs, without gradients. For ``features`` it is a
+            captured graph.
         weight: Share of the teacher, 0 to 1.
         temperature: T, by which logits are divided.
         logits: Picks the logits, [batch, classes], out of an output; by default the output itself.
+        features: Layers whose outputs are to be the teacher's, by their dotted names in the eager model.
+        feature_weight: What one of them counts.
     """
 
     teacher: Callable[..., Any]
     weight: float = 0.9
     temperature: float = 4.0
     logits: Callable[[Any], torch.Tensor] = lambda output: output
+    features: tuple[str, ...] = ()
+    feature_weight: float = 1.0
 
-    def loss(self, task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The mixed loss for a batch."""
+    @contextlib.contextmanager
+    def attached(self, graph: TrainableGraphModule) -> Iterator[MixedLoss]:
+        """While active, ``graph`` and the teacher show their features to the loss that this gives."""
+        with tapped(graph, self.features) as ours, tapped(self.teacher, self.features) as theirs:  # type: ignore[arg-type]
+
+            def mixed(task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+                return self._loss(task_loss, output, args, kwargs, list(zip(ours, theirs, strict=True)))
+
+            yield mixed
+
+    def _loss(
+        self, task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any], taps: list[tuple[Tap, Tap]]
+    ) -> torch.Tensor:
         with torch.no_grad():
             teacher = self.logits(self.teacher(*args, **kwargs)) / self.temperature
         student = F.log_softmax(self.logits(output) / self.temperature, dim=-1)
         divergence = F.kl_div(student, F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True)
-        return (1 - self.weight) * task_loss + self.weight * self.temperature**2 * divergence
+        total = (1 - self.weight) * task_loss + self.weight * self.temperature**2 * divergence
+        for ours, theirs in taps:
+            wanted = theirs.take()
+            size = wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)
+            total = total + self.feature_weight * (ours.take() - wanted).square().sum() / size
+        return total

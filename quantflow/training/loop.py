@@ -22,7 +22,7 @@ from quantflow.graph_module import TrainableGraphModule
 from quantflow.learned_step_size import LearnedStepSize
 from quantflow.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.training.checkpoint import Checkpoints
-from quantflow.training.distillation import Distillation
+from quantflow.training.distillation import Distillation, MixedLoss
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.schedule import Schedule
@@ -112,8 +112,6 @@ def train(
         run.restore(*found)
         run.history.resumed_at.append(run.step)
 
-    parallel = _in_parallel(graph, target_device, schedule)
-    forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
     autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
     synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
     frozen = graph.batch_norm_frozen
@@ -128,14 +126,19 @@ def train(
 
     total = steps_per_epoch * epochs if steps_per_epoch else None
     try:
-        with tqdm(
-            desc="train",
-            total=total,
-            initial=run.step,
-            unit="step",
-            disable=not progress or distributed.rank() > 0,
-            leave=False,
-        ) as bar:
+        with (
+            distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed,
+            tqdm(
+                desc="train",
+                total=total,
+                initial=run.step,
+                unit="step",
+                disable=not progress or distributed.rank() > 0,
+                leave=False,
+            ) as bar,
+        ):
+            parallel = _in_parallel(graph, target_device, schedule)
+            forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
             while run.epoch < epochs and not _exhausted(run, patience):
                 graph.train()
                 switched = None
@@ -145,7 +148,7 @@ def train(
                         schedule.apply(graph, at, frozen=frozen)
                         switched = schedule.state(at)
                     with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp), synchronized:
-                        value = _loss(forward, batch, loss, distill, run.batch)
+                        value = _loss(forward, batch, loss, mixed, run.batch)
                     _update(run, value, clip_norm)
                     bar.update()
                     if checkpoints is not None and run.step % checkpoints.every == 0:
@@ -218,15 +221,13 @@ def _epoch(
         raise QuantflowError("train", reason, node="data", remedy=remedy)
 
 
-def _loss(
-    forward: Callable[..., Any], batch: Batch, loss: Loss, distill: Distillation | None, index: int
-) -> torch.Tensor:
+def _loss(forward: Callable[..., Any], batch: Batch, loss: Loss, mixed: MixedLoss | None, index: int) -> torch.Tensor:
     if batch.target is None:
         remedy = "give (inputs, target) batches"
         raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
     output = forward(*batch.args, **batch.kwargs)
     value = loss(output, batch.target)
-    return value if distill is None else distill.loss(value, output, batch.args, batch.kwargs)
+    return value if mixed is None else mixed(value, output, batch.args, batch.kwargs)
 
 
 def _update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> None:

@@ -1,0 +1,82 @@
+"""What flows inside a captured graph, layer by layer, seen while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from quantflow.aten import is_float_tensor, is_inplace
+from quantflow.errors import QuantflowError
+from quantflow.graph_module import TrainableGraphModule
+
+
+class Tap(nn.Module):
+    """Keeps the tensor that passes, with its gradient, until it is taken."""
+
+    def __init__(self, *, overwritten: bool) -> None:
+        super().__init__()
+        self.overwritten = overwritten
+        self.value: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.value = x.clone() if self.overwritten else x  # what comes next may write into it
+        return x
+
+    def take(self) -> torch.Tensor:
+        """What passed last."""
+        value, self.value = self.value, None
+        assert value is not None, "the graph has not run"
+        return value
+
+
+@contextlib.contextmanager
+def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
+    """Taps on the outputs of ``layers`` (dotted names of the eager model), removed at the end.
+
+    Raises:
+        QuantflowError: at stage ``"train"``, when ``graph`` is no captured graph or has no such layer.
+    """
+    if not layers:
+        yield []
+        return
+    if not isinstance(graph, TrainableGraphModule):
+        reason, remedy = f"{type(graph).__name__} has no nodes to tap", "use qf.export(model, args).module()"
+        raise QuantflowError("train", reason, node="features", remedy=remedy)
+    outputs = [_output_of(graph, layer) for layer in layers]
+    taps, calls = [], []
+    for index, node in enumerate(outputs):
+        tap = Tap(overwritten=any(is_inplace(user) for user in node.users))
+        graph.add_submodule(f"taps.{index}", tap)
+        with graph.graph.inserting_after(node):
+            calls.append(graph.graph.call_module(f"taps.{index}", (node,)))
+        taps.append(tap)
+    graph.recompile()
+    try:
+        yield taps
+    finally:
+        for call in calls:
+            graph.graph.erase_node(call)
+        graph.delete_submodule("taps")
+        graph.recompile()
+
+
+def _output_of(graph: TrainableGraphModule, layer: str) -> Node:
+    """The last tensor computed in ``layer``."""
+    found: Node | None = None
+    names: set[str] = set()
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {re.sub(r"@\d+$", "", name) for name, _ in stack.values()}
+        names |= inside
+        if layer in inside and is_float_tensor(node):
+            found = node
+    if found is None:
+        near = sorted(n for n in names if n.startswith(layer.split(".")[0]))[:4]
+        remedy = f"the dotted name of a layer, as {', '.join(near or sorted(names)[:4])}"
+        raise QuantflowError("train", f"no layer {layer!r} in the graph", node="features", remedy=remedy)
+    return found
