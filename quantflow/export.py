@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from quantflow import modes, provenance
 from quantflow.aten import layer
 from quantflow.errors import QuantflowError
-from quantflow.exported import Exported
+from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph_module import TrainableGraphModule
+from quantflow.inference_only import captured_as_inference
 from quantflow.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -84,7 +85,8 @@ def export(
     modes.mark_switched(program.graph)
     _mark_cumulative_averages(model, program)
     provenance.shorten(program.graph)
-    return Exported(program, training)
+    inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
+    return Exported(program, training, inherited)
 
 
 def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -10,6 +10,8 @@ from quantflow.core_aten import CoreAten, lower_to_core_aten
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.signature import Signature
 
+INFERENCE_ONLY = "quantflow_inference_only"  # GraphModule.meta: Exported.inference_only of the capture
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -18,10 +20,13 @@ class Exported:
     Attributes:
         program: The ``torch.export.ExportedProgram``, in inference mode.
         training: The mode that the model was in when it was captured, and that :meth:`module` starts in.
+        inference_only: Layers that behave otherwise in training in ways that no node shows (stochastic depth, auxiliary
+            heads): the graph has them as in inference, in both modes. :func:`quantflow.train` warns of them.
     """
 
     program: ExportedProgram
     training: bool = False
+    inference_only: tuple[str, ...] = ()
 
     @property
     def signature(self) -> Signature:
@@ -32,6 +37,7 @@ class Exported:
         """The graph as a module of its own: to call, to train, to quantize. Its parameters are copies."""
         module = TrainableGraphModule.from_program(self.program)
         module.meta["quantflow_signature"] = self.signature
+        module.meta[INFERENCE_ONLY] = self.inference_only
         return module.train(self.training)
 
     def to_core_aten(self) -> CoreAten:

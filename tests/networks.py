@@ -87,6 +87,41 @@ class ConvTwoUsers(nn.Module):
         return self.bn(y) + y
 
 
+class Residual(nn.Module):
+    """Two branches that meet before their activation, the skip through a batch norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4, momentum=0.7)
+        self.skip, self.skip_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, eps=1e-1)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)) + self.skip_bn(self.skip(x)))
+
+
+class Concatenated(nn.Module):
+    """Branches of different depth, joined, normed after the join."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.left_bn = nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+        self.right, self.bn = nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return F.relu6(self.bn(torch.cat([self.left_bn(self.left(x)), self.right(x)], 1)))
+
+
+class SharedNorm(nn.Module):
+    """Two convolutions before one batch norm, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.second(torch.relu(self.bn(self.first(x)))))
+
+
 def sequential(*layers):
     return nn.Sequential(*layers)
 
@@ -112,6 +147,27 @@ def norm_networks():
         "linear_bn": (sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()), torch.randn(8, 4)),
         "linear_3d_bn": (sequential(nn.Linear(5, 6), nn.BatchNorm1d(4)), torch.randn(8, 4, 5)),
         "bn_alone": (sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3)), image),
+        "conv_bn_relu6_inplace": (sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)), image),
+        "conv_strided_dilated_bn": (
+            sequential(nn.Conv2d(4, 6, 3, stride=2, dilation=2, padding=1), nn.BatchNorm2d(6)),
+            image,
+        ),
+        "conv_reflect_bn": (
+            sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(6)),
+            image,
+        ),
+        "grouped_bn": (sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, eps=1e-8)), image),
+        "conv1d_depthwise_bn": (sequential(nn.Conv1d(4, 4, 5, groups=4), nn.BatchNorm1d(4, momentum=0.01)), line),
+        "transposed1d_bn": (sequential(nn.ConvTranspose1d(4, 6, 3, bias=False), nn.BatchNorm1d(6)), line),
+        "linear_no_bias_bn": (sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, eps=1.0)), torch.randn(8, 4)),
+        "pre_activation": (
+            sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)),
+            image,
+        ),
+        "conv_bn_bn": (sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)), image),
+        "residual": (Residual(), image),
+        "concatenated": (Concatenated(), image),
+        "shared_norm": (SharedNorm(), image),
         "shared_conv": (SharedConv(), image),
         "shared_conv_two_norms": (SharedConvTwoNorms(), image),
         "conv_two_users": (ConvTwoUsers(), image),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from networks import ConvNet
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.ops import StochasticDepth
 
 import quantflow as qf
 from quantflow.training.features import tapped
@@ -74,8 +76,7 @@ def test_distillation_pulls_towards_the_teacher():
     assert gap() < 0.5 * before
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_features_are_drawn_to_the_teachers(compiled):
+def test_features_are_drawn_to_the_teachers():
     teacher = graph(qat=False).eval()
     student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_features_are_drawn_to_the_teachers(compiled):
     distill = qf.Distillation(teacher, weight=0.0, features=layers, feature_weight=5.0)
     # Without any target's pull, only the features teach.
     zero = lambda output, target: (output * 0).sum()  # noqa: E731
-    options = {"loss": zero, "schedule": qf.Schedule(freeze_batch_norm=0.0), "ema": 0.5, "compile": compiled}
+    options = {"loss": zero, "schedule": qf.Schedule(freeze_batch_norm=0.0), "ema": 0.5}
     qf.train(student, loader(), epochs=6, lr=0.03, distill=distill, **options, progress=False)
     assert gap() < 0.5 * before
     assert (teacher.code, student.code) == codes
@@ -171,6 +172,29 @@ def test_bad_data(data, words):
     with pytest.raises(qf.QuantflowError, match=words) as caught:
         qf.train(graph(qat=False), data, progress=False)
     assert caught.value.stage == "train"
+
+
+class DropsItsBranch(nn.Module):
+    """Stochastic depth, an auxiliary head, and dropout of a kind that nodes do hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
+        self.depth, self.off = StochasticDepth(0.2, "row"), StochasticDepth(0.0, "row")
+
+    def forward(self, x):
+        x = F.dropout(x + self.off(self.depth(self.stem(x))), 0.1, training=self.training)
+        return self.head(x)
+
+
+def test_layers_that_train_as_in_inference_are_named():
+    exported = qf.export(DropsItsBranch(), (torch.randn(8, 4),))
+    assert exported.inference_only == ("depth (StochasticDepth)",)
+    again = qf.export(exported.module(), (torch.randn(8, 4),)).module()
+    batch = (torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+    with pytest.warns(qf.QuantflowWarning, match=r"depth \(StochasticDepth\)"):
+        qf.train(qf.prepare(again, XNNPACKQuantizer(), qat=True), [batch], progress=False)
+    assert qf.export(ConvNet(), (X[:2],)).inference_only == ()
 
 
 def test_an_eager_model_is_refused():

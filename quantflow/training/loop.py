@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from quantflow import distributed
 from quantflow.batches import Batch, PickInputs, batches
 from quantflow.convert import convert
-from quantflow.errors import QuantflowError
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.exported import INFERENCE_ONLY
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.learned_step_size import LearnedStepSize
@@ -173,6 +175,11 @@ def _check(graph: TrainableGraphModule) -> None:
     if not any(p.requires_grad for p in graph.parameters()) or is_converted(graph):
         remedy = "train before qf.convert: qf.prepare(graph, quantizer, qat=True), qf.train, qf.convert"
         raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
+    if lost := graph.meta.get(INFERENCE_ONLY):
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        reason = "trained as in inference: what these layers do in training besides is not in the graph"
+        remedy = "nothing, if a few epochs of QAT do without; else train such layers in eager mode first"
+        warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
 
 
 def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Schedule) -> nn.Module:

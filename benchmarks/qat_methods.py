@@ -1,0 +1,114 @@
+"""What distillation and learned step size bring: PTQ and four ways of QAT at equal steps, over several seeds.
+
+    python benchmarks/qat_methods.py                    # MobileNetV2 on handwritten digits, three seeds, W4A8 and W8A8
+
+For each seed one float model is trained; every method starts from it, with the same calibration, steps and order of data.
+Accuracy, cross-entropy and agreement with float are of the converted graph (simulated) on the held-out images. Writes JSON
+and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import models
+from tqdm import tqdm
+
+import quantflow as qf
+from quantflow.allocator import keep_freed_memory
+from quantizers import INT8, W4A8, Scheme, XNNPACKQuantizer
+
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+from image_data import digits, first
+from scoring import accuracy, agreement, score
+
+SCHEMES = {"W8A8": INT8, "W4A8": W4A8}
+METHODS = ("PTQ", "QAT", "QAT + distillation", "QAT + features", "QAT + LSQ")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--float-epochs", type=int, default=9)
+    parser.add_argument("--epochs", type=int, default=3, help="of QAT, for each method")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_methods.json"))
+    return parser.parse_args()
+
+
+def quantized(
+    method: str,
+    scheme: Scheme,
+    teacher: qf.TrainableGraphModule,
+    data: DataLoader,
+    calibration: DataLoader,
+    epochs: int,
+) -> torch.nn.Module:
+    """The converted graph that ``method`` makes of ``teacher``."""
+    fake_quantize = qf.LearnedStepSize if method == "QAT + LSQ" else qf.FakeQuantize
+    graph = qf.prepare(teacher, XNNPACKQuantizer(scheme), qat=method != "PTQ", fake_quantize=fake_quantize)
+    qf.calibrate(graph, calibration, progress=False)
+    distill = {
+        "QAT + distillation": qf.Distillation(teacher, weight=0.5),
+        "QAT + features": qf.Distillation(teacher, weight=0.5, features=("features.6", "features.13", "features.18")),
+    }.get(method)
+    if method != "PTQ":
+        qf.train(graph, data, epochs=epochs, lr=0.005, distill=distill)
+    return qf.convert(graph)
+
+
+def main() -> None:
+    options = parse_arguments()
+    keep_freed_memory()
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in tqdm(range(options.seeds), desc="seeds"):
+        torch.manual_seed(seed)
+        data = digits(options.image_size, seed)
+        loader = DataLoader(data.train, 32, shuffle=True, drop_last=True, generator=torch.Generator())
+        model = models.get_model("mobilenet_v2", num_classes=data.classes)
+        example = (torch.zeros(1, 3, options.image_size, options.image_size),)
+        teacher = qf.export(model, example, dynamic_batch=True).module()
+        optimizer = torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        steps = options.float_epochs * len(loader)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+        qf.train(teacher, loader, epochs=options.float_epochs, optimizer=optimizer, scheduler=scheduler, seed=seed)
+        calibration = DataLoader(first(data.train, 256), 32)
+        graphs: dict[str, torch.nn.Module] = {"float": teacher}
+        for name in tqdm(options.schemes, desc="schemes", leave=False):
+            for method in tqdm(METHODS, desc=name, leave=False):
+                scheme = SCHEMES[name]
+                graphs[f"{name} {method}"] = quantized(method, scheme, teacher, loader, calibration, options.epochs)
+        outputs, targets = score(graphs, data.held_out, 50)
+        for name, output in outputs.items():
+            row = {
+                "accuracy": accuracy(output, targets),
+                "cross_entropy": float(F.cross_entropy(output, targets)),
+                "agreement": agreement(output, outputs["float"]),
+            }
+            rows.setdefault(name, []).append(row)
+        report(options, rows)
+
+
+def report(options: argparse.Namespace, rows: dict[str, list[dict[str, float]]]) -> None:
+    print(f"\n{'':<26}{'accuracy: mean (each seed)':<40}{'cross-entropy':>14}{'agreement':>11}")
+    for name, seeds in rows.items():
+        mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0]}
+        each = f"{mean['accuracy']:.4f} ({', '.join(format(s['accuracy'], '.4f') for s in seeds)})"
+        print(f"{name:<26}{each:<40}{mean['cross_entropy']:>14.4f}{mean['agreement']:>11.4f}")
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    settings = {k: v for k, v in vars(options).items() if k != "output"}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
