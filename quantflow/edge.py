@@ -65,12 +65,16 @@ def lower_to_edge(core: CoreAten, delegate: Any) -> Edge:
     """Lower ``core`` to the edge dialect and partition it for ``delegate``."""
     from executorch import exir
 
-    partitioners = delegates.partitioners(delegate)
+    backend = delegates.resolve(delegate)
+    partitioners = backend.partitioners()
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
     try:
         if partitioners:
             manager = exir.to_edge_transform_and_lower(
-                core.source, partitioner=partitioners, constant_methods=constant_methods
+                core.source,
+                transform_passes=backend.passes() or None,
+                partitioner=partitioners,
+                constant_methods=constant_methods,
             )
         else:
             manager = exir.to_edge(core.program, constant_methods=constant_methods)

@@ -1,0 +1,210 @@
+"""The partitioner that admits to XNNPACK every operator that it runs in int8, and none that it would run wrongly.
+
+executorch's own configurations keep most int8 kernels for float and accept nodes that the delegate then refuses to load.
+Each class here widens or guards one of them. Where a guard says no, the node runs in float between two conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
+from executorch.backends.xnnpack.partition.config.node_configs import PreluConfig
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
+from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.partitioner import Partition
+from torch.fx.passes.infra.pass_base import PassResult
+
+
+class _Integer(generic.GenericNodePartitionerConfig):
+    """Also in int8, where dequantizes feed the node, a quantize follows it, and :meth:`runs` agrees."""
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
+        """Whether the int8 kernel takes ``node`` between the dequantizes ``inputs`` and the quantize ``output``."""
+        return True
+
+    def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
+        users = list(node.users)
+        quantized = len(users) == 1 and is_quant(users[0]) and all(map(is_dequant, node.all_input_nodes))
+        if quantized and not self.runs(node, node.all_input_nodes, users[0]):
+            return [node]
+        return super().get_node_and_deps(node, ep)
+
+
+class _SameGrid(_Integer):
+    """Operators that move integers about: input and output must lie on one grid."""
+
+    def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
+        return all(i.args[1:3] == output.args[1:3] for i in inputs)
+
+
+class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
+    """The kernel multiplies in fixed point with 8 fractional bits; beyond them it is wrong without a word."""
+
+    def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
+        slope: Any = node.args[1] if len(node.args) > 1 else 0.01
+        ratio: Any = inputs[0].args[1] / output.args[1]  # type: ignore[operator]
+        return 2**-8 <= ratio <= 2**7 and 2**-8 <= abs(ratio * slope) <= 127
+
+
+class _Elu(_Integer, generic.EluConfig):
+    """The delegate drops ``scale`` and ``input_scale`` (SELU has them)."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        scales = [*node.args[2:4], 1, 1][:2]
+        return super().check_constraints(node, ep) and all(scale == 1 for scale in scales)
+
+
+class _BatchedMatmul(_Integer, generic.BMMConfig):
+    """The kernel knows no zero point in the second operand."""
+
+    def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
+        return node.args[1].args[2] == 0  # type: ignore[union-attr]
+
+
+class _Prelu(_Integer, PreluConfig):
+    """With a quantized slope in int8. Of another rank than 4, a pass of the delegate fails, in float too."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        given: Any = node.args[0]
+        if given.meta["val"].dim() != 4:
+            return False
+        if is_dequant(node.args[1]):  # type: ignore[arg-type]
+            return self.check_common_constraints(node, ep)
+        return PreluConfig.check_constraints(self, node, ep)
+
+    def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
+        if is_dequant(node.args[1]):  # type: ignore[arg-type]
+            return _Integer.get_node_and_deps(self, node, ep)
+        return PreluConfig.get_node_and_deps(self, node, ep)
+
+
+def _widened(
+    base: type[XNNPartitionerConfig], kind: type[generic.GenericNodePartitionerConfig]
+) -> type[XNNPartitionerConfig]:
+    return type(f"{kind.__name__.strip('_')}{base.__name__}", (kind, base), {})
+
+
+# Elementwise operators whose int8 kernels (tables, most of them) executorch keeps for float.
+_ELEMENTWISE = (
+    generic.AbsConfig,
+    generic.DivConfig,
+    generic.ExpConfig,
+    generic.GeluConfig,
+    generic.HardswishConfig,
+    generic.MaximumConfig,
+    generic.MinimumConfig,
+    generic.NegConfig,
+    generic.SigmoidConfig,
+    generic.SquareRootConfig,
+    generic.TanhConfig,
+)
+_MOVING = (
+    generic.CatConfig,
+    generic.ConstantPadConfig,
+    generic.MaxPool2dConfig,
+    generic.PermuteConfig,
+    generic.SliceCopyConfig,
+    generic.UnsqueezeCopyConfig,
+    generic.ViewCopyConfig,
+)
+_OURS = (
+    *(_widened(base, _Integer) for base in _ELEMENTWISE),
+    *(_widened(base, _SameGrid) for base in _MOVING),
+    _LeakyReLU,
+    _Elu,
+    _BatchedMatmul,
+    _Prelu,
+)
+_TARGETS = {config.target_name for config in _OURS}
+CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
+
+
+class Int8Partitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner with these configurations, and as few delegate calls as the order of the graph allows.
+
+    Args:
+        refused: Names of edge nodes to leave out.
+        one_by_one: A partition for every operator, to find out which of them the delegate refuses.
+    """
+
+    def __init__(self, refused: frozenset[str] = frozenset(), *, one_by_one: bool = False) -> None:
+        super().__init__(configs=list(CONFIGS))
+        self.one_by_one = one_by_one
+        for config in self.target_partitioner_configs.values():
+            config.check_constraints = _unless(refused, config.check_constraints)  # type: ignore[method-assign]
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """Whatever can be called together is one partition."""
+        if self.one_by_one:
+            return self._operators(ep)
+        delegated = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
+        partitions: dict[int, list[Node]] = {}
+        for node, stage in stages(ep.graph, delegated).items():
+            if node in delegated:
+                partitions.setdefault(stage, []).append(node)
+        return [Partition(id=i, nodes=dict.fromkeys(nodes)) for i, nodes in enumerate(partitions.values())]
+
+    def _operators(self, ep: ExportedProgram) -> list[Partition]:
+        taken: set[Node] = set()
+        partitions = []
+        for node in ep.graph.nodes:
+            config = self.target_partitioner_configs.get(_target_name(node))
+            if config is None or is_quant(node) or is_dequant(node) or not config.check_constraints(node, ep):
+                continue
+            nodes = [n for n in config.get_partition(node, ep) if n not in taken]
+            taken.update(nodes)
+            partitions.append(Partition(id=len(partitions), nodes=dict.fromkeys(nodes)))
+        return partitions
+
+
+def stages(graph: Graph, delegated: set[Node]) -> dict[Node, int]:
+    """For each node, how many times the program has gone from a delegate to portable kernels and back before it.
+
+    Delegated nodes of one stage can run in one call: no path between two of them leaves the delegate. A dequantize belongs
+    to the node that it feeds, and so does a constant (to the first, where there are several: it is copied to the others).
+    """
+    found: dict[Node, int] = {}
+    for node in graph.nodes:
+        stage = max((found[given] for given in node.all_input_nodes), default=0)
+        # Even within delegates, odd between them.
+        found[node] = stage + (stage % 2 == (node in delegated)) if node.op == "call_function" else stage
+    for node in reversed(graph.nodes):
+        if node in delegated and (node.op == "placeholder" or is_dequant(node)):
+            found[node] = min((found[user] for user in node.users if user in delegated), default=found[node])
+    return found
+
+
+def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:
+    return lambda node, ep: node.name not in refused and check(node, ep)
+
+
+def _target_name(node: Node) -> str:
+    return format_target_name(node.target.__name__) if node.op == "call_function" else ""  # type: ignore[union-attr]
+
+
+def one_dequantize_per_user(module: GraphModule) -> PassResult:
+    """Give every user a dequantize of its own.
+
+    Decompositions make users that share one, and the delegate then confuses the memory layouts of float and int8 readers:
+    it fails to run, or with equal dimensions gives wrong numbers.
+    """
+    changed = False
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and is_dequant(node):
+            for user in list(node.users)[1:]:
+                with module.graph.inserting_before(user):
+                    user.replace_input_with(node, module.graph.node_copy(node))
+                changed = True
+    if changed:
+        module.recompile()
+    return PassResult(module, changed)
