@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -110,6 +111,18 @@ def is_float_tensor(node: Node) -> bool:
 def only_user(node: Node) -> Node | None:
     """The one node that uses ``node``, or None where there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def clamp_limits(node: Node) -> tuple[float, float] | None:
+    """Between which numbers ``node`` clamps its input, None where it is no clamp."""
+    target = op(node)
+    if target is aten.relu.default:
+        return 0.0, math.inf
+    if target is aten.relu6.default:
+        return 0.0, 6.0
+    if target is aten.hardtanh.default:
+        return float(argument(node, "min_val")), float(argument(node, "max_val"))
+    return None
 
 
 def layer(node: Node) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, set_argument, value
+from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
 from quantflow.modes import BATCH_NORM, SWITCHED
 from quantflow.parameters import (
     Reads,
@@ -124,6 +124,36 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
         folded.append(pair.layer.name)
     drop_unused(module)
     return folded
+
+
+def norm_as_convolution(module: GraphModule) -> None:
+    """Write each batch norm of images that no layer takes in as a depthwise 1×1 convolution, which backends have in integers.
+
+    In place, for inference. The caller recompiles.
+    """
+    for norm in list(module.graph.nodes):
+        if op(norm) is not BATCH_NORM or SWITCHED not in norm.meta or (val := value(norm)) is None or val.ndim != 4:
+            continue
+        if normed_layer(norm) is not None:
+            continue
+        if not all((node := argument(norm, name)) is None or is_constant(node) for name in _STATISTICS):
+            continue
+        scale, shift = NormedLayer(norm, norm, norm).scale_and_shift(module)
+        running_mean = argument(norm, "running_mean")
+        dtype = tensor_of(module, running_mean).dtype
+        path = str(running_mean.target).rpartition(".")[0]
+        reads = []
+        for name, tensor in (("folded_weight", scale.reshape(-1, 1, 1, 1)), ("folded_bias", shift)):
+            full = unused_name(module, f"{path}.{name}" if path else name)
+            set_tensor(module, full, tensor.to(dtype), parameter=True)
+            reads.append(read_attribute(module, full, norm, norm))
+        with module.graph.inserting_before(norm):
+            args = (norm.args[0], *reads, [1, 1], [0, 0], [1, 1], len(scale))
+            convolution = module.graph.call_function(aten.conv2d.default, args)
+        convolution.meta = {k: v for k, v in norm.meta.items() if k != SWITCHED}
+        norm.replace_all_uses_with(convolution)
+        module.graph.erase_node(norm)
+    drop_unused(module)
 
 
 def fold_into_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the quantized_decomposed operators
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import INFERENCE_IDENTITIES, argument, has_argument, label, op, value
+from quantflow.aten import INFERENCE_IDENTITIES, argument, clamp_limits, has_argument, label, only_user, op, value
 from quantflow.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import BatchNormScaledFakeQuantize
@@ -53,6 +53,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
             observer = observer_of(node, converted)
             if observer is not None:
                 _write_activation(converted, node, observer)
+    converted.graph.eliminate_dead_code()
     drop_unused(converted)
     converted.graph.lint()
     converted.recompile()
@@ -193,11 +194,22 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
         quantize_op, dequantize_op = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
         scale, zero_point = qparams_of(observer)
         qparams = (float(scale), int(zero_point))
+        x = _before_saturation(x, node, *qparams, *limits[:2])
     quantized = _call(module, node, quantize_op, (x, *qparams, *limits), like=node)
     for user in list(node.users):
         dequantized = _call(module, user, dequantize_op, (quantized, *qparams, *limits), like=node)
         user.replace_input_with(node, dequantized)
     module.graph.erase_node(node)
+
+
+def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Node:
+    """What a clamp before quantizing takes, where the end of the grid clamps to the very same integers."""
+    limits = clamp_limits(x)
+    if limits is None or only_user(x) is not reader:
+        return x
+    low, high = ((q - zero_point) * scale for q in (quant_min, quant_max))
+    # What lies half a step beyond the grid is rounded into it.
+    return x.args[0] if limits[0] <= low + scale / 2 and limits[1] >= high - scale / 2 else x  # type: ignore[return-value]
 
 
 def _choose_at_run_time(module: GraphModule, node: Node, observer: nn.Module) -> tuple[Node, Node]:

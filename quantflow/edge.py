@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantflow import delegates
-from quantflow.core_aten import CoreAten
+from quantflow import delegates, proof
+from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
-from quantflow.errors import QuantflowError
+from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.program import SIGNATURE_METHOD, Program
 from quantflow.signature import Signature
+
+if TYPE_CHECKING:
+    from quantflow.core_aten import CoreAten
 
 
 @dataclass(frozen=True)
@@ -19,25 +23,54 @@ class Edge:
 
     Attributes:
         manager: The ``executorch.exir.EdgeProgramManager``.
-        signature: What the program takes and returns.
+        core: What it was lowered from.
+        delegate: What it was lowered to.
+        refused: Nodes kept out of the delegate because it would not load them.
     """
 
     manager: Any
-    signature: Signature
+    core: CoreAten
+    delegate: Delegate
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def signature(self) -> Signature:
+        """What the program takes and returns."""
+        return self.core.signature
 
     def delegation(self) -> Delegation:
         """What the delegates run, and what is left outside."""
         return Delegation.of(self.manager.exported_program().graph_module)
 
-    def to_executorch(self, config: Any = None) -> Program:
-        """Plan memory, take out-variants and serialise.
+    def to_executorch(self, config: Any = None, *, strict: bool = False) -> Program:
+        """Plan memory, take out-variants, serialise, and run the program once on the runtime.
+
+        It is compared with the graph on the example inputs that were exported with it. A node that the delegate refuses to
+        load is named in a warning and left to portable kernels.
 
         Args:
             config: An ``executorch.exir.ExecutorchBackendConfig``, or None for its defaults.
+            strict: Raise where otherwise there would be a warning.
 
         Raises:
-            QuantflowError: at stage ``"executorch"``; a dynamic dimension without upper bound is named.
+            QuantflowError: at stage ``"executorch"``, where a dynamic dimension has no upper bound (it is named) or an
+                operator has no kernel; at ``"runtime"``, where the program does not load or run, whatever is left out.
         """
+        program = self._serialise(config)
+        try:
+            difference = proof.disagreement(program, self.core.source)
+        except QuantflowError as error:
+            without = self._without_refused(error, strict)
+            return without.to_executorch(config, strict=strict)
+        if difference:
+            remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"
+            _complain("runtime", difference, "the program", remedy, strict)
+        if program.delegation is not None and (outside := program.delegation.quantized_outside):
+            remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
+            _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict)
+        return program
+
+    def _serialise(self, config: Any) -> Program:
         for declared, dim in self.signature.unbounded():
             raise QuantflowError(
                 "executorch",
@@ -47,6 +80,7 @@ class Edge:
             )
         import executorch.kernels.quantized  # noqa: F401  out-variants of the quantized operators
 
+        delegation = self.delegation()  # what follows changes the graph
         try:
             manager = self.manager.to_executorch(config)
         except Exception as error:
@@ -55,33 +89,70 @@ class Edge:
                 f"{type(error).__name__}: {error}",
                 remedy="an operator without an executorch kernel must go to a delegate or be rewritten",
             ) from error
-        return Program(manager.buffer, self.signature, self.delegation())
+        return Program(manager.buffer, self.signature, delegation)
+
+    def _without_refused(self, error: QuantflowError, strict: bool) -> Edge:
+        """This program, lowered again without the nodes that the delegate does not load.
+
+        Raises:
+            QuantflowError: ``error``, when no single node is to blame; that of the node, when ``strict``.
+        """
+        refused = frozenset(refused_nodes(self.core, self.delegate)) - self.refused
+        if not refused:
+            raise error
+        remedy = "skip these layers in the quantizer, or let them run in portable kernels"
+        _complain(
+            "edge", f"the delegate refuses to load it: {error.reason}", ", ".join(sorted(refused)), remedy, strict
+        )
+        return lower_to_edge(self.core, self.delegate, refused | self.refused)
 
     def __repr__(self) -> str:
         return f"Edge({str(self.delegation()).splitlines()[0]}; inputs: {self.signature.describe_inputs()})"
 
 
-def lower_to_edge(core: CoreAten, delegate: Any) -> Edge:
-    """Lower ``core`` to the edge dialect and partition it for ``delegate``."""
+def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool) -> None:
+    if strict:
+        raise QuantflowError(stage, reason, node=node, remedy=remedy)
+    warnings.warn(QuantflowWarning(stage, reason, node=node, remedy=remedy), stacklevel=4)
+
+
+def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = frozenset()) -> Edge:
+    """Lower ``core`` to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``."""
+    backend = delegates.resolve(delegate)
+    return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
+
+
+def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:
+    """The edge nodes that the delegate claims and then does not load, each tried in a program of its own."""
+    partitioners = delegate.one_by_one()
+    if not partitioners:
+        return []
+    graph = _manager(core, delegate, partitioners).exported_program().graph_module
+    refused = []
+    for lowered, nodes in delegates.lowered_modules(graph):
+        try:
+            Program(lowered.buffer(), Signature(())).load()
+        except QuantflowError:
+            refused += nodes
+    return refused
+
+
+def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
-    backend = delegates.resolve(delegate)
-    partitioners = backend.partitioners()
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
     try:
-        if partitioners:
-            manager = exir.to_edge_transform_and_lower(
-                core.source,
-                transform_passes=backend.passes() or None,
-                partitioner=partitioners,
-                constant_methods=constant_methods,
-            )
-        else:
-            manager = exir.to_edge(core.program, constant_methods=constant_methods)
+        if not partitioners:
+            return exir.to_edge(core.program, constant_methods=constant_methods)
+        return exir.to_edge_transform_and_lower(
+            core.source,
+            transform_passes=backend.passes() or None,
+            partitioner=partitioners,
+            constant_methods=constant_methods,
+        )
     except Exception as error:
         raise QuantflowError(
             "edge",
             f"{type(error).__name__}: {error}",
             remedy="to_edge(None) tells whether the delegate is the cause",
         ) from error
-    return Edge(manager, core.signature)

@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from quantflow.aten import argument, is_inplace, is_view, label
-from quantflow.batch_norm import NormedLayer, fold_batch_norm, normed_layers
+from quantflow.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
@@ -48,6 +48,7 @@ def prepare(
     _check_writes(prepared)
     if not qat:
         fold_batch_norm(prepared)
+        norm_as_convolution(prepared)
     transformed = quantizer.transform_for_annotation(prepared)
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     quantizer.annotate(prepared)

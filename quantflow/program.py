@@ -68,6 +68,14 @@ class Program:
             raise QuantflowError("runtime", "the program has no such method", node="forward", remedy=remedy)
         return runtime.load_method(self._program, "forward")
 
+    def load(self) -> None:
+        """Load ``forward`` into the runtime now, not at the first call.
+
+        Raises:
+            QuantflowError: at stage ``"runtime"``, when a delegate or kernel refuses it.
+        """
+        _ = self._forward
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of its methods."""

@@ -104,7 +104,6 @@ def quantize(
         exported = export(converted, args, kwargs, dynamic_shapes=dynamic_shapes)
         program = exported.to_core_aten().to_edge(delegate).to_executorch()
     fraction = program.delegation.fraction if program.delegation else 0.0
-    program(*args, **(kwargs or {}))  # a program that does not load or run is found here, not on the device
     if delegate is not None and program.delegation and program.delegation.portable:
         outside = ", ".join(program.delegation.portable)
         reason, remedy = (

@@ -78,6 +78,12 @@ class Plan:
         """What stays in float."""
         return tuple(d for d in self.decisions if d.scheme is None)
 
+    def matters(self, decision: Decision) -> tuple[float, float] | None:
+        """The part of the range of what ``decision`` computes that its only reader needs; None for all of it."""
+        user = only_user(decision.tail)
+        reader = next((d for d in self.integer if d.node is user), None)
+        return reader.rule.matters if reader is not None and reader.rule is not None else None
+
     def __str__(self) -> str:
         rows = [("layer", "node", "operators", "becomes", "why not")]
         for d in self.decisions:

@@ -29,6 +29,8 @@ class Rule:
         output: ``"own"``: the output has a range of its own, observed behind what is fused. ``"shared"``: the output lies
             on the grid of the inputs, and only follows inputs that are integers already.
         dynamic: Whether the backend also has it with ranges taken at run time.
+        matters: The part of the input's range outside of which the output hardly changes (a sigmoid beyond ±8): the grid of
+            an input that nothing else reads is kept to it.
         refusals: Checks on the node; the first that returns a reason keeps it in float.
     """
 
@@ -41,4 +43,5 @@ class Rule:
     clamps: frozenset[OpOverload] = frozenset()
     output: Literal["own", "shared"] = "own"
     dynamic: bool = False
+    matters: tuple[float, float] | None = None
     refusals: tuple[Refusal, ...] = ()

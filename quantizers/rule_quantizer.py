@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.aten import INFERENCE_IDENTITIES, argument, op
+from quantflow.batch_norm import norm_as_convolution
 from quantflow.errors import QuantflowError
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
+from quantizers.rewrites import Rewrite, rewrite
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme
 
@@ -23,10 +27,11 @@ class RuleQuantizer(Quantizer):
         scheme: To which integers, where no override says otherwise; None for none.
         overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
         skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
-        rules: The table; a subclass may have it as class attribute instead.
+        rules: The table; a subclass may have it as class attribute instead, with the ``rewrites`` that come before it.
     """
 
     rules: Sequence[Rule] = ()
+    rewrites: Mapping[Any, Rewrite] = {}
 
     def __init__(
         self,
@@ -48,11 +53,24 @@ class RuleQuantizer(Quantizer):
         if rules is not None:
             self.rules = tuple(rules)
 
-    def plan(self, graph: GraphModule) -> Plan:
-        """What will happen to each node of ``graph``, and why not; changes nothing."""
+    def plan(self, graph: GraphModule, *, qat: bool = False) -> Plan:
+        """What will happen to each node of ``graph`` in PTQ (or QAT), and why not; changes nothing.
+
+        The nodes are those of the graph to which the backend's rewrites are done: a silu is there as a sigmoid and a product.
+        """
         if not isinstance(graph, GraphModule):
             remedy = "pass qf.export(model, args).module()"
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+        copied = GraphModule(graph, copy.deepcopy(graph.graph))  # shares the parameters
+        if not qat:
+            norm_as_convolution(copied)
+        return self._plan(rewrite(copied, self.rewrites))
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Write operators that the backend lacks as others that it has, exact in float."""
+        return rewrite(model, self.rewrites)
+
+    def _plan(self, graph: GraphModule) -> Plan:
         return make_plan(graph.graph, self.rules, self.scheme, self.overrides, self.refuse_node)
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
@@ -65,15 +83,16 @@ class RuleQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan onto the nodes, as torchao annotations."""
-        for decision in self.plan(model).integer:
-            _annotate(decision)
+        plan = self._plan(model)
+        for decision in plan.integer:
+            _annotate(decision, plan.matters(decision))
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to do: the plan refuses what the backend can't run."""
 
 
-def _annotate(decision: Decision) -> None:
+def _annotate(decision: Decision, matters: tuple[float, float] | None) -> None:
     rule, scheme, node = decision.rule, decision.scheme, decision.node
     assert rule is not None
     assert scheme is not None
@@ -94,7 +113,7 @@ def _annotate(decision: Decision) -> None:
     for member in decision.nodes:
         _annotation(member)._annotated = True
     if not scheme.activation.dynamic:
-        _annotation(decision.tail).output_qspec = shared or spec
+        _annotation(decision.tail).output_qspec = shared or scheme.activation.spec(matters=matters)
 
 
 def _annotation(node: Node) -> QuantizationAnnotation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
@@ -40,13 +41,14 @@ class TensorScheme:
             reason, remedy = f"observer {self.observer!r} has no per-channel form", "min_max"
             raise QuantflowError("plan", reason, node="observer", remedy=remedy)
 
-    def spec(self, axis: int = 0) -> QuantizationSpec:
-        """The torchao spec, for a tensor with output channels in dimension ``axis``."""
+    def spec(self, axis: int = 0, matters: tuple[float, float] | None = None) -> QuantizationSpec:
+        """The torchao spec, for a tensor with output channels in dimension ``axis``, of whose range a part ``matters``."""
         top = 2 ** (self.bits - 1)
+        observer: Any = OBSERVERS[self.observer][self.per_channel]
         kind = ("per_channel" if self.per_channel else "per_tensor", "symmetric" if self.symmetric else "affine")
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=OBSERVERS[self.observer][self.per_channel],
+            observer_or_fake_quant_ctr=observer if matters is None else observer.with_args(matters=matters),
             quant_min=1 - top if self.symmetric else -top,
             quant_max=top - 1,
             qscheme=getattr(torch, "_".join(kind)),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, value
+from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, value
+from quantizers.rewrites import REWRITES
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import Scheme
@@ -68,8 +69,8 @@ def _not_spatial(node: Node) -> str | None:
 def _pool_gaps(node: Node) -> str | None:
     kernel = _pair(argument(node, "kernel_size"))
     stride = _pair(argument(node, "stride") or kernel)
-    if argument(node, "ceil_mode"):
-        return "ceil_mode"
+    if argument(node, "ceil_mode") and not all(isinstance(s, int) for s in value(node).shape[2:]):  # type: ignore[union-attr]
+        return "ceil_mode over a size that varies"
     return None if all(s <= k for s, k in zip(stride, kernel, strict=True)) else f"stride {stride} over kernel {kernel}"
 
 
@@ -77,9 +78,25 @@ def _strided(node: Node) -> str | None:
     return None if argument(node, "step") == 1 else "slices with a step"
 
 
-def _not_trailing(node: Node) -> str | None:
-    dim = argument(node, "dim")
-    return None if dim in (-1, _rank(node) - 1) else "unsqueezes a dimension that is not the last"
+def _flat(node: Node) -> str | None:
+    return None if _rank(node) == 4 else f"a tensor of rank {_rank(node)}, not 4"
+
+
+def _scaled_elu(node: Node) -> str | None:
+    scaled = argument(node, "scale") != 1 or argument(node, "input_scale") != 1
+    return "the delegate drops its scales (as SELU has)" if scaled else None
+
+
+def _flat_slope(node: Node) -> str | None:
+    slope = abs(argument(node, "negative_slope"))
+    return None if 2**-6 <= slope <= 16 or slope == 0.01 else f"a slope of {slope}; the kernel multiplies in 1/256"
+
+
+def _pads(node: Node) -> str | None:
+    if op(node) is aten.pad.default and argument(node, "mode") != "constant":
+        return f"pads with mode {argument(node, 'mode')!r}, not constant"
+    pads, value = argument(node, "pad"), argument(node, "value")
+    return None if not value and all(isinstance(p, int) and p >= 0 for p in pads) else "pads with another value than 0"
 
 
 def _single(node: Node) -> str | None:
@@ -109,12 +126,27 @@ XNNPACK_RULES = (
         "add",
         frozenset({aten.add.Tensor}),
         inputs=("self", "other"),
-        clamps=frozenset({aten.relu.default}),
+        clamps=CLAMPS,
         refusals=(_scaled_addend,),
     ),
-    Rule("multiply", frozenset({aten.mul.Tensor}), inputs=("self", "other")),
+    Rule("subtract", frozenset({aten.sub.Tensor}), ("self", "other"), clamps=CLAMPS, refusals=(_scaled_addend,)),
+    Rule("multiply", frozenset({aten.mul.Tensor}), ("self", "other"), clamps=CLAMPS),
+    Rule("hardswish", frozenset({aten.hardswish.default}), ("self",), matters=(-3.0, math.inf)),
+    Rule("sigmoid", frozenset({aten.sigmoid.default}), ("self",), matters=(-8.0, 8.0)),
+    Rule("tanh", frozenset({aten.tanh.default}), ("self",), matters=(-4.0, 4.0)),
+    Rule("gelu", frozenset({aten.gelu.default}), ("self",), matters=(-4.0, math.inf)),
+    Rule("elu", frozenset({aten.elu.default}), ("self",), matters=(-7.0, math.inf), refusals=(_scaled_elu,)),
+    Rule("leaky relu", frozenset({aten.leaky_relu.default}), ("self",), refusals=(_flat_slope,)),
+    Rule("prelu", frozenset({aten.prelu.default}), ("self", "weight"), refusals=(_flat,)),
+    Rule("elementwise", frozenset({aten.abs.default, aten.neg.default, aten.exp.default}), ("self",)),
     Rule("concatenate", frozenset({aten.cat.default}), inputs=("tensors",), output="shared", refusals=(_single,)),
-    Rule("global average pool", frozenset({aten.adaptive_avg_pool2d.default}), ("self",), refusals=(_not_global,)),
+    Rule(
+        "global average pool",
+        frozenset({aten.adaptive_avg_pool2d.default}),
+        ("self",),
+        clamps=CLAMPS,
+        refusals=(_not_global,),
+    ),
     Rule("mean", frozenset({aten.mean.dim}), ("self",), refusals=(_not_spatial,)),
     Rule(
         "max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_flat_pool, _pool_gaps)
@@ -128,14 +160,15 @@ XNNPACK_RULES = (
         refusals=(_high_rank,),
     ),
     Rule("permute", frozenset({aten.permute.default, aten.transpose.int}), ("self",), output="shared"),
-    Rule("slice", frozenset({aten.slice.Tensor}), ("self",), output="shared", refusals=(_strided,)),
+    Rule("copy", frozenset({aten.contiguous.default, aten.clone.default}), ("self",), output="shared"),
     Rule(
-        "unsqueeze",
-        frozenset({aten.unsqueeze.default}),
+        "pad",
+        frozenset({aten.pad.default, aten.constant_pad_nd.default}),
         ("self",),
         output="shared",
-        refusals=(_high_rank, _not_trailing),
+        refusals=(_pads,),
     ),
+    Rule("slice", frozenset({aten.slice.Tensor}), ("self",), output="shared", refusals=(_strided,)),
 )
 
 
@@ -143,6 +176,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
 
     rules = XNNPACK_RULES
+    rewrites = REWRITES
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """What XNNPACK would compute wrongly, or not load."""

@@ -8,8 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from quantflow.delegates.delegate import Delegate
+from quantflow.delegates.delegation import lowered_modules
 from quantflow.delegates.xnnpack import Xnnpack
 from quantflow.errors import QuantflowError
+
+__all__ = ["Delegate", "lowered_modules", "resolve"]
+
+__all__ = ["Delegate", "lowered_modules", "resolve"]
 
 _DELEGATES: dict[str, type[Delegate]] = {"xnnpack": Xnnpack}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,13 @@ class Delegation:
         calls: How many times the program calls a delegate.
         delegated: Operators inside the delegates, by name.
         portable: Operators outside, run by executorch's own kernels, by name.
+        quantized_outside: The nodes outside that convert to or from integers: what was quantized around them is not delegated.
     """
 
     calls: int
     delegated: Counter[str] = field(default_factory=Counter)
     portable: Counter[str] = field(default_factory=Counter)
+    quantized_outside: tuple[str, ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -44,12 +47,22 @@ class Delegation:
                 delegated.update(_names(lowered.original_module.graph))
             else:
                 portable[_name(node)] += 1
-        return cls(calls, delegated, portable)
+        outside = tuple(n.name for n in edge.graph.nodes if "quantized_decomposed" in str(n.target))
+        return cls(calls, delegated, portable, outside)
 
     def __str__(self) -> str:
         lines = [f"{self.fraction:.1%} of operators delegated, in {self.calls} calls"]
         lines += [f"  outside: {count} of {name}" for name, count in self.portable.most_common()]
         return "\n".join(lines)
+
+
+def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
+    """Each program handed to a delegate by a partitioned edge graph, with the names of the nodes that compute in it."""
+    for node in edge.graph.nodes:
+        if node.target is torch.ops.higher_order.executorch_call_delegate:
+            lowered: Any = getattr(edge, node.args[0].target)
+            nodes = [n for n in lowered.original_module.graph.nodes if n.op == "call_function"]
+            yield lowered, [n.name for n in nodes if "quantized_decomposed" not in str(n.target)]
 
 
 def _names(graph: torch.fx.Graph) -> list[str]:

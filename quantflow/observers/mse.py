@@ -49,6 +49,8 @@ class MSEObserver(MinMaxObserver):
             place = int(torch.randint(self._batches, (), generator=self._random))
         if place < _BATCHES:
             row = x.detach().reshape(-1)[self._pick(x.numel()).to(x.device)].float()[None]
+            if self.matters is not None:
+                row = row.clamp(*self.matters)
             self.sample = torch.cat([self.sample[:place], row, self.sample[place + 1 :]])
         return x
 

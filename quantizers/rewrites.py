@@ -1,0 +1,204 @@
+"""Operators as others that backends have: exact in float, so that a quantized graph can be all integers.
+
+Each rewrite takes a node and returns the one that replaces it, or None where it does not apply. :data:`REWRITES` says which
+belongs to which operator; a quantizer names those that its backend needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from quantflow.aten import argument, aten, is_float_tensor, op, value
+from quantflow.parameters import read_attribute, unused_name
+
+Rewrite = Callable[[GraphModule, Node], Node | None]
+
+
+def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
+    """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
+    changed = False
+    for node in list(module.graph.nodes):
+        apply = rewrites.get(op(node))
+        replacement = apply(module, node) if apply is not None and not _writes(node) else None
+        if replacement is None:
+            continue
+        changed = True
+        if replacement is not node:
+            node.replace_all_uses_with(replacement)
+            module.graph.erase_node(node)
+    if changed:
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    return module
+
+
+def _writes(node: Node) -> bool:
+    """Whether another node sees what ``node`` writes into its first argument."""
+    inplace = op(node) is not node.target
+    return inplace and (not isinstance(node.args[0], Node) or len(node.args[0].users) > 1)
+
+
+def _call(node: Node, target: Any, *args: Any) -> Node:
+    """A call of ``target`` before ``node``, of the same layer."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+    values = map_arg(args, lambda n: n.meta["val"])
+    mode = getattr(value(node), "fake_mode", None) or next(
+        (n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
+    )
+    if mode is not None:
+        with mode:
+            new.meta["val"] = target(*values)
+    return new
+
+
+def _constant(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
+    """A read of ``tensor``, a buffer that no checkpoint holds, before ``node``."""
+    name = unused_name(module, f"{node.name}_constant")
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), tensor)
+    module.register_buffer(name, tensor.to(like.device, like.dtype), persistent=False)
+    return read_attribute(module, name, node, node)
+
+
+def _shape(node: Node) -> list[int] | None:
+    """The shape of the value of ``node`` with -1 for the one dimension that varies; None where more than one does."""
+    val = value(node)
+    if val is None:
+        return None
+    sizes = [s if isinstance(s, int) else -1 for s in val.shape]
+    return sizes if sizes.count(-1) <= 1 else None
+
+
+def silu(module: GraphModule, node: Node) -> Node | None:
+    """``x·sigmoid(x)``."""
+    x = node.args[0]
+    return _call(node, aten.mul.Tensor, x, _call(node, aten.sigmoid.default, x))
+
+
+def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
+    """``(clamp(x, -3, 3) + 3)·(1/6)``: each step is exact on the grid of the one before."""
+    clamped = _call(node, aten.hardtanh.default, node.args[0], -3.0, 3.0)
+    shifted = _call(node, aten.add.Tensor, clamped, _constant(module, node, torch.tensor([3.0])))
+    return _call(node, aten.mul.Tensor, shifted, _constant(module, node, torch.tensor([1 / 6])))
+
+
+def clamp(module: GraphModule, node: Node) -> Node | None:
+    """A clamp between numbers as ``hardtanh``, which backends fuse."""
+    limits = [node.args[i] if len(node.args) > i else None for i in (1, 2)]
+    if op(node) is aten.clamp_max.default:
+        limits = [None, limits[0]]
+    if not all(limit is None or isinstance(limit, (int, float)) for limit in limits):
+        return None
+    low, high = (default if x is None else float(x) for x, default in zip(limits, (-math.inf, math.inf), strict=True))
+    return _call(node, aten.hardtanh.default, node.args[0], low, high)
+
+
+def reshape(module: GraphModule, node: Node) -> Node | None:
+    """A change of shape as a view."""
+    sizes = _shape(node)
+    return None if sizes is None else _call(node, aten.reshape.default, node.args[0], sizes)
+
+
+def mean(module: GraphModule, node: Node) -> Node | None:
+    """A mean over height and width that drops them, as one that keeps them and a view."""
+    x, dims, sizes = node.args[0], argument(node, "dim"), _shape(node)
+    rank = len(value(x).shape) if value(x) is not None else 0  # type: ignore[arg-type, union-attr]
+    if argument(node, "keepdim") or sizes is None or rank != 4 or sorted(d % 4 for d in dims or []) != [2, 3]:
+        return None
+    return _call(node, aten.reshape.default, _call(node, aten.mean.dim, x, [2, 3], True), sizes)
+
+
+def select(module: GraphModule, node: Node) -> Node | None:
+    """One index of a dimension as a slice and a view."""
+    sizes, dim, index = _shape(node), argument(node, "dim"), argument(node, "index")
+    if sizes is None or not isinstance(index, int) or index < 0:
+        return None
+    return _call(node, aten.reshape.default, _call(node, aten.slice.Tensor, node.args[0], dim, index, index + 1), sizes)
+
+
+def split(module: GraphModule, node: Node) -> Node | None:
+    """Parts as slices, each for itself."""
+    dim, start = argument(node, "dim"), 0
+    parts = node.meta.get("val")
+    users = list(node.users)
+    if not isinstance(parts, (list, tuple)) or any(not isinstance(p.shape[dim], int) for p in parts):
+        return None
+    if any(getattr(user.target, "__name__", "") != "getitem" for user in users):
+        return None
+    for index, part in enumerate(parts):
+        end = start + part.shape[dim]
+        for user in [u for u in users if u.args[1] == index]:
+            user.replace_all_uses_with(_call(user, aten.slice.Tensor, node.args[0], dim, start, end))
+            module.graph.erase_node(user)
+        start = end
+    return node
+
+
+def average_pool(module: GraphModule, node: Node) -> Node | None:
+    """An average over windows as a depthwise convolution, whose equal weights are exact in int8."""
+    x = node.args[0]
+    val = value(x)  # type: ignore[arg-type]
+    kernel, padding = _pair(argument(node, "kernel_size")), _pair(argument(node, "padding"))
+    whole = argument(node, "count_include_pad") or padding == [0, 0]
+    if val is None or val.ndim != 4 or argument(node, "ceil_mode") or not whole or argument(node, "divisor_override"):
+        return None
+    channels = val.shape[1]
+    weight = _constant(module, node, torch.full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1])))
+    stride = _pair(argument(node, "stride") or kernel)
+    return _call(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
+
+
+def scalar_operand(module: GraphModule, node: Node) -> Node | None:
+    """A number among the operands as a constant tensor."""
+    numbers = [a for a in node.args[:2] if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    if len(numbers) != 1 or not is_float_tensor(node) or node.kwargs:
+        return None
+    number, target, swap = float(numbers[0]), op(node), False
+    if target in (aten.div.Tensor, aten.div.Scalar):
+        if isinstance(node.args[0], (int, float)) or number == 0.0:
+            return None
+        number, target = 1 / number, aten.mul.Tensor
+    elif target is aten.rsub.Scalar:
+        target, swap = aten.sub.Tensor, True
+    constant = _constant(module, node, torch.tensor([number]))
+    target = _TENSOR_FORM.get(target, target)
+    operands = [constant if isinstance(a, (int, float)) else a for a in node.args[:2]]
+    return _call(node, target, *(reversed(operands) if swap else operands))
+
+
+def cat(module: GraphModule, node: Node) -> Node | None:
+    """One tensor joined is that tensor."""
+    tensors = argument(node, "tensors")
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def _pair(given: Any) -> list[int]:
+    sizes = [given] if isinstance(given, int) else list(given)
+    return sizes * 2 if len(sizes) == 1 else sizes
+
+
+_TENSOR_FORM = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor}
+
+REWRITES: dict[Any, Rewrite] = {
+    aten.silu.default: silu,
+    aten.hardsigmoid.default: hardsigmoid,
+    aten.mean.dim: mean,
+    aten.select.int: select,
+    aten.cat.default: cat,
+    aten.avg_pool2d.default: average_pool,
+    **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default), reshape),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes), split),
+    **dict.fromkeys(
+        (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, *_TENSOR_FORM),
+        scalar_operand,
+    ),
+}
