@@ -89,7 +89,7 @@ def laws(build: Callable, model: nn.Module, x: torch.Tensor) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_fidelity.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qat_fidelity.json"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of QAT, for each method")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_methods.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qat_methods.json"))
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ from quantflow import delegates, proof
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.fast_lowering import run_fast
 from quantflow.program import SIGNATURE_METHOD, Program
 from quantflow.signature import Signature
 
@@ -82,7 +83,7 @@ class Edge:
 
         delegation = self.delegation()  # what follows changes the graph
         try:
-            manager = self.manager.to_executorch(config)
+            manager = run_fast(lambda: self.manager.to_executorch(config))
         except Exception as error:
             raise QuantflowError(
                 "executorch",
@@ -141,15 +142,17 @@ def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
-    try:
+
+    def lower() -> Any:
         if not partitioners:
             return exir.to_edge(core.program, constant_methods=constant_methods)
+        passes = backend.passes() or None
         return exir.to_edge_transform_and_lower(
-            core.source,
-            transform_passes=backend.passes() or None,
-            partitioner=partitioners,
-            constant_methods=constant_methods,
+            core.source, transform_passes=passes, partitioner=partitioners, constant_methods=constant_methods
         )
+
+    try:
+        return run_fast(lower)
     except Exception as error:
         raise QuantflowError(
             "edge",
