@@ -156,6 +156,24 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     return _call(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
 
+def same_padding(module: GraphModule, node: Node) -> Node | None:
+    """A convolution with ``padding="same"`` as one with numbers; what is one longer at the end is padded before it."""
+    x, padding = node.args[0], argument(node, "padding")
+    weight, val = value(argument(node, "weight")), value(x)  # type: ignore[arg-type]
+    if padding not in ("same", "valid") or weight is None or val is None or val.ndim != weight.ndim:
+        return None
+    spatial = weight.ndim - 2
+    dilation = list(argument(node, "dilation"))
+    dilation = dilation * spatial if len(dilation) == 1 else dilation
+    totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        longer = [n for total in reversed(totals) for n in (0, total % 2)]
+        x = _call(node, aten.constant_pad_nd.default, x, longer, 0.0)
+    given = [argument(node, name) for name in ("weight", "bias", "stride")]
+    halves = [total // 2 for total in totals]
+    return _call(node, _NUMBERED[op(node)], x, *given, halves, argument(node, "dilation"), argument(node, "groups"))
+
+
 def scalar_operand(module: GraphModule, node: Node) -> Node | None:
     """A number among the operands as a constant tensor."""
     numbers = [a for a in node.args[:2] if isinstance(a, (int, float)) and not isinstance(a, bool)]
@@ -187,12 +205,19 @@ def _pair(given: Any) -> list[int]:
 
 _TENSOR_FORM = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor}
 
+_NUMBERED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
 REWRITES: dict[Any, Rewrite] = {
     aten.silu.default: silu,
     aten.hardsigmoid.default: hardsigmoid,
     aten.mean.dim: mean,
     aten.select.int: select,
     aten.cat.default: cat,
+    **dict.fromkeys(_NUMBERED, same_padding),
     aten.avg_pool2d.default: average_pool,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default), reshape),

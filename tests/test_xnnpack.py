@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from networks import ConvNet, randomize_statistics, sqnr
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +20,18 @@ class Function(nn.Module):
 
     def forward(self, x):
         return self.function(self.conv(x))
+
+
+class SqueezeExcite(nn.Module):
+    """As in MobileNetV3, behind and before a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.block = torchvision.ops.SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid)
+
+    def forward(self, x):
+        return self.out(self.block(F.hardswish(self.conv(x))))
 
 
 IMAGE = torch.randn(2, 3, 12, 12)
@@ -46,6 +59,35 @@ CASES = {
     "permute": (Function(lambda y: y.permute(0, 2, 3, 1)), IMAGE),
     "slice": (Function(lambda y: y[:, 2:6]), IMAGE),
     "unsqueeze": (Function(lambda y: y.unsqueeze(-1)), IMAGE),
+    "unsqueeze in front": (Function(lambda y: y.unsqueeze(1)), IMAGE),
+    "squeeze": (Function(lambda y: y.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1)), IMAGE),
+    "mean without keepdim": (Function(lambda y: y.mean((2, 3))), IMAGE),
+    "select": (Function(lambda y: y[:, 3]), IMAGE),
+    "split": (Function(lambda y: torch.cat([part * part for part in y.split([2, 6], 1)], 1)), IMAGE),
+    "chunk": (Function(lambda y: torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1)), IMAGE),
+    "channel shuffle": (
+        Function(lambda y: y.view(2, 2, 4, 12, 12).transpose(1, 2).contiguous().view(2, 8, 12, 12)),
+        IMAGE,
+    ),
+    "pad": (Function(lambda y: F.pad(y, (1, 2, 0, 1))), IMAGE),
+    "avg_pool2d": (Function(lambda y: F.avg_pool2d(y, 2)), IMAGE),
+    "max_pool2d ceil": (Function(lambda y: F.max_pool2d(y, 3, 2, ceil_mode=True)), IMAGE),
+    "sub": (Function(lambda y: y - F.relu(y)), IMAGE),
+    "sub relu": (Function(lambda y: F.relu(y - y.transpose(2, 3))), IMAGE),
+    "mul relu6": (Function(lambda y: F.relu6(y * y.transpose(2, 3))), IMAGE),
+    "numbers": (Function(lambda y: 1.5 - (y * 2 + 0.25) / 3), IMAGE),
+    "hardswish": (Function(F.hardswish), IMAGE),
+    "hardsigmoid": (Function(F.hardsigmoid), IMAGE),
+    "sigmoid": (Function(torch.sigmoid), IMAGE),
+    "silu": (Function(F.silu), IMAGE),
+    "tanh": (Function(torch.tanh), IMAGE),
+    "gelu": (Function(F.gelu), IMAGE),
+    "elu": (Function(F.elu), IMAGE),
+    "leaky_relu": (Function(lambda y: F.leaky_relu(y, 0.2)), IMAGE),
+    "prelu": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8)), IMAGE),
+    "abs": (Function(torch.abs), IMAGE),
+    "batch norm alone": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)), IMAGE),
+    "squeeze and excite": (SqueezeExcite(), IMAGE),
     "clamp on its own": (Function(lambda y: F.hardtanh(y.permute(0, 2, 3, 1), -0.2, 0.3)), IMAGE),
     "convnet": (ConvNet(), torch.randn(2, 3, 16, 16)),
 }
@@ -62,8 +104,9 @@ def test_runs_in_integers_on_the_runtime(case):
     model, x = CASES[case]
     converted = quantize(randomize_statistics(model), x)
     edge = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack")
-    assert edge.delegation().fraction == 1.0, str(edge.delegation())
-    program = edge.to_executorch()
+    delegation = edge.delegation()
+    assert (delegation.fraction, delegation.calls, delegation.floating) == (1.0, 1, {}), str(delegation)
+    program = edge.to_executorch(strict=True)
     expected = converted(x).detach()
     # The device rounds the bias to int32 and a scale to float32: a step here and there.
     assert sqnr(expected, program(x)) > 30

@@ -1,0 +1,105 @@
+"""The fast way through executorch: the same bytes, nothing left behind, and the stock way where it fails."""
+
+import copy
+
+import pytest
+import torch
+from executorch import exir
+from executorch.exir import pass_base
+from networks import ConvNet, randomize_statistics
+from torch import nn
+from torch.fx import GraphModule
+
+import quantflow as qf
+from quantflow.delegates import resolve
+from quantflow.fast_lowering import fast_lowering, run_fast, supported
+from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
+
+
+class Attention(nn.Module):
+    """Masked attention: what a pattern of executorch matches."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.register_buffer("mask", torch.zeros(5, 5))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.3 + self.mask, -1) @ v
+
+
+class Mixed(nn.Module):
+    """Numbers among tensors, integers in float, a permutation and a bilinear upsampling."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = nn.functional.interpolate(self.conv(x) * 2, scale_factor=2, mode="bilinear")
+        return self.linear(y.permute(0, 2, 3, 1)) + torch.arange(4) / 3
+
+
+NETWORKS = {
+    "convnet int8": (ConvNet(), torch.randn(2, 3, 16, 16), INT8),
+    "convnet float": (ConvNet(), torch.randn(2, 3, 16, 16), None),
+    "dynamic int8": (nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)), torch.randn(3, 8), DYNAMIC_INT8),
+    "attention": (Attention(), torch.randn(2, 5, 8), None),
+    "mixed": (Mixed(), torch.randn(2, 3, 8, 8), INT8),
+}
+
+
+def exported(name):
+    model, x, scheme = NETWORKS[name]
+    graph = qf.export(randomize_statistics(model).eval(), (x,)).module()
+    if scheme is not None:
+        graph = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(scheme)), [x], progress=False))
+    return qf.export(graph, (x,)).program
+
+
+def lowered(program):
+    delegate = resolve("xnnpack")
+    return exir.to_edge_transform_and_lower(
+        program, transform_passes=delegate.passes(), partitioner=delegate.partitioners()
+    ).to_executorch()
+
+
+@pytest.mark.skipif(not supported(), reason="measured with other versions")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_bytes(name):
+    program = exported(name)
+    stock = lowered(copy.deepcopy(program)).buffer
+    with fast_lowering() as fast:
+        assert fast
+        assert lowered(program).buffer == stock
+    assert lowered(program).buffer == stock
+
+
+def test_leaves_nothing_behind():
+    before = GraphModule.recompile, GraphModule.code, pass_base._ExportPassBase.call
+    with pytest.raises(ZeroDivisionError), fast_lowering():
+        raise ZeroDivisionError
+    assert (GraphModule.recompile, GraphModule.code, pass_base._ExportPassBase.call) == before
+
+
+def test_what_fails_is_done_the_stock_way():
+    calls = []
+
+    def lower():
+        calls.append(GraphModule.recompile)
+        if len(calls) == 1:
+            raise RuntimeError("only when fast")
+        return "done"
+
+    if supported():
+        assert run_fast(lower) == "done"
+        assert calls[0] is not calls[1]
+
+
+def test_other_versions_are_left_alone(monkeypatch):
+    monkeypatch.setattr("quantflow.fast_lowering.supported", lambda: False)
+    recompile = GraphModule.recompile
+    with fast_lowering() as fast:
+        assert not fast
+        assert GraphModule.recompile is recompile

@@ -1,0 +1,108 @@
+"""What the delegate would refuse or compute wrongly ends in a right program or a named error."""
+
+import pytest
+import torch
+from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
+from torch import nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401
+
+import quantflow as qf
+from quantflow.delegates import xnnpack_int8
+from quantflow.proof import signal_to_noise
+
+Q = torch.ops.quantized_decomposed
+
+
+def fake(x, scale=0.02, zero_point=0):
+    limits = (scale, zero_point, -128, 127, torch.int8)
+    return Q.dequantize_per_tensor.default(Q.quantize_per_tensor.default(x, *limits), *limits)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("weight", torch.randint(-127, 128, (4, 4, 3, 3), dtype=torch.int8))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv(m, x):
+    weight = Q.dequantize_per_tensor.default(m.weight, 0.01, 0, -127, 127, torch.int8)
+    return fake(nn.functional.conv2d(fake(x), weight, padding=1), 0.05)
+
+
+def mish(m, x):  # decomposed behind an int8 convolution, its parts share a dequantize
+    return fake(nn.functional.mish(conv(m, x)))
+
+
+# Each is integers by another tool's doing; all of these lower cleanly on the stock path (or fail there without a name).
+HAZARDS = {
+    "cat of unequal grids": lambda m, x: fake(torch.cat([fake(x, 0.02), fake(x + 1, 0.05)], 1), 0.05),
+    "view to another grid": lambda m, x: fake(fake(x).reshape(2, -1), 0.05),
+    "permute to another grid": lambda m, x: fake(fake(x).permute(0, 2, 3, 1), 0.05, 3),
+    "pad to another grid": lambda m, x: fake(nn.functional.pad(fake(x), (1, 1)), 0.05),
+    "max pool to another grid": lambda m, x: fake(nn.functional.max_pool2d(fake(x), 2), 0.05),
+    "unsqueeze to another grid": lambda m, x: fake(fake(x).unsqueeze(-1), 0.05),
+    "slice to another grid": lambda m, x: fake(fake(x)[:, 1:3], 0.05),
+    "squeeze": lambda m, x: fake(fake(x[:, :1]).squeeze(1)),
+    "average pool": lambda m, x: fake(nn.functional.avg_pool2d(fake(x), 2)),
+    "softmax": lambda m, x: fake(torch.softmax(fake(x), -1), 1 / 256, -128),
+    "selu": lambda m, x: fake(nn.functional.selu(fake(x))),
+    "leaky relu beyond its fixed point": lambda m, x: fake(nn.functional.leaky_relu(fake(x), 0.2), 1e-4),
+    "batched product, affine": lambda m, x: fake(torch.bmm(fake(x[0]), fake(x[1], 0.02, 7)), 0.1),
+    "bilinear": lambda m, x: fake(nn.functional.interpolate(fake(x), scale_factor=2, mode="bilinear")),
+    "mish behind a convolution": mish,
+    "softplus behind a convolution": lambda m, x: fake(nn.functional.softplus(conv(m, x))),
+    "convolution read twice": lambda m, x: (
+        torch.tanh(conv(m, x)) + torch.sigmoid(conv(m, x)).flatten(2).mean(-1)[..., None, None]
+    ),
+    "prelu of rank 3": lambda m, x: fake(nn.functional.prelu(fake(x[0]), m.weight.float().flatten()[:1] / 100)),
+    "split": lambda m, x: fake(fake(x).split(2, 1)[1]),
+    "same tensor joined twice": lambda m, x: (lambda y: fake(torch.cat([y, y], 1)))(fake(x)),
+}
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_runs_right(name):
+    torch.manual_seed(0)
+    model, x = Function(HAZARDS[name]), torch.randn(2, 4, 4, 4)
+    program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert signal_to_noise(model(x), program(x)) > 25
+
+
+@pytest.fixture
+def careless(monkeypatch):
+    """A partitioner that admits softmax in int8, which the delegate does not load."""
+
+    class Softmax(xnnpack_int8._Integer, generic.SoftmaxConfig):
+        pass
+
+    kept = (c for c in xnnpack_int8.CONFIGS if c.target_name != Softmax.target_name)
+    monkeypatch.setattr(xnnpack_int8, "CONFIGS", (*kept, Softmax))
+
+
+def test_a_refused_node_is_named_and_left_out(careless):
+    def function(m, x):
+        return fake(torch.tanh(fake(torch.softmax(fake(torch.sigmoid(fake(x)), 1 / 256, -128), -1), 1 / 256, -128)))
+
+    model, x = Function(function), torch.randn(2, 4, 4, 4)
+    edge = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack")
+    with pytest.warns(qf.QuantflowWarning, match="softmax"):
+        program = edge.to_executorch()
+    assert list(program.delegation.portable) == ["aten::_softmax"]
+    assert program.delegation.calls == 2
+    assert signal_to_noise(model(x), program(x)) > 30
+    with pytest.raises(qf.QuantflowError, match="softmax"):
+        edge.to_executorch(strict=True)
+
+
+def test_a_program_that_computes_something_else_is_told(monkeypatch):
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    edge = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack")
+    monkeypatch.setattr("quantflow.program.Program.__call__", lambda self, *args: model(*args) * 1.2)
+    with pytest.warns(qf.QuantflowWarning, match="agrees with the graph to 14"):
+        edge.to_executorch()
+    with pytest.raises(qf.QuantflowError, match="dB only"):
+        edge.to_executorch(strict=True)
