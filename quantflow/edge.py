@@ -66,7 +66,8 @@ class Edge:
         if difference:
             remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"
             _complain("runtime", difference, "the program", remedy, strict)
-        if program.delegation is not None and (outside := program.delegation.quantized_outside):
+        outside = program.delegation.quantized_outside if program.delegation is not None else ()
+        if outside and self.delegate.partitioners():
             remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
             _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict)
         return program

@@ -8,12 +8,36 @@ from networks import norm_networks, randomize_statistics
 
 import quantflow as qf
 from quantflow.aten import op
-from quantflow.batch_norm import fold_batch_norm
+from quantflow.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.modes import BATCH_NORM
 
 NETWORKS = norm_networks()
 # Where the norm can't go: nothing before it, statistics of the batch, channels elsewhere, or another user.
-UNFOLDED = {"bn_alone": 1, "conv_bn_no_statistics": 1, "linear_3d_bn": 1, "conv_two_users": 1}
+UNFOLDED = dict.fromkeys(
+    (
+        "bn_alone",
+        "conv_bn_no_statistics",
+        "linear_3d_bn",
+        "conv_two_users",
+        "pre_activation",
+        "conv_bn_bn",
+        "concatenated",
+    ),
+    1,
+)
+ALONE_ON_IMAGES = ("bn_alone", "conv_two_users", "pre_activation", "conv_bn_bn", "concatenated")
+
+
+@pytest.mark.parametrize("name", ALONE_ON_IMAGES)
+def test_a_norm_alone_is_a_convolution(name):
+    model, x = NETWORKS[name]
+    graph = qf.export(randomize_statistics(copy.deepcopy(model)).eval(), (x,)).module()
+    expected = graph(x)
+    fold_batch_norm(graph)
+    norm_as_convolution(graph)
+    graph.recompile()
+    assert not any(op(n) is BATCH_NORM for n in graph.graph.nodes)
+    assert torch.allclose(graph(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
