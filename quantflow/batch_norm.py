@@ -123,7 +123,7 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
         _replace_norm(module, pair, bias)
         folded.append(pair.layer.name)
     drop_unused(module)
-    return folded
+    return folded + fold_batch_norm(module) if folded else []  # another norm may stand behind it
 
 
 def norm_as_convolution(module: GraphModule) -> None:
