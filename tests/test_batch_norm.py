@@ -20,7 +20,6 @@ UNFOLDED = dict.fromkeys(
         "linear_3d_bn",
         "conv_two_users",
         "pre_activation",
-        "conv_bn_bn",
         "concatenated",
     ),
     1,
