@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -140,10 +141,12 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
             clock("edge")
             program = edge.to_executorch()
             clock("executorch")
+            delegation = program.delegation
+            assert delegation is not None
             row.update(
-                calls=program.delegation.calls,
-                outside=dict(program.delegation.portable),
-                floating=dict(program.delegation.floating),
+                calls=delegation.calls,
+                outside=dict(delegation.portable),
+                floating=dict(delegation.floating),
                 bytes=len(program.buffer),
                 to_pte_db=sqnr(output, first(program(x))),
                 ms=latency(program, x),
@@ -193,11 +196,16 @@ def integer_share(graph: Any) -> float:
         size = value(weight)
         if val is None or size is None:
             continue
-        macs = size.numel() * val[0].numel() // (val.shape[-1] if op(node) in LINEARS else val.shape[1])
+        shape = [s if isinstance(s, int) else s.node.hint for s in val.shape]
+        macs = size.numel() * math.prod(shape) // shape[-1 if op(node) in LINEARS else 1]
         total += macs
         quantized = all("dequantize" in str(n.target) for n in (node.args[0], weight))
         integers += macs * (
-            quantized and all("quantize" in str(u.target) or "relu" in str(u.target) for u in node.users)
+            quantized
+            and all(
+                "quantize" in str(u.target) or "relu" in str(u.target) or "hardtanh" in str(u.target)
+                for u in node.users
+            )
         )
     return round(integers / total, 4) if total else 1.0
 

@@ -199,7 +199,10 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
     for user in list(node.users):
         dequantized = _call(module, user, dequantize_op, (quantized, *qparams, *limits), like=node)
         user.replace_input_with(node, dequantized)
+    clamp = node.args[0]
     module.graph.erase_node(node)
+    if clamp is not x:  # it may write in place, and no sweep would take it then
+        module.graph.erase_node(clamp)  # type: ignore[arg-type]
 
 
 def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Node:

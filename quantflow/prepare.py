@@ -21,6 +21,7 @@ from quantflow.insertion import insert_observers, is_inserted_fake_quantizer, ma
 from quantflow.observation import is_converted, observer_of, observers_of
 from quantflow.observers import Observer
 from quantflow.parameters import is_constant, tensor_of
+from quantflow.sharing import annotation_of
 
 
 def prepare(
@@ -45,7 +46,6 @@ def prepare(
     _check(graph, quantizer)
     training = graph.training
     prepared = adopt(graph).eval()
-    _check_writes(prepared)
     if not qat:
         fold_batch_norm(prepared)
         norm_as_convolution(prepared)
@@ -53,6 +53,7 @@ def prepare(
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
+    _check_writes(prepared)
     observers = make_observers(prepared, fake_quantize if qat else None)
     if not observers:
         raise QuantflowError(
@@ -111,17 +112,25 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
 
 
 def _check_writes(module: GraphModule) -> None:
-    """Refuse a write into part of a tensor that others read: its quantized copies would not see it."""
+    """Refuse a write into part of a tensor that is quantized and that others read: its quantized copies would not see it."""
     for node in module.graph.nodes:
         if not is_inplace(node) or not isinstance(node.args[0], Node):
             continue
         base = node.args[0]
         while is_view(base):
             base = base.args[0]
-            if len(base.users) > 1:
+            if len(base.users) > 1 and _is_annotated(base):
                 reason = f"{node.target} writes into part of {label(base)}, which other nodes read"
                 remedy = "write it without in-place assignment (torch.where, torch.cat, masked_fill)"
                 raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
+
+
+def _is_annotated(node: Node) -> bool:
+    """Whether ``node`` is quantized, as an output or on its way to a user."""
+    own = annotation_of(node)
+    readers = (annotation_of(user) for user in node.users)
+    edges = any(a is not None and a.input_qspec_map.get(node) is not None for a in readers)
+    return edges or (own is not None and own.output_qspec is not None)
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:

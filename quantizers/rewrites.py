@@ -156,6 +156,23 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     return _call(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
 
+def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
+    """An average over windows that divide the image: nothing where they are single pixels, else as :func:`average_pool`."""
+    x = node.args[0]
+    val, size = value(x), _pair(argument(node, "output_size"))  # type: ignore[arg-type]
+    sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 else []
+    if (
+        size == [1, 1]
+        or not sizes
+        or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True))
+    ):
+        return None
+    if sizes == size:
+        return x  # type: ignore[return-value]
+    window = [s // o for s, o in zip(sizes, size, strict=True)]
+    return average_pool(module, _call(node, aten.avg_pool2d.default, x, window))
+
+
 def same_padding(module: GraphModule, node: Node) -> Node | None:
     """A convolution with ``padding="same"`` as one with numbers; what is one longer at the end is padded before it."""
     x, padding = node.args[0], argument(node, "padding")
@@ -217,6 +234,7 @@ REWRITES: dict[Any, Rewrite] = {
     aten.mean.dim: mean,
     aten.select.int: select,
     aten.cat.default: cat,
+    aten.adaptive_avg_pool2d.default: adaptive_pool,
     **dict.fromkeys(_NUMBERED, same_padding),
     aten.avg_pool2d.default: average_pool,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),

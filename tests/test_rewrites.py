@@ -28,6 +28,9 @@ FUNCTIONS = {
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
     "avg_pool2d padded": lambda x: F.avg_pool2d(x, 3, 2, 1),
     "avg_pool2d without padding in the mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
+    "adaptive pool of single pixels": lambda x: F.adaptive_avg_pool2d(x, 6) * 2,
+    "adaptive pool that does not divide": lambda x: F.adaptive_avg_pool2d(x, 4),
     "clamp": lambda x: x.clamp(-1, 2) + x.clamp(min=0.5) + x.clamp_max(1.0),
     "clamp by tensors": lambda x: x.clamp(min=x.mean()),
     "squeeze": lambda x: x.mean((2, 3), keepdim=True).squeeze(3).squeeze(),
@@ -94,7 +97,7 @@ def test_plan_leaves_the_graph_as_it_was():
 class Clamped(nn.Module):
     def __init__(self, low, high):
         super().__init__()
-        self.conv, self.act = nn.Conv2d(8, 4, 1), nn.Hardtanh(low, high)
+        self.conv, self.act = nn.Conv2d(8, 4, 1), nn.Hardtanh(low, high, inplace=True)
 
     def forward(self, x):
         return self.act(self.conv(x))
