@@ -141,6 +141,8 @@ def norm_as_convolution(module: GraphModule) -> None:
         scale, shift = NormedLayer(norm, norm, norm).scale_and_shift(module)
         running_mean = argument(norm, "running_mean")
         dtype = tensor_of(module, running_mean).dtype
+        if val.dtype is not dtype:
+            continue  # batch norm takes such a mixture, a convolution does not
         path = str(running_mean.target).rpartition(".")[0]
         reads = []
         for name, tensor in (("folded_weight", scale.reshape(-1, 1, 1, 1)), ("folded_bias", shift)):

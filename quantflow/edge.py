@@ -61,8 +61,12 @@ class Edge:
         try:
             difference = proof.disagreement(program, self.core.source)
         except QuantflowError as error:
-            without = self._without_refused(error, strict)
-            return without.to_executorch(config, strict=strict)
+            if (
+                type(self.delegate) is Delegate and self.delegate.partitioners()
+            ):  # its runtime need not be on this machine
+                _complain("runtime", f"not proven: {error.reason}", "the program", error.remedy or "", strict)
+                return program
+            return self._without_refused(error, strict).to_executorch(config, strict=strict)
         if difference:
             remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"
             _complain("runtime", difference, "the program", remedy, strict)
@@ -99,7 +103,9 @@ class Edge:
         Raises:
             QuantflowError: ``error``, when no single node is to blame; that of the node, when ``strict``.
         """
-        refused = frozenset(refused_nodes(self.core, self.delegate)) - self.refused
+        refused = (
+            frozenset(refused_nodes(self.core, self.delegate) if "does not load" in error.reason else ()) - self.refused
+        )
         if not refused:
             raise error
         remedy = "skip these layers in the quantizer, or let them run in portable kernels"

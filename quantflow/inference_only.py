@@ -27,7 +27,8 @@ def _branches(module: nn.Module) -> bool:
         return module.dropout > 0
     if kind.__module__.startswith("torch.nn.") or isinstance(module, GraphModule):
         return False
-    if 0.0 in (getattr(module, "p", None), getattr(module, "drop_prob", None)) or not getattr(module, "aux_logits", 1):
+    switches = (getattr(module, name, None) for name in ("p", "drop_prob", "aux_logits"))
+    if any(isinstance(switch, (int, float)) and not switch for switch in switches):
         return False  # switched off
     try:
         source = inspect.getsource(kind)

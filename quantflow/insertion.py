@@ -119,9 +119,8 @@ def _observed(node: Node) -> Node:
 
 def _add_submodule(module: GraphModule, name: str, observer: nn.Module) -> str:
     container = module._modules.get(CONTAINER)
-    taken = container._modules if container is not None else {}
     unique, count = name, 0
-    while unique in taken:
+    while hasattr(container or nn.Module(), unique):  # "to" and "half" are taken as well
         count += 1
         unique = f"{name}_{count}"
     module.add_submodule(f"{CONTAINER}.{unique}", observer)

@@ -18,7 +18,7 @@ class LearnedStepSize(FakeQuantize):
 
     The scale starts from the first range (calibration's, or the first batch's) and follows the data until rounding is turned
     on; from then on the optimizer moves it. The zero point stays. Pass it to :func:`quantflow.prepare`; for grids taken at
-    run time, which have no scale to learn, plain :class:`FakeQuantize` stands in.
+    run time, which have no scale to learn, plain :class:`FakeQuantize` stands in. Calibrating again starts anew.
 
     The optimizer must hold the scales: make it after ``prepare``. They want no weight decay.
 
@@ -49,12 +49,15 @@ class LearnedStepSize(FakeQuantize):
         scale, zero_point = self.calculate_qparams()
         # Equation 4: a scale sums the gradients of all that it rounds, so its steps are brought to the size of theirs. The
         # features of one sample count, the batch does not.
-        count = x.numel() / (scale.numel() if self.per_channel or self.calibrator is None else x.shape[0])
+        samples = x.shape[0] if x.ndim else 1
+        count = max(x.numel(), 1) / (scale.numel() if self.per_channel or self.calibrator is None else max(samples, 1))
         share = (count * max(-self.quant_min, self.quant_max)) ** -0.5
         scale = scale.detach() + (scale - scale.detach()) * share  # the value as it is, its gradient scaled
         return round_to_grid(x, scale, zero_point, self.quant_min, self.quant_max, self.ch_axis)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}scale" not in state_dict:
+            return
         seen = state_dict.get(f"{prefix}activation_post_process.min_val")  # loaded after this
         self.started = seen is not None and bool(seen.isfinite().all())

@@ -50,7 +50,9 @@ class _RoundToGrid(torch.autograd.Function):
         y = x.clamp(*limits)
         inside = y == x if any(ctx.needs_input_grad) else None
         y.mul_(inverse).round_().mul_(step)
-        ctx.save_for_backward(inside, *((x, y, scale) if ctx.needs_input_grad[3] else ()))
+        # Not the output itself: what comes next may write into it.
+        error = (y - torch.where(inside, x, 0.0), scale) if ctx.needs_input_grad[3] else ()
+        ctx.save_for_backward(inside, *error)
         return y
 
     @staticmethod
@@ -58,6 +60,6 @@ class _RoundToGrid(torch.autograd.Function):
         inside, *learned = ctx.saved_tensors
         to_scale = None
         if learned:
-            x, y, scale = learned
-            to_scale = (gradient * (y - torch.where(inside, x, 0.0))).sum_to_size(scale.shape) / scale
+            error, scale = learned
+            to_scale = (gradient * error).sum_to_size(scale.shape) / scale
         return torch.where(inside, gradient, 0.0), None, None, to_scale, None

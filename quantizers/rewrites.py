@@ -14,7 +14,18 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import argument, aten, is_float_tensor, op, value
+from quantflow.aten import (
+    CONVOLUTIONS,
+    LINEARS,
+    argument,
+    aten,
+    has_argument,
+    is_float_tensor,
+    is_inplace,
+    is_view,
+    op,
+    value,
+)
 from quantflow.parameters import read_attribute, unused_name
 
 Rewrite = Callable[[GraphModule, Node], Node | None]
@@ -41,8 +52,21 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
 
 def _writes(node: Node) -> bool:
     """Whether another node sees what ``node`` writes into its first argument."""
-    inplace = op(node) is not node.target
-    return inplace and (not isinstance(node.args[0], Node) or len(node.args[0].users) > 1)
+    base = node.args[0] if is_inplace(node) else None
+    while isinstance(base, Node) and base.op == "call_function":
+        if len(base.users) > 1:
+            return True
+        base = base.args[0] if is_view(base) else None
+    return base is not None  # a parameter, a buffer, an input
+
+
+def _feeds_a_pole(node: Node, steps: int = 4) -> bool:
+    """Whether what ``node`` computes soon meets a function that is steep near zero, where a grid has few levels."""
+    for user in node.users:
+        denominator = op(user) is aten.div.Tensor and user.args[1] is node
+        if denominator or op(user) in _STEEP or (steps and op(user) not in _GEMM and _feeds_a_pole(user, steps - 1)):
+            return True
+    return False
 
 
 def _call(node: Node, target: Any, *args: Any) -> Node:
@@ -60,45 +84,55 @@ def _call(node: Node, target: Any, *args: Any) -> Node:
     return new
 
 
-def _constant(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
-    """A read of ``tensor``, a buffer that no checkpoint holds, before ``node``."""
+def _constant(module: GraphModule, node: Node, numbers: float | tuple[float, tuple[int, ...]]) -> Node:
+    """A read of a number, or of a tensor (number, shape) full of it, in the dtype of ``node``, before it.
+
+    It is a buffer that no checkpoint holds.
+    """
+    number, shape = numbers if isinstance(numbers, tuple) else (numbers, (1,))
     name = unused_name(module, f"{node.name}_constant")
-    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), tensor)
-    module.register_buffer(name, tensor.to(like.device, like.dtype), persistent=False)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    dtype = value(node).dtype  # type: ignore[union-attr]
+    module.register_buffer(name, torch.full(shape, number, dtype=dtype, device=device), persistent=False)
     return read_attribute(module, name, node, node)
 
 
 def _shape(node: Node) -> list[int] | None:
-    """The shape of the value of ``node`` with -1 for the one dimension that varies; None where more than one does."""
+    """The shape of the value of ``node`` with -1 for the dimension that varies, or for the first (a graph is called with other
+    batches than its example's); None where more than one varies.
+    """
     val = value(node)
     if val is None:
         return None
     sizes = [s if isinstance(s, int) else -1 for s in val.shape]
+    if -1 not in sizes and 0 not in sizes:
+        sizes[:1] = [-1] * len(sizes[:1])
     return sizes if sizes.count(-1) <= 1 else None
 
 
 def silu(module: GraphModule, node: Node) -> Node | None:
     """``x·sigmoid(x)``."""
-    x = node.args[0]
+    x = argument(node, "self")
     return _call(node, aten.mul.Tensor, x, _call(node, aten.sigmoid.default, x))
 
 
 def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
     """``(clamp(x, -3, 3) + 3)·(1/6)``: each step is exact on the grid of the one before."""
-    clamped = _call(node, aten.hardtanh.default, node.args[0], -3.0, 3.0)
-    shifted = _call(node, aten.add.Tensor, clamped, _constant(module, node, torch.tensor([3.0])))
-    return _call(node, aten.mul.Tensor, shifted, _constant(module, node, torch.tensor([1 / 6])))
+    clamped = _call(node, aten.hardtanh.default, argument(node, "self"), -3.0, 3.0)
+    shifted = _call(node, aten.add.Tensor, clamped, _constant(module, node, 3.0))
+    return _call(node, aten.mul.Tensor, shifted, _constant(module, node, 1 / 6))
 
 
 def clamp(module: GraphModule, node: Node) -> Node | None:
     """A clamp between numbers as ``hardtanh``, which backends fuse."""
-    limits = [node.args[i] if len(node.args) > i else None for i in (1, 2)]
-    if op(node) is aten.clamp_max.default:
-        limits = [None, limits[0]]
+    x = argument(node, "self")
+    limits = [argument(node, name) if has_argument(node, name) else None for name in ("min", "max")]
     if not all(limit is None or isinstance(limit, (int, float)) for limit in limits):
         return None
+    if not is_float_tensor(node) or not is_float_tensor(x) or _feeds_a_pole(node):
+        return None
     low, high = (default if x is None else float(x) for x, default in zip(limits, (-math.inf, math.inf), strict=True))
-    return _call(node, aten.hardtanh.default, node.args[0], low, high)
+    return _call(node, aten.hardtanh.default, x, low, high)
 
 
 def reshape(module: GraphModule, node: Node) -> Node | None:
@@ -112,6 +146,8 @@ def mean(module: GraphModule, node: Node) -> Node | None:
     x, dims, sizes = node.args[0], argument(node, "dim"), _shape(node)
     rank = len(value(x).shape) if value(x) is not None else 0  # type: ignore[arg-type, union-attr]
     if argument(node, "keepdim") or sizes is None or rank != 4 or sorted(d % 4 for d in dims or []) != [2, 3]:
+        return None
+    if argument(node, "dtype") is not None:
         return None
     return _call(node, aten.reshape.default, _call(node, aten.mean.dim, x, [2, 3], True), sizes)
 
@@ -151,7 +187,7 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     if val is None or val.ndim != 4 or argument(node, "ceil_mode") or not whole or argument(node, "divisor_override"):
         return None
     channels = val.shape[1]
-    weight = _constant(module, node, torch.full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1])))
+    weight = _constant(module, node, (1 / (kernel[0] * kernel[1]), (channels, 1, *kernel)))
     stride = _pair(argument(node, "stride") or kernel)
     return _call(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
@@ -194,16 +230,20 @@ def same_padding(module: GraphModule, node: Node) -> Node | None:
 def scalar_operand(module: GraphModule, node: Node) -> Node | None:
     """A number among the operands as a constant tensor."""
     numbers = [a for a in node.args[:2] if isinstance(a, (int, float)) and not isinstance(a, bool)]
-    if len(numbers) != 1 or not is_float_tensor(node) or node.kwargs:
+    if len(numbers) != 1 or not is_float_tensor(node) or node.kwargs or value(node).ndim == 0:  # type: ignore[union-attr]
+        return None
+    if has_argument(node, "alpha") and argument(node, "alpha") != 1:
         return None
     number, target, swap = float(numbers[0]), op(node), False
+    if target in _SUMS and _feeds_a_pole(node):
+        return None
     if target in (aten.div.Tensor, aten.div.Scalar):
-        if isinstance(node.args[0], (int, float)) or number == 0.0:
+        if isinstance(node.args[0], (int, float)) or abs(number) < torch.finfo(value(node).dtype).tiny:  # type: ignore[union-attr]
             return None
         number, target = 1 / number, aten.mul.Tensor
     elif target is aten.rsub.Scalar:
         target, swap = aten.sub.Tensor, True
-    constant = _constant(module, node, torch.tensor([number]))
+    constant = _constant(module, node, number)
     target = _TENSOR_FORM.get(target, target)
     operands = [constant if isinstance(a, (int, float)) else a for a in node.args[:2]]
     return _call(node, target, *(reversed(operands) if swap else operands))
@@ -212,7 +252,9 @@ def scalar_operand(module: GraphModule, node: Node) -> Node | None:
 def cat(module: GraphModule, node: Node) -> Node | None:
     """One tensor joined is that tensor."""
     tensors = argument(node, "tensors")
-    return tensors[0] if len(tensors) == 1 else None
+    if len(tensors) != 1 or any(is_inplace(user) or is_view(user) for user in (*node.users, *tensors[0].users)):
+        return None
+    return tensors[0]
 
 
 def _pair(given: Any) -> list[int]:
@@ -227,6 +269,14 @@ _NUMBERED = {
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
+
+_SUMS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar}
+_STEEP = {
+    *(aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default),
+    *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar),
+}
+_GEMM = CONVOLUTIONS | LINEARS
 
 REWRITES: dict[Any, Rewrite] = {
     aten.silu.default: silu,

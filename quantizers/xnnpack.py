@@ -138,7 +138,7 @@ XNNPACK_RULES = (
     Rule("elu", frozenset({aten.elu.default}), ("self",), matters=(-7.0, math.inf), refusals=(_scaled_elu,)),
     Rule("leaky relu", frozenset({aten.leaky_relu.default}), ("self",), refusals=(_flat_slope,)),
     Rule("prelu", frozenset({aten.prelu.default}), ("self", "weight"), refusals=(_flat,)),
-    Rule("elementwise", frozenset({aten.abs.default, aten.neg.default, aten.exp.default}), ("self",)),
+    Rule("elementwise", frozenset({aten.abs.default, aten.neg.default}), ("self",)),
     Rule("concatenate", frozenset({aten.cat.default}), inputs=("tensors",), output="shared", refusals=(_single,)),
     Rule(
         "global average pool",

@@ -1,6 +1,7 @@
 """Bugs that were, each with the smallest network that showed it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -289,3 +290,109 @@ def test_quantize_warns_of_what_stays_outside():
         qf.quantize(
             Running(), (torch.randn(1, 8),), [torch.randn(4, 8)], quantizer=XNNPACKQuantizer(INT8), progress=False
         )
+
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        return self.conv(x) + self.seen.add_(1.0)
+
+
+def test_proving_a_program_leaves_the_state_alone():
+    model, x = Stateful().eval(), torch.randn(2, 4, 8, 8)
+    program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert model.seen.item() == 0
+    assert torch.allclose(program(x), model.conv(x) + 1, atol=1e-4)
+
+
+def test_a_write_into_a_buffer_stays_one():
+    model, x = Stateful().eval(), torch.randn(2, 4, 8, 8)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+    assert torch.allclose(prepared(x) + 1, prepared(x), atol=1e-5)
+
+
+STEEP = {
+    "log of a sum": lambda y: torch.log(y.relu() + 1e-3),
+    "log of a clamp": lambda y: torch.log(y.relu().clamp(min=1e-6)),
+    "guarded quotient": lambda y: y.relu() / (y.relu() + 1e-3),
+    "norm by hand": lambda y: (y - y.mean(1, True)) / torch.sqrt(y.var(1, keepdim=True) + 1e-5),
+    "softplus by hand": lambda y: torch.log(1 + torch.exp(y)),
+    "softmax by hand": lambda y: torch.exp(y) / torch.exp(y).sum(1, True),
+}
+
+
+class Behind(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(4, 4, 3, padding=1), function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_small_constants_keep_guarding(name):
+    torch.manual_seed(0)
+    model, x = Behind(STEEP[name]).eval(), torch.randn(2, 4, 8, 8)
+    graph = qf.export(model, (x,)).module()
+    converted = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
+    assert torch.isfinite(converted(x)).all()
+
+
+ODD = {
+    "rsub with alpha": lambda y: torch.rsub(y, 1.0, alpha=2),
+    "scalars": lambda y: y * (y.abs().mean() * 2.0),
+    "mean of another dtype": lambda y: y.mean((2, 3), dtype=torch.float64),
+    "integers clamped": lambda y: y * (y * 4).long().clamp(0.5, 3.5),
+    "one tensor joined and written": lambda y: torch.cat([y]).add_(1) + y,
+    "average over halves": lambda y: torch.nn.functional.avg_pool2d(y.half() * 0.5, 2).float(),
+    "to": lambda y: Behind.forward(CONV, y.to(torch.float32)),
+}
+CONV = Behind(torch.relu)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_preparing_keeps_odd_functions(name):
+    model, x = Behind(ODD[name]).eval(), torch.randn(2, 4, 8, 8)
+    model.aside, model.conv2 = nn.Parameter(torch.ones(1, dtype=torch.float64)), CONV
+    expected = model(x)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())(x)
+    assert prepared.dtype == expected.dtype
+    assert prepared.shape == expected.shape
+    assert torch.allclose(prepared, expected, atol=1e-4)
+
+
+def test_a_pickled_graph_still_takes_any_batch():
+    model, x = Behind(lambda y: y.mean((2, 3))).eval(), torch.randn(2, 4, 8, 8)
+    graph = pickle.loads(pickle.dumps(qf.export(model, (x,), dynamic_batch=True).module()))
+    assert qf.prepare(graph, XNNPACKQuantizer())(torch.randn(5, 4, 8, 8)).shape == (5, 4)
+
+
+def test_learned_steps_train_what_is_written_in_place():
+    model, x = (
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten()),
+        torch.randn(2, 4, 8, 8),
+    )
+    graph = qf.export(model, (x,)).module()
+    prepared = qf.prepare(graph, XNNPACKQuantizer(), qat=True, fake_quantize=qf.LearnedStepSize)
+    history = qf.train(prepared, [(x, torch.tensor([0, 1]))], epochs=2, progress=False)
+    assert len(history.loss) == 2
+
+
+def test_a_parameter_called_p_is_no_probability():
+    class Named(Behind):
+        def __init__(self):
+            super().__init__(torch.relu)
+            self.p = nn.Parameter(torch.ones(4))
+
+    assert qf.export(Named(), (torch.randn(2, 4, 8, 8),)).inference_only == ()
+
+
+def test_a_network_that_cancels_to_nothing_agrees():
+    model, x = Behind(lambda y: y - y.mean((2, 3), keepdim=True)), torch.zeros(1, 4, 8, 8)
+    model.conv = nn.Conv2d(4, 4, 1)
+    qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)

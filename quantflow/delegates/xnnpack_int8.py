@@ -178,6 +178,8 @@ def stages(graph: Graph, delegated: set[Node]) -> dict[Node, int]:
         found[node] = stage + (stage % 2 == (node in delegated)) if node.op == "call_function" else stage
     for node in reversed(graph.nodes):
         if node in delegated and (node.op == "placeholder" or is_dequant(node)):
+            if is_dequant(node) and not delegated.issuperset(node.users):
+                continue  # one reader is outside, and must not wait
             found[node] = min((found[user] for user in node.users if user in delegated), default=found[node])
     return found
 

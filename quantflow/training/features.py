@@ -13,6 +13,7 @@ from torch.fx import Node
 from quantflow.aten import is_float_tensor, is_inplace
 from quantflow.errors import QuantflowError
 from quantflow.graph_module import TrainableGraphModule
+from quantflow.parameters import unused_name
 
 
 class Tap(nn.Module):
@@ -49,11 +50,12 @@ def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
         raise QuantflowError("train", reason, node="features", remedy=remedy)
     outputs = [_output_of(graph, layer) for layer in layers]
     taps, calls = [], []
+    room = unused_name(graph, "taps")
     for index, node in enumerate(outputs):
         tap = Tap(overwritten=any(is_inplace(user) for user in node.users))
-        graph.add_submodule(f"taps.{index}", tap)
+        graph.add_submodule(f"{room}.{index}", tap)
         with graph.graph.inserting_after(node):
-            calls.append(graph.graph.call_module(f"taps.{index}", (node,)))
+            calls.append(graph.graph.call_module(f"{room}.{index}", (node,)))
         taps.append(tap)
     graph.recompile()
     try:
@@ -61,7 +63,7 @@ def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
     finally:
         for call in calls:
             graph.graph.erase_node(call)
-        graph.delete_submodule("taps")
+        graph.delete_submodule(room)
         graph.recompile()
 
 
