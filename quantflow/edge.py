@@ -66,6 +66,9 @@ class Edge:
             ):  # its runtime need not be on this machine
                 _complain("runtime", f"not proven: {error.reason}", "the program", error.remedy or "", strict)
                 return program
+            if "execution failed" in error.reason and (portable := program.delegation and program.delegation.portable):
+                remedy = "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
+                raise QuantflowError("runtime", error.reason, node=", ".join(portable), remedy=remedy) from error
             return self._without_refused(error, strict).to_executorch(config, strict=strict)
         if difference:
             remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"

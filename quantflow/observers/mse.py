@@ -9,7 +9,7 @@ import torch
 from quantflow.observers.min_max import MinMaxObserver
 from quantflow.qparams import choose_qparams, quantize
 
-_PER_BATCH = 8192
+_PER_BATCH = 2048
 _BATCHES = 16
 _BINS = 8192
 _SHRINK = torch.linspace(1.0, 0.2, 65)
@@ -20,7 +20,7 @@ class MSEObserver(MinMaxObserver):
 
     The extremes are exact, over all data; between them and a fifth of them, the two ends are searched, first together and
     then each alone (Choukroun et al. 2019, arXiv:1902.06822, search for it likewise). The sample is a reservoir of
-    batches, at most 16 of 8,192 values each, so that memory does not grow with the data; a smaller batch counts whole, and
+    batches, at most 16 of 2,048 values each, so that memory does not grow with the data; a smaller batch counts whole, and
     of few data the extremes count besides. The search sees the sample as a histogram of the means of 8,192 bins.
     """
 
