@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ def is_float_tensor(node: Node) -> bool:
 def only_user(node: Node) -> Node | None:
     """The one node that uses ``node``, or None where there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def pair(given: int | Sequence[int]) -> list[int]:
+    """The two sizes of a window over images, which operators take as one number or as two."""
+    sizes = [given] if isinstance(given, int) else list(given)
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def clamp_limits(node: Node) -> tuple[float, float] | None:

@@ -87,7 +87,7 @@ def normed_layers(graph: torch.fx.Graph) -> list[NormedLayer]:
 
 def normed_layer(norm: Node) -> NormedLayer | None:
     """``norm`` with the layer before it, None where it is no batch norm or can't be folded."""
-    if op(norm) is not BATCH_NORM or SWITCHED not in norm.meta:
+    if not _is_affine(norm):
         return None
     layer = norm.args[0]
     if not isinstance(layer, Node) or len(layer.users) != 1:
@@ -96,12 +96,17 @@ def normed_layer(norm: Node) -> NormedLayer | None:
         return None
     if op(layer) in LINEARS and ((val := value(layer)) is None or val.ndim != 2):
         return None  # batch norm counts dimension 1 as channels, linear makes the last one
-    if not all((node := argument(norm, name)) is None or is_constant(node) for name in _STATISTICS):
-        return None  # a computed scale or shift
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     while isinstance(weight, Node) and weight.op == "call_module":
         weight = weight.args[0]
     return NormedLayer(layer, norm, weight) if is_constant(weight) and (bias is None or is_constant(bias)) else None
+
+
+def _is_affine(node: Node) -> bool:
+    """Whether ``node`` is a batch norm that in inference is a constant scale and shift."""
+    if op(node) is not BATCH_NORM or SWITCHED not in node.meta:
+        return False
+    return all((read := argument(node, name)) is None or is_constant(read) for name in _STATISTICS)
 
 
 def fold_batch_norm(module: GraphModule) -> list[str]:
@@ -132,11 +137,7 @@ def norm_as_convolution(module: GraphModule) -> None:
     In place, for inference. The caller recompiles.
     """
     for norm in list(module.graph.nodes):
-        if op(norm) is not BATCH_NORM or SWITCHED not in norm.meta or (val := value(norm)) is None or val.ndim != 4:
-            continue
-        if normed_layer(norm) is not None:
-            continue
-        if not all((node := argument(norm, name)) is None or is_constant(node) for name in _STATISTICS):
+        if not _is_affine(norm) or (val := value(norm)) is None or val.ndim != 4 or normed_layer(norm) is not None:
             continue
         scale, shift = NormedLayer(norm, norm, norm).scale_and_shift(module)
         running_mean = argument(norm, "running_mean")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.fx import Graph, Node
 
@@ -81,8 +82,12 @@ class Plan:
     def matters(self, decision: Decision) -> tuple[float, float] | None:
         """The part of the range of what ``decision`` computes that its only reader needs; None for all of it."""
         user = only_user(decision.tail)
-        reader = next((d for d in self.integer if d.node is user), None)
+        reader = self._readers.get(user) if user is not None else None
         return reader.rule.matters if reader is not None and reader.rule is not None else None
+
+    @cached_property
+    def _readers(self) -> dict[Node, Decision]:
+        return {d.node: d for d in self.integer}
 
     def __str__(self) -> str:
         rows = [("layer", "node", "operators", "becomes", "why not")]

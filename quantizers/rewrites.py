@@ -24,6 +24,7 @@ from quantflow.aten import (
     is_inplace,
     is_view,
     op,
+    pair,
     value,
 )
 from quantflow.parameters import read_attribute, unused_name
@@ -84,12 +85,8 @@ def _call(node: Node, target: Any, *args: Any) -> Node:
     return new
 
 
-def _constant(module: GraphModule, node: Node, numbers: float | tuple[float, tuple[int, ...]]) -> Node:
-    """A read of a number, or of a tensor (number, shape) full of it, in the dtype of ``node``, before it.
-
-    It is a buffer that no checkpoint holds.
-    """
-    number, shape = numbers if isinstance(numbers, tuple) else (numbers, (1,))
+def _constant(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:
+    """A read of a tensor full of ``number``, in the dtype of ``node``, before it: a buffer that no checkpoint holds."""
     name = unused_name(module, f"{node.name}_constant")
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     dtype = value(node).dtype  # type: ignore[union-attr]
@@ -182,20 +179,20 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     """An average over windows as a depthwise convolution, whose equal weights are exact in int8."""
     x = node.args[0]
     val = value(x)  # type: ignore[arg-type]
-    kernel, padding = _pair(argument(node, "kernel_size")), _pair(argument(node, "padding"))
+    kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
     whole = argument(node, "count_include_pad") or padding == [0, 0]
     if val is None or val.ndim != 4 or argument(node, "ceil_mode") or not whole or argument(node, "divisor_override"):
         return None
     channels = val.shape[1]
-    weight = _constant(module, node, (1 / (kernel[0] * kernel[1]), (channels, 1, *kernel)))
-    stride = _pair(argument(node, "stride") or kernel)
+    weight = _constant(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
+    stride = pair(argument(node, "stride") or kernel)
     return _call(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """An average over windows that divide the image: nothing where they are single pixels, else as :func:`average_pool`."""
     x = node.args[0]
-    val, size = value(x), _pair(argument(node, "output_size"))  # type: ignore[arg-type]
+    val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]
     sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 else []
     if (
         size == [1, 1]
@@ -255,11 +252,6 @@ def cat(module: GraphModule, node: Node) -> Node | None:
     if len(tensors) != 1 or any(is_inplace(user) or is_view(user) for user in (*node.users, *tensors[0].users)):
         return None
     return tensors[0]
-
-
-def _pair(given: Any) -> list[int]:
-    sizes = [given] if isinstance(given, int) else list(given)
-    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 _TENSOR_FORM = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor}

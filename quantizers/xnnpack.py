@@ -6,23 +6,17 @@ Each refusal is a limit of executorch's XNNPACK delegate (1.5): a node it would 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, value
+from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
 from quantizers.rewrites import REWRITES
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import Scheme
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
-
-
-def _pair(given: Any) -> tuple[int, int]:
-    sizes = [given] if isinstance(given, int) else list(given)
-    return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def _rank(node: Node) -> int:
@@ -33,10 +27,6 @@ def _rank(node: Node) -> int:
 def _unbatched(node: Node) -> str | None:
     weight = argument(node, "weight")
     return None if _rank(node) == _rank(weight) else "its input has no batch dimension"
-
-
-def _flat_pool(node: Node) -> str | None:
-    return None if _rank(node) == 4 else f"pools a tensor of rank {_rank(node)}, not 4"
 
 
 def _high_rank(node: Node) -> str | None:
@@ -67,8 +57,8 @@ def _not_spatial(node: Node) -> str | None:
 
 
 def _pool_gaps(node: Node) -> str | None:
-    kernel = _pair(argument(node, "kernel_size"))
-    stride = _pair(argument(node, "stride") or kernel)
+    kernel = tuple(pair(argument(node, "kernel_size")))
+    stride = tuple(pair(argument(node, "stride") or kernel))
     if argument(node, "ceil_mode") and not all(isinstance(s, int) for s in value(node).shape[2:]):  # type: ignore[union-attr]
         return "ceil_mode over a size that varies"
     return None if all(s <= k for s, k in zip(stride, kernel, strict=True)) else f"stride {stride} over kernel {kernel}"
@@ -148,9 +138,7 @@ XNNPACK_RULES = (
         refusals=(_not_global,),
     ),
     Rule("mean", frozenset({aten.mean.dim}), ("self",), refusals=(_not_spatial,)),
-    Rule(
-        "max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_flat_pool, _pool_gaps)
-    ),
+    Rule("max pool", frozenset({aten.max_pool2d.default}), ("self",), output="shared", refusals=(_flat, _pool_gaps)),
     Rule("clamp", CLAMPS, ("self",), output="shared"),
     Rule(
         "reshape",
