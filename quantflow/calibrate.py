@@ -15,6 +15,8 @@ from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.observation import observers_of
+from quantflow.recovery.sample import Sample
+from quantflow.signature import Signature
 
 G = TypeVar("G", bound=GraphModule)
 
@@ -26,6 +28,7 @@ def calibrate(
     inputs: PickInputs | None = None,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
+    sample: Sample | None = None,
     progress: bool = True,
 ) -> G:
     """Run ``data`` through the prepared ``graph`` in inference mode, without gradients, observing.
@@ -36,6 +39,7 @@ def calibrate(
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         max_batches: Stop after so many.
         device: Where to run; by default where the graph's parameters are.
+        sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
         progress: Show a progress bar.
 
     Returns:
@@ -53,10 +57,13 @@ def calibrate(
     total = len(data) if isinstance(data, Sized) else None
     total = total if max_batches is None else min(max_batches, total or max_batches)
     feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
+    signature = Signature.of_graph(graph)
     seen = 0
     with _calibrating(graph), torch.no_grad():
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
             graph(*batch.args, **batch.kwargs)
+            if sample is not None:
+                sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
             seen += 1
     if not seen:
         raise QuantflowError("calibrate", "the calibration set is empty", node="data", remedy="pass at least one batch")
