@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Delegation:
         """Count the operators of a partitioned edge graph."""
         calls, portable, delegated, floating = 0, Counter[str](), Counter[str](), Counter[str]()
         for node in edge.graph.nodes:
-            if node.op != "call_function" or node.target is operator.getitem:
+            if not _calls(node):
                 continue
             if node.target is torch.ops.higher_order.executorch_call_delegate:
                 calls += 1
                 lowered: Any = getattr(edge, node.args[0].target)
-                inside = lowered.original_module.graph
-                delegated.update(_names(inside))
-                floating.update(_name(n) for n in inside.nodes if _computes(n) and not _between_integers(n))
+                inside, given = lowered.original_module, set(lowered.original_module.graph_signature.user_inputs)
+                delegated.update(_name(n) for n in inside.graph.nodes if _calls(n))
+                floating.update(_name(n) for n in _computing(inside.graph) if not _between_integers(n, given))
             else:
                 portable[_name(node)] += 1
-        outside = tuple(n.name for n in edge.graph.nodes if "quantized_decomposed" in str(n.target))
+        outside = tuple(n.name for n in edge.graph.nodes if _converts(n))
         return cls(calls, delegated, portable, floating, outside)
 
     def __str__(self) -> str:
@@ -60,23 +60,23 @@ class Delegation:
         return "\n".join(lines)
 
 
-def _computes(node: torch.fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and node.target is not operator.getitem
-        and "quantize" not in getattr(node, "name", "")
-    )
-
-
-def _between_integers(node: torch.fx.Node) -> bool:
-    """Whether integers go in and come out: all inputs are dequantized, and what comes out (clamped) is quantized."""
-    inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
+def _between_integers(node: Node, given: set[str]) -> bool:
+    """Whether integers go in and come out: what it reads is dequantized, and what comes out (clamped) is quantized, unless its
+    input has a range of its own at run time. ``given`` names the inputs of the program, which are no constants.
+    """
+    reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in given]
+    if any(_name(n) == _DYNAMIC for n in reads):
+        return True
     behind = list(node.users)
-    while len(behind) == 1 and any(name in behind[0].name for name in ("relu", "hardtanh", "clamp")):
+    while len(behind) == 1 and _name(behind[0]) in _CLAMPS:
         behind = list(behind[0].users)
-    fused = any(name in node.name for name in ("relu", "hardtanh", "clamp"))
-    fed = all("dequantize" in n.name or (fused and _between_integers(n)) for n in inputs)
-    return fed and bool(inputs) and all("quantize" in n.name and "dequantize" not in n.name for n in behind)
+    fused = _name(node) in _CLAMPS
+    fed = all(_converts(n, "dequantize") or (fused and _between_integers(n, given)) for n in reads)
+    return fed and bool(reads) and all(_converts(n, "quantize") for n in behind)
+
+
+_CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
+_DYNAMIC = "quantized_decomposed::dequantize_per_tensor.tensor"
 
 
 def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
@@ -84,13 +84,25 @@ def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
             lowered: Any = getattr(edge, node.args[0].target)
-            nodes = [n for n in lowered.original_module.graph.nodes if n.op == "call_function"]
-            yield lowered, [n.name for n in nodes if "quantized_decomposed" not in str(n.target)]
+            yield lowered, [n.name for n in _computing(lowered.original_module.graph)]
 
 
-def _names(graph: torch.fx.Graph) -> list[str]:
-    return [_name(n) for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+def _calls(node: Node) -> bool:
+    return node.op == "call_function" and node.target is not operator.getitem
 
 
-def _name(node: torch.fx.Node) -> str:
+def _computing(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if _calls(n) and not _converts(n)]
+
+
+def _converts(node: Node, how: str = "") -> bool:
+    """Whether ``node`` converts to or from integers (``how``: ``"quantize"`` or ``"dequantize"`` alone), or finds their range."""
+    namespace, _, name = _name(node).partition("::")
+    return node.op == "call_function" and namespace in _CONVERSIONS and name.startswith(how)
+
+
+_CONVERSIONS = {"quantized_decomposed", "torchao"}
+
+
+def _name(node: Node) -> str:
     return str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target))
