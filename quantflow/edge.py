@@ -59,7 +59,9 @@ class Edge:
         """
         program = self._serialise(config)
         trial = Program(program.buffer, program.signature)  # what a run does to its state is not to be seen
-        foreign = type(self.delegate) is Delegate and self.delegate.partitioners()  # its runtime may be on another machine
+        foreign = (
+            type(self.delegate) is Delegate and self.delegate.partitioners()
+        )  # its runtime may be on another machine
         try:
             trial.load()
         except QuantflowError as error:
@@ -74,7 +76,9 @@ class Edge:
             portable = program.delegation.portable if program.delegation is not None else ()
             if not portable:
                 raise
-            remedy = "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
+            remedy = (
+                "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
+            )
             raise QuantflowError("runtime", error.reason, node=", ".join(portable), remedy=remedy) from error
         if difference:
             remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Delegation:
             if node.target is torch.ops.higher_order.executorch_call_delegate:
                 calls += 1
                 lowered: Any = getattr(edge, node.args[0].target)
-                inside, given = lowered.original_module, set(lowered.original_module.graph_signature.user_inputs)
+                inside = _Inside(lowered)
                 delegated.update(_name(n) for n in inside.graph.nodes if _calls(n))
-                floating.update(_name(n) for n in _computing(inside.graph) if not _between_integers(n, given))
+                floating.update(_name(n) for n in inside.graph.nodes if _computes(n) and not inside.in_integers(n))
             else:
                 portable[_name(node)] += 1
         outside = tuple(n.name for n in edge.graph.nodes if _converts(n))
@@ -60,19 +60,36 @@ class Delegation:
         return "\n".join(lines)
 
 
-def _between_integers(node: Node, given: set[str]) -> bool:
-    """Whether integers go in and come out: what it reads is dequantized, and what comes out (clamped) is quantized, unless its
-    input has a range of its own at run time. ``given`` names the inputs of the program, which are no constants.
-    """
-    reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in given]
-    if any(_name(n) == _DYNAMIC for n in reads):
-        return True
-    behind = list(node.users)
-    while len(behind) == 1 and _name(behind[0]) in _CLAMPS:
-        behind = list(behind[0].users)
-    fused = _name(node) in _CLAMPS
-    fed = all(_converts(n, "dequantize") or (fused and _between_integers(n, given)) for n in reads)
-    return fed and bool(reads) and all(_converts(n, "quantize") for n in behind)
+class _Inside:
+    """The program that a delegate was handed."""
+
+    def __init__(self, lowered: Any) -> None:
+        self.graph = lowered.original_module.graph
+        self.given = set(lowered.original_module.graph_signature.user_inputs)  # other inputs are constants
+        self.tagged = lowered.backend_id == "XnnpackBackend"
+
+    def in_integers(self, node: Node) -> bool:
+        """Whether integers go in and come out: what ``node`` reads is dequantized, and what comes out (clamped) is quantized,
+        unless its input has a range of its own at run time.
+        """
+        reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in self.given]
+        if any(_name(n) == _DYNAMIC for n in reads):
+            return True
+        behind = list(node.users)
+        while len(behind) == 1 and _name(behind[0]) in _CLAMPS:
+            behind = list(behind[0].users)
+        clamp = _name(node) in _CLAMPS
+        fed = all(self._fused(n, "dequantize") or (clamp and self._computed_in_integers(n)) for n in reads)
+        return fed and bool(reads) and all(self._fused(n, "quantize") for n in behind)
+
+    def _computed_in_integers(self, node: Node) -> bool:
+        return _computes(node) and self.in_integers(node)
+
+    def _fused(self, node: Node, how: str) -> bool:
+        """Whether ``node`` converts within the kernel beside it. XNNPACK's partitioner tags those; the others run on their own,
+        around a float kernel.
+        """
+        return _converts(node, how) and (not self.tagged or bool(node.meta.get("IS_IMPLICIT_Q_DQ_TAG")))
 
 
 _CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
@@ -84,19 +101,21 @@ def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
             lowered: Any = getattr(edge, node.args[0].target)
-            yield lowered, [n.name for n in _computing(lowered.original_module.graph)]
+            yield lowered, [n.name for n in lowered.original_module.graph.nodes if _computes(n)]
 
 
 def _calls(node: Node) -> bool:
     return node.op == "call_function" and node.target is not operator.getitem
 
 
-def _computing(graph: Graph) -> list[Node]:
-    return [n for n in graph.nodes if _calls(n) and not _converts(n)]
+def _computes(node: Node) -> bool:
+    return _calls(node) and not _converts(node)
 
 
 def _converts(node: Node, how: str = "") -> bool:
-    """Whether ``node`` converts to or from integers (``how``: ``"quantize"`` or ``"dequantize"`` alone), or finds their range."""
+    """Whether ``node`` converts to or from integers, or finds their range; ``how`` is ``"quantize"`` or ``"dequantize"`` for
+    these alone.
+    """
     namespace, _, name = _name(node).partition("::")
     return node.op == "call_function" and namespace in _CONVERSIONS and name.startswith(how)
 

@@ -110,6 +110,7 @@ _ELEMENTWISE = (
 )
 _MOVING = (
     generic.CatConfig,
+    generic.CloneDimOrderConfig,
     generic.ConstantPadConfig,
     generic.MaxPool2dConfig,
     generic.PermuteConfig,
