@@ -15,6 +15,7 @@ from quantizers.rewrites import REWRITES
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import Scheme
+from quantizers.xnnpack_float import XNNPACK_FLOAT
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
@@ -165,6 +166,7 @@ class XNNPACKQuantizer(RuleQuantizer):
 
     rules = XNNPACK_RULES
     rewrites = REWRITES
+    float_kernels = XNNPACK_FLOAT
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """What XNNPACK would compute wrongly, or not load."""
