@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fresh_process import in_fresh_process, peak_growth
 from torch import nn
 from torchvision import models
 
@@ -89,30 +89,11 @@ def convert_seconds(name: str, model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(name: str, options: argparse.Namespace, result: Any) -> None:
+def peak_bytes(name: str, options: argparse.Namespace) -> int:
     """The growth of this process over two steps of the variant ``name``."""
     model, _ = VARIANTS[name](options)
     (x,), target = example(options), torch.zeros(options.batch_size, dtype=torch.long)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident_peak()
-    for _ in range(2):
-        step(model, x, target)
-    result.put(resident_peak() - before)
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def measured_peak(name: str, options: argparse.Namespace) -> int:
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=peak_bytes, args=(name, options, result))
-    process.start()
-    peak = result.get()
-    process.join()
-    return peak
+    return peak_growth(lambda: [step(model, x, target) for _ in range(2)])
 
 
 def main() -> None:
@@ -121,7 +102,7 @@ def main() -> None:
         keep_freed_memory()
     torch.manual_seed(0)
     rows: dict[str, dict[str, float]] = {}
-    peaks = {name: measured_peak(name, options) for name in VARIANTS} if options.device == "cpu" else {}
+    peaks = {name: in_fresh_process(peak_bytes, name, options) for name in VARIANTS} if options.device == "cpu" else {}
     built: dict[str, Callable[..., Any]] = {}
     for name, build in VARIANTS.items():
         built[name], rows[name] = build(options)
