@@ -10,8 +10,6 @@ set over two steps, each variant in a process of its own. Writes JSON and prints
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 from fresh_process import in_fresh_process, peak_growth
+from record import write_record
 from torch import nn
 from torchvision import models
 
@@ -136,10 +135,7 @@ def report(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> No
     print(f"{'':<20}" + "".join(f"{c:>12}" for c in columns))
     for name, row in rows.items():
         print(f"{name:<20}" + "".join(f"{row[c]:>12.2f}" if c in row else f"{'-':>12}" for c in columns))
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    settings = {k: str(v) for k, v in vars(options).items() if k != "output"}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+    write_record(options.output, options, rows)
     print(f"\nwritten: {options.output}")
 
 
