@@ -45,20 +45,17 @@ def stock_calibrate(prepared: GraphModule, batches: Sequence[torch.Tensor]) -> N
         prepared(batch)
 
 
-def nncf_quantized(
-    model: nn.Module, example: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]
-) -> GraphModule | None:
-    """The converted graph that NNCF makes with its defaults over executorch's quantizer; None where it is not installed.
+def nncf_quantized(model: nn.Module, example: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> GraphModule:
+    """The converted graph that NNCF makes with its defaults over executorch's quantizer.
 
     It sees every image, one at a time as its documentation says.
     """
-    try:
-        import nncf
-        from nncf.experimental.torch.fx import quantize_pt2e
-    except ImportError:
-        return None
+    import nncf
+    from nncf.experimental.torch.fx import quantize_pt2e
+
     images = [image for batch in batches for image in batch.split(1)]
-    return quantize_pt2e(captured(model, example), stock_quantizer(), nncf.Dataset(images), subset_size=len(images))
+    dataset = nncf.Dataset(images)
+    return quantize_pt2e(captured(model, example), stock_quantizer(), dataset, subset_size=len(images))
 
 
 def stock_lowered(converted: GraphModule, example: Sequence[torch.Tensor]) -> qf.Program:
