@@ -6,15 +6,18 @@ Each refusal is a limit of executorch's XNNPACK delegate (1.5): a node it would 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
-from quantizers.rewrites import REWRITES
+from quantizers.rewrites import REWRITES, Rewrite
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import Scheme
+from quantizers.volumes import VOLUME_REWRITES
 from quantizers.xnnpack_float import XNNPACK_FLOAT
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
@@ -94,10 +97,18 @@ def _single(node: Node) -> str | None:
     return None if len(argument(node, "tensors")) > 1 else "joins one tensor only"
 
 
+def _volume(node: Node) -> str | None:
+    """What :mod:`quantizers.volumes` has left."""
+    return "XNNPACK has two dimensions, and images can't stand for this: its weight is shared or computed, or its size varies"
+
+
+_OVER_VOLUMES = frozenset({aten.conv3d.default, aten.conv3d.padding})
+
 XNNPACK_RULES = (
+    Rule("convolution over volumes", _OVER_VOLUMES, weight="weight", refusals=(_volume,)),
     Rule(
         "convolution",
-        CONVOLUTIONS - {aten.conv3d.default, aten.conv3d.padding},
+        CONVOLUTIONS - _OVER_VOLUMES,
         weight="weight",
         batch_norm=True,
         clamps=CLAMPS,
@@ -165,7 +176,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
 
     rules = XNNPACK_RULES
-    rewrites = REWRITES
+    rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES}
     float_kernels = XNNPACK_FLOAT
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:

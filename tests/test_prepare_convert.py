@@ -54,7 +54,7 @@ def test_qat_without_rounding_is_eager(name, scheme):
             assert torch.allclose(prepared.get_buffer(key).float(), buffer.float(), rtol=1e-5, atol=1e-5), key
 
 
-@pytest.mark.parametrize("name", INTEGER)
+@pytest.mark.parametrize("name", [*INTEGER, "conv3d_bn"])
 @pytest.mark.parametrize("scheme", [XNNPACKQuantizer().scheme, PER_TENSOR], ids=["per channel", "per tensor"])
 def test_converted_graph_computes_what_was_trained(name, scheme):
     model, x = network(name)
