@@ -4,10 +4,21 @@ Passes over a prepared and calibrated graph, each a copy in, a copy out, for any
 and keeps what helps.
 """
 
+from quantflow.recovery.bias_correction import correct_bias
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.recover import Recovered, Step, recover
 from quantflow.recovery.sample import Sample
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["Recovered", "Sample", "Sensitivity", "Step", "compensate", "recover", "sensitivity", "settle_ranges"]
+__all__ = [
+    "Recovered",
+    "Sample",
+    "Sensitivity",
+    "Step",
+    "compensate",
+    "correct_bias",
+    "recover",
+    "sensitivity",
+    "settle_ranges",
+]

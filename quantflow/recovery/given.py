@@ -52,7 +52,7 @@ def draw(
         QuantflowError: at ``stage``, when a batch does not fit the graph or there is none.
     """
     sample = data if isinstance(data, Sample) else Sample()
-    if sample is not data:
+    if not isinstance(data, Sample):
         signature = Signature.of_graph(graph)
         device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
         for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):

@@ -17,7 +17,7 @@ from quantflow.qparams import PER_CHANNEL
 from quantflow.recovery.walk import has_grid
 
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
-_LARGEST = 4608  # features a group; solving grows with their cube
+SOLVABLE = 4608  # features a group; solving grows with their cube
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Layer:
     def bias(self) -> Node | None:
         """What reads its bias, None where it has none."""
         return argument(self.node, "bias")
+
+    @property
+    def channel_axis(self) -> int:
+        """The dimension of the output (and of the input) that holds channels."""
+        return -1 if self._linear else 1
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as [groups, outputs a group, features a group]."""
@@ -97,15 +102,15 @@ class Layer:
         return op(self.node) in LINEARS
 
 
-def quantized_layers(graph: GraphModule) -> dict[Node, Layer]:
-    """The layers of a prepared graph that a solver can take, by node."""
+def quantized_layers(graph: GraphModule, *, features: float = SOLVABLE) -> dict[Node, Layer]:
+    """The layers of a prepared graph with at most ``features`` features a group, by node."""
     reads = reads_of(graph.graph)
     reads.update(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
-    found = (_layer(node, graph, reads) for node in graph.graph.nodes)
+    found = (_layer(node, graph, reads, features) for node in graph.graph.nodes)
     return {layer.node: layer for layer in found if layer is not None}
 
 
-def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
+def _layer(node: Node, graph: GraphModule, reads: Any, features: float) -> Layer | None:
     if op(node) not in LINEARS and op(node) not in _CONVOLUTIONS:
         return None
     weight, bias, output = argument(node, "weight"), argument(node, "bias"), value(node)
@@ -126,7 +131,7 @@ def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
         return None
     tensor = tensor_of(graph, weight.args[0])  # type: ignore[arg-type]
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
-    if tensor[0].numel() > _LARGEST or not tensor.is_floating_point():
+    if tensor[0].numel() > features or not tensor.is_floating_point():
         return None
     return Layer(node, weight, observer, groups, tuple(tensor.shape[2:]))
 

@@ -93,8 +93,7 @@ def _call(graph: GraphModule, node: Node, reference: Values, values: Values) -> 
 
 def _reread(graph: GraphModule, layer: Layer, integers: list[Values]) -> None:
     """The layer's output in the integer network, of the weight and bias that ``graph`` has now."""
-    observed: Node = layer.weight.args[0]  # type: ignore[assignment]
-    weight = quantized(graph.get_submodule(str(layer.weight.target)), attribute(graph, observed))
+    weight = quantized(observer_of(layer.weight, graph), attribute(graph, layer.weight.args[0]))  # type: ignore[arg-type]
     for values in integers:
         values[layer.weight] = weight
         if layer.bias is not None:
