@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,10 +75,32 @@ def has_grid(observer: nn.Module) -> bool:
     return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
 
 
+def steps(
+    graph: GraphModule, batch: tuple, *, integers: bool = False, known: Values | None = None
+) -> Iterator[tuple[Node, Values]]:
+    """Run ``graph`` on one batch: each node in turn, the ``output`` last, with the values that live then.
+
+    Args:
+        graph: A captured or prepared graph.
+        batch: Its flat inputs.
+        integers: Quantize what its observers will.
+        known: Values that need not be computed.
+    """
+    dead, given = last_reads(graph.graph), iter(batch)
+    values: Values = {}
+    for node in graph.graph.nodes:
+        if known is not None and node in known:
+            values[node] = known[node]
+        elif node.op != "output":
+            values[node] = _value(graph, node, values, given, integers)
+        yield node, values
+        for read in dead.get(node, ()):
+            values.pop(read, None)
+
+
 @torch.no_grad()
 def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
     """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
-    dead = last_reads(graph.graph)
     weights = {
         node: quantized(observer, tensor_of(graph, node.args[0]))
         for node in graph.graph.nodes
@@ -86,17 +108,10 @@ def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> 
     }
     found = []
     for batch in batches:
-        given, result = iter(batch), []
-        values: Values = {}
-        for node in graph.graph.nodes:
+        result: list[torch.Tensor] = []
+        for node, values in steps(graph, batch, integers=integers, known=weights):
             if node.op == "output":
                 result = float_outputs(node, values)
-            elif node in weights:
-                values[node] = weights[node]
-            else:
-                values[node] = _value(graph, node, values, given, integers)
-            for read in dead.get(node, ()):
-                values.pop(read, None)
         found.append(result)
     return found
 
@@ -104,21 +119,15 @@ def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> 
 @torch.no_grad()
 def peak_bytes(graph: GraphModule, batch: tuple) -> int:
     """The most memory that values of the float network take at one time for ``batch``."""
-    dead, given, most = last_reads(graph.graph), iter(batch), 1
-    values: Values = {}
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            break
-        values[node] = _value(graph, node, values, given, False)
-        if node.op != "get_attr":
+    most = 1
+    for node, values in steps(graph, batch):
+        if node.op not in ("get_attr", "output"):
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for n, t in values.items()
                 if isinstance(t, torch.Tensor) and n.op != "get_attr"
             }
             most = max(most, sum(storages.values()))
-        for read in dead.get(node, ()):
-            values.pop(read, None)
     return most
 
 
