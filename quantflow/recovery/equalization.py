@@ -93,6 +93,7 @@ def _by_weights(module: GraphModule, groups: list[ChannelGroup]) -> None:
 
 
 def _by_activations(module: GraphModule, groups: list[ChannelGroup], sample: tuple) -> None:
+    """Until each activation's channels and the columns that read them fill their grids alike."""
     axes = {node: place.axis for group in groups for node, place in group.tensors.items()}
     ranges = channel_ranges(module, axes, sample)
     for group in groups:
@@ -101,16 +102,22 @@ def _by_activations(module: GraphModule, groups: list[ChannelGroup], sample: tup
         if not 0 < activation.max() < float("inf"):
             continue
         activation = activation.clamp(min=float(activation.max()) * _SMALLEST)
-        columns = [
-            _by_channel(module, group, layer, relative=True)
-            for layer in group.readers
-            if not is_depthwise(module, layer)
-        ]
-        scale = (activation / torch.stack(columns).amax(0)).sqrt() if columns else activation
-        scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-        # The tensor's range stays, and its channels fill it: those that can't be scaled lie within it already.
-        scale = scale * ((activation / scale).max() / activation.max())
-        _scale(module, group, _allowed(group, scale))
+        for _ in range(_SWEEPS):
+            scale = _allowed(group, _by_range(module, group, activation))
+            _scale(module, group, scale)
+            activation = activation / scale
+            if float(scale.log().abs().max()) < _SETTLED:
+                break
+
+
+def _by_range(module: GraphModule, group: ChannelGroup, activation: torch.Tensor) -> torch.Tensor:
+    """What to divide each channel by, given how large it gets."""
+    readers = [layer for layer in group.readers if not is_depthwise(module, layer)]
+    columns = [_by_channel(module, group, layer, relative=True) for layer in readers]
+    scale = (activation / torch.stack(columns).amax(0)).sqrt() if columns else activation
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    # The tensor's range stays, and its channels fill it: those that can't be scaled lie within it already.
+    return scale * ((activation / scale).max() / activation.max())
 
 
 def _is_clamped(node: Node) -> bool:
