@@ -1,8 +1,8 @@
 """Recovery: winning back what post-training quantization loses.
 
 Passes over a graph, each a copy in, a copy out, for any torchao quantizer: over the float graph before it is prepared
-(:func:`equalize`), over the prepared and calibrated graph the others; :func:`recover` tries those that need no choice of a
-person's and keeps what helps.
+(:func:`equalize`, :func:`smooth`), over the prepared and calibrated graph the others. :func:`recover` tries those that need
+no choice of a person's and keeps what helps.
 """
 
 from quantflow.recovery.bias_correction import correct_bias
@@ -12,6 +12,7 @@ from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.recover import Recovered, Step, recover
 from quantflow.recovery.sample import Sample
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
+from quantflow.recovery.smooth import smooth
 
 __all__ = [
     "Recovered",
@@ -24,4 +25,5 @@ __all__ = [
     "recover",
     "sensitivity",
     "settle_ranges",
+    "smooth",
 ]
