@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,13 @@ from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.recovery.channel_groups import ChannelGroup, channel_groups
 from quantflow.recovery.channel_ranges import channel_ranges
 from quantflow.recovery.given import check_float, draw
-from quantflow.recovery.sample import Sample
-from quantflow.recovery.scaling import (
-    divide_outputs,
-    is_depthwise,
-    largest_by_input,
-    largest_by_output,
-    multiply_inputs,
-)
+from quantflow.recovery.sample import Inputs, Sample
+from quantflow.recovery.scaling import divide_outputs, magnitudes, multiply_inputs
 
 _STAGE = "equalize"
 _SWEEPS = 40
-_SETTLED = 1e-3  # a sweep that scales no channel by more is the last
+_SETTLED = 5e-3  # a sweep that scales no channel by more is the last
+_TINY = torch.finfo(torch.float32).tiny
 _SMALLEST = 1e-3  # of the largest channel: what is smaller is not raised to it
 
 
@@ -70,51 +65,75 @@ def equalize(
         reason = "no two layers with only what a scale of channels passes between them: the graph stays as it is"
         remedy = "nothing to do; relu6 and smooth activations (silu, gelu, hardswish) let no scale pass"
         warnings.warn(QuantflowWarning(_STAGE, reason, node="graph", remedy=remedy), stacklevel=2)
-    elif data is None:
-        _by_weights(equal, groups)
     else:
-        _by_activations(equal, groups, draw(equal, data, stage=_STAGE, inputs=inputs))
+        sample = None if data is None else draw(equal, data, stage=_STAGE, inputs=inputs)
+        for group, scale in _scales(equal, groups, sample).items():
+            for layer in group.makers:
+                divide_outputs(equal, layer, scale)
+            for layer in group.readers:
+                multiply_inputs(equal, layer, scale.repeat_interleave(_repeat(group, layer)))
     equal.recompile()
     return equal.train(training)
 
 
-def _by_weights(module: GraphModule, groups: list[ChannelGroup]) -> None:
-    """Until the weights that make a channel are as large as those that read it."""
+def _scales(
+    module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs] | None
+) -> dict[ChannelGroup, torch.Tensor]:
+    """What to divide the channels of each group by, float64: sweeps over the groups until none moves any more."""
+    weights = {layer: magnitudes(module, layer) for group in groups for layer in (*group.makers, *group.readers)}
+    activations = {} if sample is None else _activations(module, groups, sample)
+    found = {group: torch.ones_like(group.least) for group in groups}
     for _ in range(_SWEEPS):
         largest = 0.0
         for group in groups:
-            made = torch.stack([largest_by_output(module, layer) for layer in group.makers]).amax(0)
-            read = torch.stack([_by_channel(module, group, layer) for layer in group.readers]).amax(0)
-            scale = _allowed(group, (made / read).sqrt())
-            _scale(module, group, scale)
-            largest = max(largest, float(scale.log().abs().max()))
+            activation = activations.get(group)
+            if sample is None:
+                wanted = _by_weights(weights, group)
+            elif activation is not None:
+                wanted = _by_activation(weights, group, activation / found[group])
+            else:
+                continue
+            total = torch.maximum(found[group] * wanted, group.least)
+            step = torch.where(group.fixed | ~total.isfinite() | (total <= 0), 1.0, total / found[group])
+            found[group] *= step
+            for layer in group.makers:
+                weights[layer].div_(step.reshape(*weights[layer].shape[:2], 1))
+            for layer in group.readers:
+                columns = step.repeat_interleave(_repeat(group, layer))
+                weights[layer].mul_(columns.reshape(len(weights[layer]), 1, -1))
+            largest = max(largest, float(step.log().abs().max()))
         if largest < _SETTLED:
             break
+    return found
 
 
-def _by_activations(module: GraphModule, groups: list[ChannelGroup], sample: tuple) -> None:
-    """Until each activation's channels and the columns that read them fill their grids alike."""
-    axes = {node: place.axis for group in groups for node, place in group.tensors.items()}
+def _by_weights(weights: dict[Node, torch.Tensor], group: ChannelGroup) -> torch.Tensor:
+    """What makes the weights that make a channel as large as those that read it."""
+    made = torch.stack([weights[layer].amax(2).reshape(-1) for layer in group.makers]).amax(0).double()
+    read = torch.stack([_by_channel(weights[layer], group) for layer in group.readers]).amax(0).double()
+    return (made / read).sqrt()
+
+
+def _activations(
+    module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs]
+) -> dict[ChannelGroup, torch.Tensor]:
+    """How large each channel of the groups gets, where that is a number."""
+    axes = {node: place.axis for group in groups for node, place in group.tensors.items() if not _is_clamped(node)}
     ranges = channel_ranges(module, axes, sample)
+    found = {}
     for group in groups:
-        seen = [ranges[n].reshape(-1, p.repeat).amax(1) for n, p in group.tensors.items() if not _is_clamped(n)]
-        activation = torch.stack(seen).amax(0)
-        if not 0 < activation.max() < float("inf"):
-            continue
-        activation = activation.clamp(min=float(activation.max()) * _SMALLEST)
-        for _ in range(_SWEEPS):
-            scale = _allowed(group, _by_range(module, group, activation))
-            _scale(module, group, scale)
-            activation = activation / scale
-            if float(scale.log().abs().max()) < _SETTLED:
-                break
+        seen = [ranges[node].reshape(len(group.fixed), -1).amax(1) for node in group.tensors if node in axes]
+        largest = torch.stack(seen).amax(0)
+        if 0 < largest.max() < float("inf"):
+            found[group] = largest.clamp(min=float(largest.max()) * _SMALLEST)
+    return found
 
 
-def _by_range(module: GraphModule, group: ChannelGroup, activation: torch.Tensor) -> torch.Tensor:
-    """What to divide each channel by, given how large it gets."""
-    readers = [layer for layer in group.readers if not is_depthwise(module, layer)]
-    columns = [_by_channel(module, group, layer, relative=True) for layer in readers]
-    scale = (activation / torch.stack(columns).amax(0)).sqrt() if columns else activation
+def _by_activation(weights: dict[Node, torch.Tensor], group: ChannelGroup, activation: torch.Tensor) -> torch.Tensor:
+    """What makes the channels of an activation, and the columns that read them, fill their grids alike."""
+    grids = [w for w in (weights[layer] for layer in group.readers) if w.shape[2] > 1]  # not those of depthwise layers
+    columns = [_by_channel(w / w.amax(2, keepdim=True).clamp(min=_TINY), group) for w in grids]
+    scale = (activation / torch.stack(columns).amax(0).double()).sqrt() if columns else activation
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
     # The tensor's range stays, and its channels fill it: those that can't be scaled lie within it already.
     return scale * ((activation / scale).max() / activation.max())
@@ -126,22 +145,10 @@ def _is_clamped(node: Node) -> bool:
     return user is not None and clamp_limits(user) is not None
 
 
-def _by_channel(module: GraphModule, group: ChannelGroup, layer: Node, *, relative: bool = False) -> torch.Tensor:
-    """The largest weight of ``layer`` that meets each channel of the group that it reads."""
-    largest = largest_by_input(module, layer, relative=relative)
-    return largest.reshape(len(group.fixed), -1).amax(1)
+def _by_channel(weight: torch.Tensor, group: ChannelGroup) -> torch.Tensor:
+    """The largest of the magnitudes [groups, outputs, inputs] that meets each channel of the group that it reads."""
+    return weight.amax(1).reshape(len(group.fixed), -1).amax(1)
 
 
-def _allowed(group: ChannelGroup, scale: torch.Tensor) -> torch.Tensor:
-    """``scale`` where it is one that the group's channels can take."""
-    usable = scale.isfinite() & (scale > 0) & ~group.fixed
-    return torch.where(usable, torch.maximum(scale, group.least), 1.0)
-
-
-def _scale(module: GraphModule, group: ChannelGroup, scale: torch.Tensor) -> None:
-    for layer in group.makers:
-        divide_outputs(module, layer, scale)
-    for layer in group.readers:
-        repeat = group.tensors[layer.args[0]].repeat  # type: ignore[index]
-        multiply_inputs(module, layer, scale.repeat_interleave(repeat))
-    group.least = group.least / scale
+def _repeat(group: ChannelGroup, layer: Node) -> int:
+    return group.tensors[layer.args[0]].repeat  # type: ignore[index]

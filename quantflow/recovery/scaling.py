@@ -49,24 +49,11 @@ def multiply_inputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> No
     set_tensor(module, str(read.target), scaled.to(tensor.dtype), parameter=True)
 
 
-def largest_by_output(module: GraphModule, layer: Node) -> torch.Tensor:
-    """The largest absolute weight of each output channel, float64."""
-    return tensor_of(module, argument(layer, "weight")).detach().double().flatten(1).abs().amax(1)
-
-
-def largest_by_input(module: GraphModule, layer: Node, *, relative: bool = False) -> torch.Tensor:
-    """The largest absolute weight that meets each input channel, float64; ``relative`` to the largest of its output."""
-    weight = tensor_of(module, argument(layer, "weight")).detach().double()
-    magnitude = weight.flatten(2).abs().amax(2) if weight.ndim > 2 else weight.abs()  # [out, in / groups]
-    if relative:
-        magnitude = magnitude / magnitude.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return magnitude.reshape(_groups(layer), -1, magnitude.shape[1]).amax(1).reshape(-1)
-
-
-def is_depthwise(module: GraphModule, layer: Node) -> bool:
-    """Whether each output of ``layer`` reads one channel only."""
-    weight = tensor_of(module, argument(layer, "weight"))
-    return op(layer) in CONVOLUTIONS and weight.shape[1] == 1 and _groups(layer) > 1
+def magnitudes(module: GraphModule, layer: Node) -> torch.Tensor:
+    """The largest absolute weight between each output and each input channel, [groups, outputs a group, inputs a group]."""
+    weight = tensor_of(module, argument(layer, "weight")).detach().abs()
+    largest = weight.flatten(2).amax(2) if weight.ndim > 2 else weight
+    return largest.reshape(_groups(layer), -1, largest.shape[1])
 
 
 def _groups(layer: Node) -> int:

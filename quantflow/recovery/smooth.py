@@ -20,7 +20,7 @@ from quantflow.recovery.channel_ranges import channel_ranges
 from quantflow.recovery.features import linear_readers
 from quantflow.recovery.given import check_float, draw
 from quantflow.recovery.sample import Sample
-from quantflow.recovery.scaling import divide_outputs, is_scalable, largest_by_input, multiply_inputs
+from quantflow.recovery.scaling import divide_outputs, is_scalable, magnitudes, multiply_inputs
 
 _STAGE = "smooth"
 _NORMS = {  # and the constants that scale what they put out
@@ -79,7 +79,7 @@ def smooth(
     sample = draw(smoothed, data, stage=_STAGE, inputs=inputs)
     ranges = channel_ranges(smoothed, {seam.source: -1 for seam in seams}, sample)
     for seam in seams:
-        weights = torch.stack([largest_by_input(smoothed, layer) for layer in seam.readers]).amax(0)
+        weights = torch.stack([magnitudes(smoothed, layer).amax((0, 1)).double() for layer in seam.readers]).amax(0)
         scale = ranges[seam.source].to(weights) ** strength / weights ** (1 - strength)
         scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
         _divide(smoothed, seam.source, scale)
