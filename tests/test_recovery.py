@@ -284,3 +284,18 @@ def test_bad_input_names_stage_and_remedy():
             qf.recover(bad, data, progress=False)
         assert raised.value.stage == "recover"
         assert raised.value.remedy
+
+
+def test_a_dead_feature_and_a_dead_group_are_no_trouble():
+    x = torch.zeros(2, 50, 4)
+    x[0, :, 1:] = torch.randn(50, 3)
+    r = torch.randn(2, 50, 3)
+    weights = torch.ones(2, 50)
+    weights[1] = 0
+    halves = [Moments.of(x[:, s], r[:, s], weights[:, s], x[:, :1]) for s in (slice(0, 25), slice(25, 50))]
+    assert correction(*halves).isfinite().all()
+    weight = torch.randn(2, 3, 4).double()
+    step = torch.full((2, 3, 1), 0.1).double()
+    rounded = round_weights(weight, sum(halves[1:], halves[0]).covariance, step, torch.zeros_like(step), -127, 127)
+    assert rounded.isfinite().all()
+    torch.testing.assert_close(rounded[1], (weight[1] / 0.1).round() * 0.1)
