@@ -75,7 +75,8 @@ class Plan:
 
     Attributes:
         decisions: What becomes of each operator.
-        forecast: What lowering will make of them; None where the quantizer does not know its backend's float kernels.
+        forecast: What lowering will make of them; None where the quantizer does not know its backend's float kernels, or the
+            graph not the shapes of its tensors.
     """
 
     decisions: tuple[Decision, ...]
@@ -180,7 +181,7 @@ def make_plan(
                 remedy="check the name: print(quantizer.plan(graph)) lists the layers",
             )
     decisions = tuple(dict.fromkeys(decided.values()))
-    if kernels is None:
+    if kernels is None or any("val" not in n.meta for n in graph.nodes if n.op == "call_function" and n.users):
         return Plan(decisions)
     integer = {n: d.scheme for d in decisions if d.scheme is not None for n in d.nodes}
     dynamic = {n for n, s in integer.items() if s.activation.dynamic}

@@ -37,9 +37,6 @@ class TensorScheme:
         if self.observer not in OBSERVERS:
             remedy = f"one of {sorted(OBSERVERS)}"
             raise QuantflowError("plan", f"no observer {self.observer!r}", node="observer", remedy=remedy)
-        if self.per_channel and OBSERVERS[self.observer][1] is None:
-            reason, remedy = f"observer {self.observer!r} has no per-channel form", "min_max"
-            raise QuantflowError("plan", reason, node="observer", remedy=remedy)
 
     def spec(self, axis: int = 0, matters: tuple[float, float] | None = None) -> QuantizationSpec:
         """The torchao spec, for a tensor with output channels in dimension ``axis``, of whose range a part ``matters``."""

@@ -23,6 +23,8 @@ class Function(nn.Module):
         super().__init__()
         self.function = function
         self.register_buffer("weight", torch.randint(-127, 128, (4, 4, 3, 3), dtype=torch.int8))
+        self.register_buffer("square", self.weight[:, :, 0, 0].clone())
+        self.register_buffer("bias", torch.linspace(-1, 1, 4))
 
     def forward(self, x):
         return self.function(self, x)
@@ -31,6 +33,11 @@ class Function(nn.Module):
 def conv(m, x):
     weight = Q.dequantize_per_tensor.default(m.weight, 0.01, 0, -127, 127, torch.int8)
     return fake(nn.functional.conv2d(fake(x), weight, padding=1), 0.05)
+
+
+def dense(m, x):
+    weight = Q.dequantize_per_tensor.default(m.square, 0.01, 0, -127, 127, torch.int8)
+    return fake(nn.functional.linear(x, weight, m.bias), 0.05)
 
 
 def mish(m, x):  # decomposed behind an int8 convolution, its parts share a dequantize
@@ -61,6 +68,10 @@ HAZARDS = {
     ),
     "prelu of rank 3": lambda m, x: fake(nn.functional.prelu(fake(x[0]), m.weight.float().flatten()[:1] / 100)),
     "split": lambda m, x: fake(fake(x).split(2, 1)[1]),
+    "bias read on two grids": lambda m, x: fake(dense(m, fake(torch.relu(dense(m, fake(x))) * 3, 0.06)), 0.1),
+    "view of seven dimensions": lambda m, x: fake(
+        fake(x).view(2, 2, 2, 2, 2, 2, 1).transpose(1, 2).reshape(2, 4, 4, 2)
+    ),
     "same tensor joined twice": lambda m, x: (lambda y: fake(torch.cat([y, y], 1)))(fake(x)),
 }
 

@@ -18,6 +18,7 @@ from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.least_squares import correction
 from quantflow.recovery.moments import Moments
 from quantflow.recovery.walk import outputs
+from quantflow.signature import DynamicDim, Input, Signature
 from quantizers import DYNAMIC_INT8, W4A8, XNNPACKQuantizer
 
 
@@ -259,11 +260,9 @@ def test_recovery_where_no_gradient_comes_through_is_safe():
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 40))
 def test_a_sample_is_of_the_data_and_no_larger_than_asked(total, batch, examples):
     x = torch.arange(total, dtype=torch.float32).reshape(total, 1)
-    graph = qf.export(nn.Linear(1, 1), (x[:2] if total > 1 else torch.zeros(2, 1),), dynamic_batch=True).module()
-    signature = graph.meta["quantflow_signature"]
     sample = qf.Sample(examples)
     for part in x.split(batch):
-        sample.add((part,), signature)
+        sample.add((part,), Signature((Input("x", "float32", (DynamicDim("batch", 1, None), 1)),)))
     values = torch.cat([b[0] for b in sample.batches()]).flatten().tolist()
     assert len(values) == len(set(values)) == min(total, examples)
     assert all(len(b[0]) <= 8 for b in sample.batches())
@@ -284,3 +283,18 @@ def test_bad_input_names_stage_and_remedy():
             qf.recover(bad, data, progress=False)
         assert raised.value.stage == "recover"
         assert raised.value.remedy
+
+
+def test_a_dead_feature_and_a_dead_group_are_no_trouble():
+    x = torch.zeros(2, 50, 4)
+    x[0, :, 1:] = torch.randn(50, 3)
+    r = torch.randn(2, 50, 3)
+    weights = torch.ones(2, 50)
+    weights[1] = 0
+    halves = [Moments.of(x[:, s], r[:, s], weights[:, s], x[:, :1]) for s in (slice(0, 25), slice(25, 50))]
+    assert correction(*halves).isfinite().all()
+    weight = torch.randn(2, 3, 4).double()
+    step = torch.full((2, 3, 1), 0.1).double()
+    rounded = round_weights(weight, sum(halves[1:], halves[0]).covariance, step, torch.zeros_like(step), -127, 127)
+    assert rounded.isfinite().all()
+    torch.testing.assert_close(rounded[1], (weight[1] / 0.1).round() * 0.1)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
+from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
 from executorch.backends.xnnpack.partition.config.node_configs import PreluConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor, is_quant
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -129,6 +131,8 @@ _OURS = (
 _TARGETS = {config.target_name for config in _OURS}  # type: ignore[attr-defined]
 CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
 
+_DIMENSIONS = 6  # XNNPACK's tensors have no more
+
 
 class Int8Partitioner(XnnpackPartitioner):
     """XNNPACK's partitioner with these configurations, and as few delegate calls as the order of the graph allows.
@@ -143,6 +147,8 @@ class Int8Partitioner(XnnpackPartitioner):
         self.one_by_one = one_by_one
         for config in self.target_partitioner_configs.values():
             config.check_constraints = _unless(refused, config.check_constraints)  # type: ignore[method-assign]
+            if isinstance(config, GEMMConfig):
+                config.check_constraints = _with_own_bias(config, config.check_constraints)  # type: ignore[method-assign]
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """Whatever can be called together is one partition."""
@@ -176,7 +182,28 @@ def _belongs_to_reader(delegated: set[Node]) -> Callable[[Node], bool]:
 
 
 def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:
-    return lambda node, ep: node.name not in refused and check(node, ep)
+    return lambda node, ep: node.name not in refused and _highest_rank(node) <= _DIMENSIONS and check(node, ep)
+
+
+def _highest_rank(node: Node) -> int:
+    values = (n.meta.get("val") for n in (node, *node.all_input_nodes))
+    return max((val.ndim for val in values if isinstance(val, torch.Tensor)), default=0)
+
+
+def _with_own_bias(config: GEMMConfig, check: Callable[[Node, ExportedProgram], bool]) -> Callable:
+    """``check``, and the bias is not another layer's: as int32 it is in steps of its first reader's input."""
+
+    def own(node: Node, ep: ExportedProgram) -> bool:
+        bias = node.args[config.bias_idx] if config.bias_idx is not None and len(node.args) > config.bias_idx else None
+        readers = list(bias.users) if isinstance(bias, Node) else [node]
+        shared = readers[0] is not node and any(_is_static(n) for user in readers for n in user.all_input_nodes)
+        return check(node, ep) and not shared
+
+    return own
+
+
+def _is_static(node: Node) -> bool:
+    return is_dequant(node) and is_per_tensor(node) and not is_dynamic_qdq(node)
 
 
 def _target_name(node: Node) -> str:

@@ -20,7 +20,7 @@ from quantflow.recovery.sample import Inputs
 from quantflow.recovery.sensitivity import ROWS, Sensitivity
 from quantflow.recovery.writing import Grid, add_to_bias, by_output, write_weight
 
-_FLOOR = 0.01  # of the mean weight of a row: what no gradient reaches now may still matter
+_FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may matter a little
 _SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
 _FINE = 64  # levels from which on shrinking a weight's range brings nothing
 

@@ -38,8 +38,8 @@ def round_weights(
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     rows = order[:, None].expand_as(weight)
     ordered = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(ordered)[0])
+    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     scale, zero_point = (q.expand(*weight.shape[:2], 1) for q in (scale, zero_point))
 
     def nearest(w: torch.Tensor) -> torch.Tensor:
@@ -60,8 +60,8 @@ def round_weights(
         left[:, :, end:] -= errors @ factor[:, start:end, end:]
     found = torch.empty_like(rounded).scatter_(2, rows, rounded)
     plain = nearest(weight)
-    better = output_error(found - weight, covariance) <= output_error(plain - weight, covariance)
-    return torch.where(better[..., None], found, plain)
+    better = output_error(found - weight, covariance) <= output_error(plain - weight, covariance)  # false for no number
+    return torch.where((better & (failed == 0)[:, None])[..., None], found, plain)
 
 
 def output_error(difference: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,10 @@ def correction(first: Moments, second: Moments) -> torch.Tensor:
 
 
 def solve(moments: Moments, ridge: float) -> torch.Tensor:
-    """The ridge regression of residuals on inputs, [groups, features, outputs]."""
-    factor = torch.linalg.cholesky(ridged(moments.covariance, ridge))
-    return torch.cholesky_solve(moments.cross_covariance, factor)
+    """The ridge regression of residuals on inputs, [groups, features, outputs]; zero where it has no solution."""
+    factor, failed = torch.linalg.cholesky_ex(ridged(moments.covariance, ridge))
+    found = torch.cholesky_solve(moments.cross_covariance, factor)
+    return torch.where((failed == 0)[:, None, None] & found.isfinite(), found, 0.0)
 
 
 def ridged(covariance: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -56,21 +56,23 @@ class Moments:
     @property
     def mean_x(self) -> torch.Tensor:
         """The mean input, [groups, 1, features]."""
-        return (self.x / self.weight[:, None])[:, None] + self.shift
+        return self._per_weight(self.x)[:, None] + self.shift
 
     @property
     def mean_r(self) -> torch.Tensor:
         """The mean residual, [groups, 1, outputs]."""
-        return (self.r / self.weight[:, None])[:, None]
+        return self._per_weight(self.r)[:, None]
 
     @property
     def covariance(self) -> torch.Tensor:
         """Of the inputs, [groups, features, features]."""
-        mean = self.x / self.weight[:, None]
-        return self.xx / self.weight[:, None, None] - mean[:, :, None] * mean[:, None]
+        mean = self._per_weight(self.x)
+        return self._per_weight(self.xx) - mean[:, :, None] * mean[:, None]
 
     @property
     def cross_covariance(self) -> torch.Tensor:
         """Of inputs and residuals, [groups, features, outputs]."""
-        mean = self.x / self.weight[:, None]
-        return self.xr / self.weight[:, None, None] - mean[:, :, None] * self.mean_r
+        return self._per_weight(self.xr) - self._per_weight(self.x)[:, :, None] * self.mean_r
+
+    def _per_weight(self, total: torch.Tensor) -> torch.Tensor:
+        return total / self.weight.clamp(min=1e-30).reshape(-1, *[1] * (total.ndim - 1))

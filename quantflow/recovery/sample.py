@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from quantflow.distributed import gathered, world_size
 from quantflow.signature import DynamicDim, Input, Signature
 
 Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
@@ -50,6 +51,19 @@ class Sample:
                 drawn.append((place, example))
         return drawn
 
+    def synchronize(self) -> None:
+        """Take equal shares of what all processes drew, the same in each."""
+        if world_size() == 1:
+            return
+        everyone = gathered({f"{i}.{j}": t for i, flat in enumerate(self._kept) for j, t in enumerate(flat) if _is(t)})
+        share = -(-self.examples // world_size())
+        ours = self._kept[0] if self._kept else ()
+        kept: list[Inputs] = []
+        for theirs in everyone:
+            for i in range(min(share, len({name.split(".")[0] for name in theirs}))):
+                kept.append(tuple(theirs[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in enumerate(ours)))
+        self._kept = kept[: self.examples]
+
     def batches(self, most: int | None = None) -> tuple[Inputs, ...]:
         """At most ``most`` of the examples kept, shuffled, in batches of at most 8 that can run together."""
         order = torch.randperm(len(self._kept), generator=torch.Generator().manual_seed(0)).tolist()
@@ -85,3 +99,7 @@ def _cut(signature: Signature) -> list[bool]:
 def _least(declared: Input) -> int:
     first = declared.shape[0] if declared.shape else 1
     return first.min if isinstance(first, DynamicDim) else 1
+
+
+def _is(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
