@@ -152,6 +152,7 @@ class SharedBias(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        nn.init.constant_(self.linear.bias, 1.0)
 
     def forward(self, x):
         return self.linear(torch.relu(self.linear(x)) * 3)

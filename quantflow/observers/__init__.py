@@ -8,6 +8,7 @@ from quantflow.observers.base import Observer
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
 from quantflow.observers.mse import MSEObserver
+from quantflow.observers.per_group import PerGroupMinMaxObserver
 
 OBSERVERS: dict[str, tuple[type[Observer], type[Observer] | None]] = {
     # name: (per tensor, per channel, None where there is none)
@@ -24,4 +25,5 @@ __all__ = [
     "Observer",
     "PerChannelMinMaxObserver",
     "PerChannelMovingAverageMinMaxObserver",
+    "PerGroupMinMaxObserver",
 ]
