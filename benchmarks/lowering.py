@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import statistics
 import time
 import warnings
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fresh_process import in_fresh_process
 from torchvision import models
 from tqdm import tqdm
 
@@ -37,7 +37,8 @@ def exported(name: str) -> Any:
     return qf.export(qf.convert(qf.calibrate(graph, [x], progress=False)), (x,)).program
 
 
-def lower(name: str, fast: bool, result: Any) -> None:
+def lower(name: str, fast: bool) -> tuple[float, str]:
+    """Seconds of process time from the exported program to the bytes, and their digest."""
     torch.set_num_threads(1)
     program = exported(name)
     import executorch.kernels.quantized  # noqa: F401
@@ -52,17 +53,7 @@ def lower(name: str, fast: bool, result: Any) -> None:
     with fast_lowering() if fast else contextlib.nullcontext():
         edge = exir.to_edge_transform_and_lower(program, transform_passes=passes, partitioner=partitioners)
         buffer = edge.to_executorch().buffer
-    result.put((time.process_time() - start, hashlib.sha256(buffer).hexdigest()))
-
-
-def measured(name: str, fast: bool) -> tuple[float, str]:
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=lower, args=(name, fast, result))
-    process.start()
-    found = result.get()
-    process.join()
-    return found
+    return time.process_time() - start, hashlib.sha256(buffer).hexdigest()
 
 
 def main() -> None:
@@ -76,7 +67,7 @@ def main() -> None:
         runs: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
         for _ in range(options.repeat):
             for fast, found in runs.items():
-                found.append(measured(name, fast))
+                found.append(in_fresh_process(lower, name, fast))
         seconds = {fast: statistics.median(s for s, _ in found) for fast, found in runs.items()}
         same = len({digest for found in runs.values() for _, digest in found}) == 1
         rows.append({"model": name, "stock_s": seconds[False], "fast_s": seconds[True], "same_bytes": same})

@@ -10,13 +10,12 @@ and prints one table.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from record import write_record
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import models
@@ -104,10 +103,7 @@ def report(options: argparse.Namespace, rows: dict[str, list[dict[str, float]]])
         mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0]}
         each = f"{mean['accuracy']:.4f} ({', '.join(format(s['accuracy'], '.4f') for s in seeds)})"
         print(f"{name:<26}{each:<40}{mean['cross_entropy']:>14.4f}{mean['agreement']:>11.4f}")
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+    write_record(options.output, options, rows)
 
 
 if __name__ == "__main__":

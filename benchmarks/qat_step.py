@@ -10,9 +10,6 @@ set over two steps, each variant in a process of its own. Writes JSON and prints
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fresh_process import in_fresh_process, peak_growth
+from record import write_record
 from torch import nn
 from torchvision import models
 
@@ -89,30 +88,11 @@ def convert_seconds(name: str, model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(name: str, options: argparse.Namespace, result: Any) -> None:
+def peak_bytes(name: str, options: argparse.Namespace) -> int:
     """The growth of this process over two steps of the variant ``name``."""
     model, _ = VARIANTS[name](options)
     (x,), target = example(options), torch.zeros(options.batch_size, dtype=torch.long)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident_peak()
-    for _ in range(2):
-        step(model, x, target)
-    result.put(resident_peak() - before)
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def measured_peak(name: str, options: argparse.Namespace) -> int:
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=peak_bytes, args=(name, options, result))
-    process.start()
-    peak = result.get()
-    process.join()
-    return peak
+    return peak_growth(lambda: [step(model, x, target) for _ in range(2)])
 
 
 def main() -> None:
@@ -121,7 +101,7 @@ def main() -> None:
         keep_freed_memory()
     torch.manual_seed(0)
     rows: dict[str, dict[str, float]] = {}
-    peaks = {name: measured_peak(name, options) for name in VARIANTS} if options.device == "cpu" else {}
+    peaks = {name: in_fresh_process(peak_bytes, name, options) for name in VARIANTS} if options.device == "cpu" else {}
     built: dict[str, Callable[..., Any]] = {}
     for name, build in VARIANTS.items():
         built[name], rows[name] = build(options)
@@ -155,10 +135,7 @@ def report(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> No
     print(f"{'':<20}" + "".join(f"{c:>12}" for c in columns))
     for name, row in rows.items():
         print(f"{name:<20}" + "".join(f"{row[c]:>12.2f}" if c in row else f"{'-':>12}" for c in columns))
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    settings = {k: str(v) for k, v in vars(options).items() if k != "output"}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+    write_record(options.output, options, rows)
     print(f"\nwritten: {options.output}")
 
 

@@ -8,7 +8,8 @@ Weights are random, batch norm statistics come from data (smooth random images),
 runs in a process of its own and writes its result at once; what is there already is not run again (``--fresh`` does). Figures
 named ``.pte`` ran on the ExecuTorch runtime. Prints a table and writes JSON and markdown.
 
-``int8`` is the share of multiply-accumulates of convolutions and linear layers whose inputs and weights are integers.
+``planned calls`` is what the plan says before calibration, ``calls`` what the lowered program has. ``int8`` is the
+share of multiply-accumulates of convolutions and linear layers whose inputs and weights are integers.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COLUMNS = (
     "model",
     "stage",
     "int8",
+    "planned calls",
     "calls",
     "to_q_db",
     "to_pte_db",
@@ -120,6 +122,8 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
         try:
             graph = captured
             if mode != "float":
+                row["planned calls"] = XNNPACKQuantizer().plan(graph, qat=mode == "qat").calls
+                clock("plan")
                 graph = qf.prepare(graph, XNNPACKQuantizer(), qat=mode == "qat")
                 clock("prepare")
                 qf.calibrate(graph, calibration if not name.startswith("swin") else [x], progress=False)

@@ -1,7 +1,7 @@
 """quantflow: from PyTorch to a quantized ExecuTorch program, proven on the runtime.
 
-One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` or :func:`train`, :func:`convert`, and again
-:func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk.
+One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
+:func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk.
 """
 
 from quantflow.calibrate import calibrate
@@ -16,6 +16,7 @@ from quantflow.learned_step_size import LearnedStepSize
 from quantflow.prepare import prepare
 from quantflow.program import Program, load
 from quantflow.quantize import Result, quantize
+from quantflow.recovery import Recovered, Sample, recover
 from quantflow.training import Checkpoints, Distillation, History, Schedule, train
 
 __version__ = "0.1.0"
@@ -31,7 +32,9 @@ __all__ = [
     "Program",
     "QuantflowError",
     "QuantflowWarning",
+    "Recovered",
     "Result",
+    "Sample",
     "Schedule",
     "TrainableGraphModule",
     "calibrate",
@@ -40,5 +43,6 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "recover",
     "train",
 ]

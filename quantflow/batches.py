@@ -69,10 +69,11 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
             return Batch((), dict(picked), target)
         return Batch(tuple(picked) if isinstance(picked, (tuple, list)) else (picked,), {}, target)
     if isinstance(raw, Mapping):
-        wanted = [*keyword, *(i.name for i in signature.inputs)]
-        if not keyword and all(i.name in raw for i in signature.inputs):
-            return Batch(tuple(raw[i.name] for i in signature.inputs), {}, raw.get("labels"))
-        return Batch((), {k: v for k, v in raw.items() if k in wanted}, raw.get("labels"))
+        names = [i.name for i in signature.inputs]
+        if len(names) == positional + len(keyword) and all(n in raw for n in (*names[:positional], *keyword)):
+            by_position = tuple(raw[n] for n in names[:positional])
+            return Batch(by_position, {n: raw[n] for n in keyword}, raw.get("labels"))
+        return Batch((), {k: v for k, v in raw.items() if k in (*keyword, *names)}, raw.get("labels"))
     if isinstance(raw, torch.Tensor):
         return Batch((raw,), {}, None)
     if isinstance(raw, (tuple, list)):

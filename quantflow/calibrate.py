@@ -12,11 +12,16 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow.batches import PickInputs, batches
+from quantflow.distributed import world_size
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.observation import observers_of
+from quantflow.observers import Observer
+from quantflow.recovery.sample import Sample
+from quantflow.signature import Signature
 
 G = TypeVar("G", bound=GraphModule)
+_SETTLED = 0.01  # growth of a range that does not count
 
 
 def calibrate(
@@ -25,7 +30,9 @@ def calibrate(
     *,
     inputs: PickInputs | None = None,
     max_batches: int | None = None,
+    patience: int | None = None,
     device: torch.device | str | None = None,
+    sample: Sample | None = None,
     progress: bool = True,
 ) -> G:
     """Run ``data`` through the prepared ``graph`` in inference mode, without gradients, observing.
@@ -35,8 +42,13 @@ def calibrate(
         data: An iterable of batches: tensors, tuples or dicts of inputs, or ``(inputs, target)`` as a DataLoader gives.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         max_batches: Stop after so many.
+        patience: Stop when, for so many batches in a row, no activation's range grew by more than 1 %.
         device: Where to run; by default where the graph's parameters are.
+        sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
         progress: Show a progress bar.
+
+    Under ``torchrun`` each process takes its own share of the data; at the end all hold the same statistics, with the
+    extremes of all data to the bit. What was observed is in ``state_dict()``, from which a calibration goes on.
 
     Returns:
         ``graph``.
@@ -53,14 +65,46 @@ def calibrate(
     total = len(data) if isinstance(data, Sized) else None
     total = total if max_batches is None else min(max_batches, total or max_batches)
     feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
+    signature = Signature.of_graph(graph)
+    settled = _Settled(graph, patience)
     seen = 0
     with _calibrating(graph), torch.no_grad():
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
             graph(*batch.args, **batch.kwargs)
+            if sample is not None:
+                sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
             seen += 1
+            if settled():
+                break
+        if world_size() > 1:
+            for observer in observers_of(graph).values():
+                inner = getattr(observer, "activation_post_process", observer)
+                if isinstance(inner, Observer) and not inner.is_dynamic:
+                    inner.synchronize()
+            if sample is not None:
+                sample.synchronize()
     if not seen:
         raise QuantflowError("calibrate", "the calibration set is empty", node="data", remedy="pass at least one batch")
     return graph
+
+
+class _Settled:
+    """Whether ranges have stopped growing."""
+
+    def __init__(self, graph: GraphModule, patience: int | None) -> None:
+        self.graph, self.patience, self.quiet = graph, patience, 0
+        self.widths: torch.Tensor | None = None
+
+    def __call__(self) -> bool:
+        if self.patience is None:
+            return False
+        observers = (getattr(o, "activation_post_process", o) for o in observers_of(self.graph).values())
+        widths = [o.max_val - o.min_val for o in observers if isinstance(o, Observer) and not o.is_dynamic]
+        now = torch.cat([width.flatten().cpu() for width in widths])
+        grew = self.widths is None or len(now) != len(self.widths) or bool((now > self.widths * (1 + _SETTLED)).any())
+        self.quiet = 0 if grew else self.quiet + 1
+        self.widths = now if grew else self.widths
+        return self.quiet >= self.patience
 
 
 @contextlib.contextmanager

@@ -58,18 +58,28 @@ class Edge:
                 operator has no kernel; at ``"runtime"``, where the program does not load or run, whatever is left out.
         """
         program = self._serialise(config)
+        trial = Program(program.buffer, program.signature)  # what a run does to its state is not to be seen
+        foreign = (
+            type(self.delegate) is Delegate and self.delegate.partitioners()
+        )  # its runtime may be on another machine
         try:
-            difference = proof.disagreement(program, self.core.source)
+            trial.load()
         except QuantflowError as error:
-            if (
-                type(self.delegate) is Delegate and self.delegate.partitioners()
-            ):  # its runtime need not be on this machine
-                _complain("runtime", f"not proven: {error.reason}", "the program", error.remedy or "", strict)
-                return program
-            if "execution failed" in error.reason and (portable := program.delegation and program.delegation.portable):
-                remedy = "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
-                raise QuantflowError("runtime", error.reason, node=", ".join(portable), remedy=remedy) from error
+            if foreign:
+                return _unproven(program, error, strict)
             return self._without_refused(error, strict).to_executorch(config, strict=strict)
+        try:
+            difference = proof.disagreement(trial, self.core.source)
+        except QuantflowError as error:
+            if foreign:
+                return _unproven(program, error, strict)
+            portable = program.delegation.portable if program.delegation is not None else ()
+            if not portable:
+                raise
+            remedy = (
+                "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
+            )
+            raise QuantflowError("runtime", error.reason, node=", ".join(portable), remedy=remedy) from error
         if difference:
             remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"
             _complain("runtime", difference, "the program", remedy, strict)
@@ -106,9 +116,7 @@ class Edge:
         Raises:
             QuantflowError: ``error``, when no single node is to blame; that of the node, when ``strict``.
         """
-        refused = (
-            frozenset(refused_nodes(self.core, self.delegate) if "does not load" in error.reason else ()) - self.refused
-        )
+        refused = frozenset(refused_nodes(self.core, self.delegate)) - self.refused
         if not refused:
             raise error
         remedy = "skip these layers in the quantizer, or let them run in portable kernels"
@@ -119,6 +127,11 @@ class Edge:
 
     def __repr__(self) -> str:
         return f"Edge({str(self.delegation()).splitlines()[0]}; inputs: {self.signature.describe_inputs()})"
+
+
+def _unproven(program: Program, error: QuantflowError, strict: bool) -> Program:
+    _complain("runtime", f"not proven: {error.reason}", "the program", error.remedy or "", strict)
+    return program
 
 
 def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TypeGuard
 
 import torch
 from torch._subclasses import FakeTensor
@@ -11,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 Reads = Counter[str]
 
 
-def is_constant(node: object) -> bool:
+def is_constant(node: object) -> TypeGuard[Node]:
     """Whether ``node`` reads a parameter, a buffer or a lifted constant."""
     return isinstance(node, Node) and node.op == "get_attr"
 

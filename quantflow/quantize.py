@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from quantflow import recovery
 from quantflow.batches import PickInputs
 from quantflow.calibrate import calibrate
 from quantflow.convert import convert
@@ -20,6 +21,7 @@ from quantflow.export import export
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.prepare import prepare
 from quantflow.program import Program
+from quantflow.recovery import Recovered, Sample
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Report:
 
     Attributes:
         plan: What the quantizer decided, node by node, where it is one that plans; else None.
+        recovered: What recovery tried and kept; None where it was not asked for.
         seconds: How long each stage took.
         pte_bytes: Size of the program.
         delegated_fraction: Share of its operators that delegates run.
     """
 
     plan: Any
+    recovered: Recovered | None
     seconds: dict[str, float]
     pte_bytes: int
     delegated_fraction: float
@@ -41,7 +45,7 @@ class Report:
     def __str__(self) -> str:
         timing = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines = [f"{self.pte_bytes:,} bytes, {self.delegated_fraction:.1%} of operators delegated", timing]
-        return "\n".join([str(self.plan), *lines] if self.plan else lines)
+        return "\n".join([*(str(part) for part in (self.plan, self.recovered) if part is not None), *lines])
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def quantize(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     inputs: PickInputs | None = None,
+    recover: bool = True,
     progress: bool = True,
 ) -> Result:
     """Post-training quantization of ``model``, from export to a program.
@@ -84,6 +89,7 @@ def quantize(
         dynamic_batch: Calibrate with any batch size; False for models that can't be captured so.
         dynamic_shapes: Lower for varying shapes, as in ``torch.export``.
         inputs: Picks the inputs out of a calibration batch, where that is ambiguous.
+        recover: Win back what quantizing loses (:func:`quantflow.recover`), on a sample of ``data``.
         progress: Show a progress bar.
 
     Raises:
@@ -97,7 +103,13 @@ def quantize(
         plan = quantizer.plan(graph) if hasattr(quantizer, "plan") else None
         prepared = prepare(graph, quantizer)
     with _timed("calibrate", seconds):
-        calibrate(prepared, data, inputs=inputs, progress=progress)
+        sample = Sample()
+        calibrate(prepared, data, inputs=inputs, sample=sample if recover else None, progress=progress)
+    recovered = None
+    if recover:
+        with _timed("recover", seconds):
+            recovered = recovery.recover(prepared, sample, progress=progress)
+        prepared = recovered.graph
     with _timed("convert", seconds):
         converted = convert(prepared)
     with _timed("lower", seconds):
@@ -111,7 +123,7 @@ def quantize(
             "print(result.report) says what stays in float, and why",
         )
         warnings.warn(QuantflowWarning("edge", reason, remedy=remedy), stacklevel=2)
-    return Result(program, converted, Report(plan, seconds, len(program.buffer), fraction))
+    return Result(program, converted, Report(plan, recovered, seconds, len(program.buffer), fraction))
 
 
 def default_quantizer(delegate: Any) -> Quantizer:

@@ -1,5 +1,7 @@
 """Backend quantizers: tables of rules over ATen. They know nothing of the edge dialect and of executorch."""
 
+from quantizers.forecast import Forecast
+from quantizers.kernels import FloatKernels
 from quantizers.override import Override
 from quantizers.plan import Decision, Plan
 from quantizers.rule import Rule
@@ -14,6 +16,8 @@ __all__ = [
     "W4A8",
     "XNNPACK_RULES",
     "Decision",
+    "FloatKernels",
+    "Forecast",
     "Override",
     "Plan",
     "Rule",

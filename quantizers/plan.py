@@ -23,6 +23,8 @@ from quantflow.aten import (
 from quantflow.batch_norm import normed_layer
 from quantflow.errors import QuantflowError
 from quantflow.parameters import is_constant
+from quantizers.forecast import Forecast, forecast
+from quantizers.kernels import FloatKernels
 from quantizers.override import Override
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
@@ -37,12 +39,16 @@ class Decision:
         rule: The rule that applies, None where there is none.
         scheme: The integers it becomes, None where it stays in float.
         reason: Why it stays in float, ``""`` where it does not.
+        asked: The integers that were asked for, None where none were.
+        override: The override that asked, None where it is the quantizer's own scheme.
     """
 
     nodes: tuple[Node, ...]
     rule: Rule | None = None
     scheme: Scheme | None = None
     reason: str = ""
+    asked: Scheme | None = None
+    override: Override | None = None
 
     @property
     def node(self) -> Node:
@@ -65,9 +71,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions on every operator of a graph, in graph order. ``print`` shows them as a table."""
+    """The decisions on every operator of a graph, in graph order. ``print`` shows them as a table.
+
+    Attributes:
+        decisions: What becomes of each operator.
+        forecast: What lowering will make of them; None where the quantizer does not know its backend's float kernels, or the
+            graph not the shapes of its tensors.
+    """
 
     decisions: tuple[Decision, ...]
+    forecast: Forecast | None = None
 
     @property
     def integer(self) -> tuple[Decision, ...]:
@@ -78,6 +91,30 @@ class Plan:
     def floating(self) -> tuple[Decision, ...]:
         """What stays in float."""
         return tuple(d for d in self.decisions if d.scheme is None)
+
+    @property
+    def calls(self) -> int | None:
+        """How many times the program will call the delegate, for static shapes; None where that is not known."""
+        return self.forecast.calls if self.forecast is not None else None
+
+    @cached_property
+    def islands(self) -> tuple[Decision, ...]:
+        """What stays in float between integers: behind some, and before others."""
+        behind: set[Node] = set()
+        before: set[Node] = set()
+        integer = {n for d in self.integer for n in d.nodes}
+        nodes = list(self.decisions[0].node.graph.nodes) if self.decisions else []
+        for node in nodes:
+            if any(given in integer or given in behind for given in node.all_input_nodes):
+                behind.add(node)
+        for node in reversed(nodes):
+            if any(user in integer or user in before for user in node.users):
+                before.add(node)
+        return tuple(d for d in self.floating if d.node in behind and d.node in before)
+
+    def outside(self, decision: Decision) -> bool:
+        """Whether some part of what ``decision`` computes is known to be left to portable kernels."""
+        return self.forecast is not None and not self.forecast.outside.isdisjoint(decision.nodes)
 
     def matters(self, decision: Decision) -> tuple[float, float] | None:
         """The part of the range of what ``decision`` computes that its only reader needs; None for all of it."""
@@ -93,10 +130,16 @@ class Plan:
         rows = [("layer", "node", "operators", "becomes", "why not")]
         for d in self.decisions:
             fused = " + ".join(short_name(op(n)) for n in d.nodes)
-            rows.append((layer(d.node) or "-", d.node.name, fused, str(d.scheme) if d.scheme else "float", d.reason))
+            kind = str(d.scheme or "float") + (", portable" if self.outside(d) else "")
+            rows.append((layer(d.node) or "-", d.node.name, fused, kind, d.reason))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{len(self.integer)} of {len(self.decisions)} operators become integers"])
+        total = f"{len(self.integer)} of {len(self.decisions)} operators become integers"
+        if self.islands:
+            total += f", {len(self.islands)} stay in float between them"
+        if self.calls is not None:
+            total += f"; the delegate is called {self.calls} times" if self.calls != 1 else "; in one delegate call"
+        return "\n".join([*lines, total])
 
 
 def make_plan(
@@ -105,8 +148,9 @@ def make_plan(
     scheme: Scheme | None,
     overrides: Sequence[Override],
     refuse: Refusal = lambda node: None,
+    kernels: FloatKernels | None = None,
 ) -> Plan:
-    """Decide on every operator of ``graph``.
+    """Decide on every operator of ``graph``, and forecast what lowering makes of it where ``kernels`` are known.
 
     Raises:
         QuantflowError: at stage ``"plan"``, when an override matches nothing in the graph.
@@ -122,8 +166,9 @@ def make_plan(
             if node.args[0] in integers:
                 integers.add(node)
             continue
-        chosen, because = _scheme_for(node, scheme, overrides, matched)
-        decision = _decide(node, by_op.get(op(node)), chosen, because, integers, refuse)
+        override = _override_for(node, overrides, matched)
+        asked = override.scheme if override is not None else scheme
+        decision = _decide(node, by_op.get(op(node)), asked, override, integers, refuse)
         decided.update(dict.fromkeys(decision.nodes, decision))
         if decision.scheme is not None and not decision.scheme.activation.dynamic:
             integers.add(decision.tail)
@@ -135,33 +180,40 @@ def make_plan(
                 node=str(override),
                 remedy="check the name: print(quantizer.plan(graph)) lists the layers",
             )
-    return Plan(tuple(dict.fromkeys(decided.values())))
+    decisions = tuple(dict.fromkeys(decided.values()))
+    if kernels is None or any("val" not in n.meta for n in graph.nodes if n.op == "call_function" and n.users):
+        return Plan(decisions)
+    integer = {n: d.scheme for d in decisions if d.scheme is not None for n in d.nodes}
+    dynamic = {n for n, s in integer.items() if s.activation.dynamic}
+    return Plan(decisions, forecast(graph, integer.keys(), dynamic, kernels))
 
 
 def _computes(node: Node) -> bool:
     return is_float_tensor(node) or isinstance(node.meta.get("val"), (tuple, list))
 
 
-def _scheme_for(
-    node: Node, scheme: Scheme | None, overrides: Sequence[Override], matched: set[Override]
-) -> tuple[Scheme | None, str]:
-    because = "no scheme given"
-    for override in overrides:
-        if override.matches(node):
-            matched.add(override)
-            scheme, because = override.scheme, f"override: {override}"
-    return scheme, because
+def _override_for(node: Node, overrides: Sequence[Override], matched: set[Override]) -> Override | None:
+    found = [override for override in overrides if override.matches(node)]
+    matched.update(found)
+    return found[-1] if found else None
 
 
 def _decide(
-    node: Node, rule: Rule | None, scheme: Scheme | None, because: str, integers: set[Node], refuse: Refusal
+    node: Node,
+    rule: Rule | None,
+    asked: Scheme | None,
+    override: Override | None,
+    integers: set[Node],
+    refuse: Refusal,
 ) -> Decision:
     if rule is None:
-        return Decision((node,), reason=f"no rule for {short_name(op(node))}")
-    chain = _chain(node, rule)
-    candidate = Decision(chain, rule, scheme)
-    reason = because if scheme is None else refuse(node) or _refusal(candidate, rule, scheme, integers)
-    return Decision((node,), rule, None, reason) if reason else candidate
+        return Decision((node,), None, None, f"no rule for {short_name(op(node))}", asked, override)
+    candidate = Decision(_chain(node, rule), rule, asked, "", asked, override)
+    if asked is None:
+        reason = f"override: {override}" if override is not None else "no scheme given"
+    else:
+        reason = refuse(node) or _refusal(candidate, rule, asked, integers)
+    return Decision((node,), rule, None, reason, asked, override) if reason else candidate
 
 
 def _chain(node: Node, rule: Rule) -> tuple[Node, ...]:

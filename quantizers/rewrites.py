@@ -190,15 +190,15 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
 
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
-    """An average over windows that divide the image: nothing where they are single pixels, else as :func:`average_pool`."""
+    """An average over windows that divide the image: the mean where there is one, nothing where they are single pixels, else as
+    :func:`average_pool`. (Over channels that lie last in memory, the pool of one window decomposes into a mean and a restride.)
+    """
     x = node.args[0]
     val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]
     sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 else []
-    if (
-        size == [1, 1]
-        or not sizes
-        or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True))
-    ):
+    if sizes and size == [1, 1]:
+        return _call(node, aten.mean.dim, x, [2, 3], True)
+    if not sizes or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True)):
         return None
     if sizes == size:
         return x  # type: ignore[return-value]
@@ -254,6 +254,11 @@ def cat(module: GraphModule, node: Node) -> Node | None:
     return tensors[0]
 
 
+def alias(module: GraphModule, node: Node) -> Node | None:
+    """A second name for a tensor (a slice that leaves nothing out is traced as one) is that tensor."""
+    return node.args[0]  # type: ignore[return-value]
+
+
 _TENSOR_FORM = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor}
 
 _NUMBERED = {
@@ -276,6 +281,7 @@ REWRITES: dict[Any, Rewrite] = {
     aten.mean.dim: mean,
     aten.select.int: select,
     aten.cat.default: cat,
+    aten.alias.default: alias,
     aten.adaptive_avg_pool2d.default: adaptive_pool,
     **dict.fromkeys(_NUMBERED, same_padding),
     aten.avg_pool2d.default: average_pool,

@@ -13,6 +13,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 from quantflow.aten import INFERENCE_IDENTITIES, argument, op
 from quantflow.batch_norm import norm_as_convolution
 from quantflow.errors import QuantflowError
+from quantizers.complaints import complain
+from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
 from quantizers.rewrites import Rewrite, rewrite
@@ -27,11 +29,15 @@ class RuleQuantizer(Quantizer):
         scheme: To which integers, where no override says otherwise; None for none.
         overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
         skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
-        rules: The table; a subclass may have it as class attribute instead, with the ``rewrites`` that come before it.
+        rules: The table; a subclass may have it as class attribute instead, with the ``rewrites`` that come before it and the
+            ``float_kernels`` for what no rule takes (None: plans do not tell delegate calls).
+        strict: Raise, where otherwise there would be a warning, for a layer that an override asks in integers and that stays in
+            float, and for float between integers that leaves the delegate.
     """
 
     rules: Sequence[Rule] = ()
     rewrites: Mapping[Any, Rewrite] = {}
+    float_kernels: FloatKernels | None = None
 
     def __init__(
         self,
@@ -40,9 +46,10 @@ class RuleQuantizer(Quantizer):
         overrides: Overrides = (),
         skip: Where | Iterable[Where] = (),
         rules: Sequence[Rule] | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.strict = scheme, strict
         skip = [skip] if isinstance(skip, (str, type)) or callable(skip) else skip
         self.overrides = (*overrides_from(overrides), *overrides_from([(where, None) for where in skip]))
         for given in (scheme, *(override.scheme for override in self.overrides)):
@@ -71,7 +78,7 @@ class RuleQuantizer(Quantizer):
         return rewrite(model, self.rewrites)
 
     def _plan(self, graph: GraphModule) -> Plan:
-        return make_plan(graph.graph, self.rules, self.scheme, self.overrides, self.refuse_node)
+        return make_plan(graph.graph, self.rules, self.scheme, self.overrides, self.refuse_node, self.float_kernels)
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """Why the backend can't compute in ``scheme``, None where it can. For subclasses."""
@@ -82,8 +89,13 @@ class RuleQuantizer(Quantizer):
         return None
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Write the plan onto the nodes, as torchao annotations."""
+        """Write the plan onto the nodes, as torchao annotations.
+
+        Raises:
+            QuantflowError: at stage ``"plan"``, for what else is a warning, where the quantizer is ``strict``.
+        """
         plan = self._plan(model)
+        complain(plan, strict=self.strict)
         for decision in plan.integer:
             _annotate(decision, plan.matters(decision))
         return model

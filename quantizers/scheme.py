@@ -39,9 +39,6 @@ class TensorScheme:
         if self.observer not in OBSERVERS:
             remedy = f"one of {sorted(OBSERVERS)}"
             raise QuantflowError("plan", f"no observer {self.observer!r}", node="observer", remedy=remedy)
-        if self.per_channel and OBSERVERS[self.observer][1] is None:
-            reason, remedy = f"observer {self.observer!r} has no per-channel form", "min_max"
-            raise QuantflowError("plan", reason, node="observer", remedy=remedy)
 
         if self.group and not (self.group > 0 and self.symmetric and self.observer == "min_max"):
             reason, remedy = f"groups of {self.group} are symmetric, with min_max ranges", "symmetric=True, group=32"

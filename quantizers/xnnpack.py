@@ -18,6 +18,7 @@ from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import Scheme
 from quantizers.volumes import VOLUME_REWRITES
+from quantizers.xnnpack_float import XNNPACK_FLOAT
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
@@ -176,6 +177,7 @@ class XNNPACKQuantizer(RuleQuantizer):
 
     rules = XNNPACK_RULES
     rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES}
+    float_kernels = XNNPACK_FLOAT
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """What XNNPACK would compute wrongly, or not load."""

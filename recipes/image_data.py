@@ -44,13 +44,19 @@ def digits(image_size: int, seed: int) -> ImageData:
     return ImageData(TensorDataset(images[train], labels[train]), TensorDataset(images[held_out], labels[held_out]), 10)
 
 
-def preprocessing(image_size: int, *, resize: bool = True) -> Callable[[Any], torch.Tensor]:
-    """Resize (shorter side to 256/224 of the size, unless told not to), centre crop, scale and normalise as ImageNet."""
+def preprocessing(
+    image_size: int,
+    *,
+    resize: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Callable[[Any], torch.Tensor]:
+    """Resize (shorter side to 256/224 of the size, unless told not to), centre crop, scale to 0..1 and normalise."""
     steps: list[Any] = [v2.ToImage()]
     if resize:
         steps.append(v2.Resize(image_size * 256 // 224, antialias=True))
     steps += [v2.CenterCrop(image_size), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*steps, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return v2.Compose([*steps, v2.Normalize(mean, std)])
 
 
 def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:

@@ -34,28 +34,38 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
     head, own = list(model.state_dict().items())[-1]
     if classes is None and head in state and state[head].shape[:1] != own.shape[:1]:
         model = models.get_model(name, weights=None, num_classes=state[head].shape[0])
-    _load(model, state, str(weights), fresh_head=classes is not None)
+    load_weights(model, state, str(weights), fresh_head=classes is not None)
     return model
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the file ``path``.
+
+    Raises:
+        QuantflowError: at stage ``"recipe"``, when it can't be read or holds none.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        remedy = "check the path; the file is one that torch.save(model.state_dict(), path) wrote"
+        reason = f"can't be read as weights: {type(error).__name__}: {error}"
+        raise QuantflowError("recipe", reason, node=f"--weights {path}", remedy=remedy) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise QuantflowError(
+            "recipe", "holds no state dict", node=f"--weights {path}", remedy="save model.state_dict()"
+        )
+    return state
 
 
 def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
     path = Path(weights)
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or path.exists():
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                return load_file(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            remedy = "check the path; the file is one that torch.save(model.state_dict(), path) wrote"
-            reason = f"can't be read as weights: {type(error).__name__}: {error}"
-            raise QuantflowError("recipe", reason, node=f"--weights {weights}", remedy=remedy) from error
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            remedy = "save model.state_dict()"
-            raise QuantflowError("recipe", "holds no state dict", node=f"--weights {weights}", remedy=remedy)
-        return state
+        return read_weights(path)
     try:
         return models.get_model_weights(name)[weights.upper()].get_state_dict(progress=True)
     except KeyError as error:
@@ -69,7 +79,12 @@ def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load(model: nn.Module, state: dict[str, torch.Tensor], weights: str, *, fresh_head: bool) -> None:
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str, *, fresh_head: bool = False) -> None:
+    """Give ``model`` the tensors of ``state``, named ``weights`` in errors.
+
+    Raises:
+        QuantflowError: at stage ``"recipe"``, when they are another model's; the last layer's may be, with ``fresh_head``.
+    """
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     misfits = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]

@@ -1,4 +1,4 @@
-"""Two processes with half the batch each follow one process with the whole."""
+"""Two processes with half the data each are one process with the whole: in training, and in calibration."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = str(Path(__file__).parent / "parallel_training.py")
+HERE = Path(__file__).parent
+SCRIPT = str(HERE / "parallel_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -31,3 +32,21 @@ def test_two_processes_follow_one_and_resume_after_a_worker_died(tmp_path):
         assert torch.equal(first[name], second[name]), name
         # With one process they agree as far as sums in another order do, over 16 steps with rounding in between.
         assert torch.allclose(first[name].float(), tensor.float(), rtol=5e-2, atol=5e-3), name
+
+
+def test_calibration_over_two_processes_is_one_pass(tmp_path):
+    for command in ([sys.executable], TORCHRUN):
+        ended = subprocess.run(
+            [*command, str(HERE / "parallel_calibration.py"), str(tmp_path), "mse"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name  # recovery included
+    for name in one:
+        if name.endswith((".min_val", ".max_val", ".count")) and not name.startswith("recovered."):
+            assert torch.equal(one[name], first[name]), name
+    assert first["drawn"].shape == one["drawn"].shape == (12, 3, 16, 16)

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchao.quantization.pt2e.observer import ObserverBase
 
+from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.observers import (
     OBSERVERS,
+    EntropyObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MSEObserver,
+    PercentileObserver,
     PerChannelMinMaxObserver,
 )
 from quantflow.qparams import quantize
@@ -141,3 +144,67 @@ def test_ranges_move_in_training_only():
     fake_quantize.enable_observer(False)
     fake_quantize(torch.tensor([-9.0, 9.0]))
     assert torch.equal(frozen.scale, fake_quantize.scale)
+
+
+SAMPLED = ("mse", "percentile", "entropy")
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_every_sampled_observer_gives_each_channel_the_range_it_would_have_alone(name):
+    per_tensor, per_channel = OBSERVERS[name]
+    x = (
+        torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 4.0, 0.2, 9.0, 1.0])[:, None]
+    )
+    together = per_channel(qscheme=torch.per_channel_affine, ch_axis=1)
+    together(x)
+    scales, zero_points = together.calculate_qparams()
+    for channel in range(5):
+        alone = per_tensor()
+        alone(x[:, channel])
+        scale, zero_point = alone.calculate_qparams()
+        assert float(scale) == pytest.approx(float(scales[channel]), rel=0.05)
+        assert abs(int(zero_point) - int(zero_points[channel])) <= 3
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_observers_are_bounded_and_go_on_from_their_state(name):
+    batches = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1))
+    whole, first, second = (OBSERVERS[name][0]() for _ in range(3))
+    for index, batch in enumerate(batches):
+        whole(batch)
+        if index < 23:
+            first(batch)
+    second.load_state_dict(first.state_dict())
+    for batch in batches[23:]:
+        second(batch)
+    assert whole.sample.numel() <= 16 * 2048
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+    assert second.calculate_qparams() == whole.calculate_qparams()
+
+
+@pytest.mark.parametrize(("percentile", "expected"), [(100, 4.56), (99.0, 2.326), (95.0, 1.645)])
+def test_percentiles_of_a_known_distribution(percentile, expected):
+    observer = PercentileObserver(percentile)
+    for batch in torch.randn(16, 4096, generator=torch.Generator().manual_seed(0)):
+        observer(batch)
+    low, high = observer.choose_range(observer.sample.flatten()[None], observer.min_val[None], observer.max_val[None])
+    assert float(high) == pytest.approx(expected, rel=0.1)
+    assert float(low) == pytest.approx(-expected, rel=0.1)
+    assert percentile < 100 or (low, high) == (observer.min_val, observer.max_val)
+    with pytest.raises(QuantflowError, match="percentile"):
+        PercentileObserver(20)
+
+
+def test_entropy_keeps_all_of_an_even_distribution_and_cuts_a_lone_outlier():
+    even, outlier = torch.rand(30000, generator=torch.Generator().manual_seed(0)), torch.randn(30000)
+    outlier[0] = 200.0
+    widths = []
+    for x in (even, outlier):
+        observer = EntropyObserver()
+        for part in x.split(2000):
+            observer(part)
+        widths.append(float(observer.calculate_qparams()[0]) * 255)
+    assert widths[0] > 0.95
+    assert widths[1] < 40

@@ -248,3 +248,16 @@ def test_an_ambiguous_batch_is_picked_by_the_caller():
     prepared = qf.prepare(qf.export(ConvNet(), (x,)).module(), XNNPACKQuantizer())
     qf.calibrate(prepared, [("id", x, 0)], inputs=lambda batch: batch[1], progress=False)
     qf.convert(prepared)
+
+
+def test_calibration_stops_when_ranges_have_settled():
+    graph = qf.export(nn.Linear(4, 4), (torch.randn(2, 4),), dynamic_batch=True).module()
+    seen = []
+
+    def batches(sizes):
+        for size in sizes:
+            seen.append(size)
+            yield torch.full((2, 4), float(size))
+
+    qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), batches([1, 2, 2, 3, 3, 3, 3, 9]), patience=3, progress=False)
+    assert seen == [1, 2, 2, 3, 3, 3, 3]

@@ -109,6 +109,63 @@ def test_ptq_recipe(run, images, tmp_path):
     assert qf.load(folder / "model.pte")(torch.randn(1, 3, 32, 32)).shape == (1, 12)
 
 
+TEXT = {"length": 36, "train_snippets": 200, "held_out_snippets": 20, "depth": 1, "epochs": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*left to portable kernels:quantflow.QuantflowWarning")  # as the embedding is
+def test_text_recipe(run):
+    result, folder = run("ptq_text", **TEXT)
+    assert result["float_accuracy"] > 0.3  # six classes
+    assert result["agreement_with_float"] >= 0.95
+    assert result["logit_sqnr_db"] > 20
+    assert result["pte_bytes"] <= 0.5 * result["float_bytes"]
+    logits = qf.load(folder / "model.pte")(torch.randint(256, (1, 36)))
+    assert logits.shape == (1, 6)
+
+
+def test_text_recipe_reads_folders(run, tmp_path):
+    for language, words in {"one": "uno due tre ", "two": "eins zwei drei "}.items():
+        (tmp_path / "texts" / language).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / "texts" / language / f"{i}.txt").write_text(words * 50)
+    with pytest.warns(qf.QuantflowWarning, match="portable"):
+        result, _ = run("ptq_text", data=tmp_path / "texts", width=48, **TEXT)
+    assert result["pte_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"length": 32}, "no whole number of tokens"),
+        ({"data": "missing"}, "no such data"),
+        ({"length": 6 * 10**7}, "too little text"),
+    ],
+)
+def test_text_recipe_refuses(run, options, words):
+    with pytest.raises(SystemExit, match=words) as caught:
+        run("ptq_text", **options)
+    assert "Remedy" in str(caught.value)
+
+
+def test_no_held_out_text_was_trained_on(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from text_data import text_data
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):  # each file is one byte over and over
+            (tmp_path / name / f"{i:02}").write_bytes(bytes([65 + i]) * 100)
+    data = text_data(str(tmp_path), 8, 300, 300, seed=0)
+    for label in (0, 1):
+        train, held_out = (
+            set(part.tensors[0][part.tensors[1] == label].unique().tolist()) - {ord("\n")}
+            for part in (data.train, data.held_out)
+        )
+        assert len(train) == 15
+        assert len(held_out) == 5
+        assert not train & held_out
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -334,6 +334,7 @@ class Behind(nn.Module):
         return self.function(self.conv(x))
 
 
+@pytest.mark.filterwarnings("ignore:.plan.:quantflow.QuantflowWarning")  # of float that leaves the delegate
 @pytest.mark.parametrize("name", STEEP)
 def test_small_constants_keep_guarding(name):
     torch.manual_seed(0)
@@ -355,6 +356,7 @@ ODD = {
 CONV = Behind(torch.relu)
 
 
+@pytest.mark.filterwarnings("ignore:.plan.:quantflow.QuantflowWarning")  # of float that leaves the delegate
 @pytest.mark.parametrize("name", ODD)
 def test_preparing_keeps_odd_functions(name):
     model, x = Behind(ODD[name]).eval(), torch.randn(2, 4, 8, 8)

@@ -102,9 +102,11 @@ def quantize(model, x, scheme=INT8, *, qat=False):
 @pytest.mark.parametrize("case", CASES)
 def test_runs_in_integers_on_the_runtime(case):
     model, x = CASES[case]
+    plan = XNNPACKQuantizer().plan(qf.export(model.eval(), (x,)).module())
     converted = quantize(randomize_statistics(model), x)
     edge = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack")
     delegation = edge.delegation()
+    assert (plan.calls, plan.floating, plan.islands) == (1, (), ()), str(plan)
     assert (delegation.fraction, delegation.calls, delegation.floating) == (1.0, 1, {}), str(delegation)
     program = edge.to_executorch(strict=True)
     expected = converted(x).detach()

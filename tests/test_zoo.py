@@ -17,6 +17,7 @@ def test_mobilenet_v3_is_integers_in_one_call():
     result = zoo.run("mobilenet_v3_small", ["ptq"], stock=False)["modes"]["ptq"]
     assert result["stage"] == "runs", result
     assert (result["int8"], result["calls"], result["outside"], result["floating"]) == (1.0, 1, {}, {})
+    assert result["planned calls"] == 1
     assert result["to_pte_db"] > 15
 
 
@@ -25,3 +26,4 @@ def test_plan_promises_integers_throughout():
         model = models.get_model(name, weights=None)
         plan = XNNPACKQuantizer().plan(qf.export(model, (torch.zeros(1, 3, 224, 224),)).module())
         assert not plan.floating, str(plan)
+        assert plan.calls == 1

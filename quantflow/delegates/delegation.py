@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Delegation:
         """Count the operators of a partitioned edge graph."""
         calls, portable, delegated, floating = 0, Counter[str](), Counter[str](), Counter[str]()
         for node in edge.graph.nodes:
-            if node.op != "call_function" or node.target is operator.getitem:
+            if not _calls(node):
                 continue
             if node.target is torch.ops.higher_order.executorch_call_delegate:
                 calls += 1
                 lowered: Any = getattr(edge, node.args[0].target)
-                inside = lowered.original_module.graph
-                delegated.update(_names(inside))
-                floating.update(_name(n) for n in inside.nodes if _computes(n) and not _between_integers(n))
+                inside = _Inside(lowered)
+                delegated.update(_name(n) for n in inside.graph.nodes if _calls(n))
+                floating.update(_name(n) for n in inside.graph.nodes if _computes(n) and not inside.in_integers(n))
             else:
                 portable[_name(node)] += 1
-        outside = tuple(n.name for n in edge.graph.nodes if "quantized_decomposed" in str(n.target))
+        outside = tuple(n.name for n in edge.graph.nodes if _converts(n))
         return cls(calls, delegated, portable, floating, outside)
 
     def __str__(self) -> str:
@@ -60,23 +60,40 @@ class Delegation:
         return "\n".join(lines)
 
 
-def _computes(node: torch.fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and node.target is not operator.getitem
-        and "quantize" not in getattr(node, "name", "")
-    )
+class _Inside:
+    """The program that a delegate was handed."""
+
+    def __init__(self, lowered: Any) -> None:
+        self.graph = lowered.original_module.graph
+        self.given = set(lowered.original_module.graph_signature.user_inputs)  # other inputs are constants
+        self.tagged = lowered.backend_id == "XnnpackBackend"
+
+    def in_integers(self, node: Node) -> bool:
+        """Whether integers go in and come out: what ``node`` reads is dequantized, and what comes out (clamped) is quantized,
+        unless its input has a range of its own at run time.
+        """
+        reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in self.given]
+        if any(_name(n) == _DYNAMIC for n in reads):
+            return True
+        behind = list(node.users)
+        while len(behind) == 1 and _name(behind[0]) in _CLAMPS:
+            behind = list(behind[0].users)
+        clamp = _name(node) in _CLAMPS
+        fed = all(self._fused(n, "dequantize") or (clamp and self._computed_in_integers(n)) for n in reads)
+        return fed and bool(reads) and all(self._fused(n, "quantize") for n in behind)
+
+    def _computed_in_integers(self, node: Node) -> bool:
+        return _computes(node) and self.in_integers(node)
+
+    def _fused(self, node: Node, how: str) -> bool:
+        """Whether ``node`` converts within the kernel beside it. XNNPACK's partitioner tags those; the others run on their own,
+        around a float kernel.
+        """
+        return _converts(node, how) and (not self.tagged or bool(node.meta.get("IS_IMPLICIT_Q_DQ_TAG")))
 
 
-def _between_integers(node: torch.fx.Node) -> bool:
-    """Whether integers go in and come out: all inputs are dequantized, and what comes out (clamped) is quantized."""
-    inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
-    behind = list(node.users)
-    while len(behind) == 1 and any(name in behind[0].name for name in ("relu", "hardtanh", "clamp")):
-        behind = list(behind[0].users)
-    fused = any(name in node.name for name in ("relu", "hardtanh", "clamp"))
-    fed = all("dequantize" in n.name or (fused and _between_integers(n)) for n in inputs)
-    return fed and bool(inputs) and all("quantize" in n.name and "dequantize" not in n.name for n in behind)
+_CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
+_DYNAMIC = "quantized_decomposed::dequantize_per_tensor.tensor"
 
 
 def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
@@ -84,13 +101,27 @@ def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
             lowered: Any = getattr(edge, node.args[0].target)
-            nodes = [n for n in lowered.original_module.graph.nodes if n.op == "call_function"]
-            yield lowered, [n.name for n in nodes if "quantized_decomposed" not in str(n.target)]
+            yield lowered, [n.name for n in lowered.original_module.graph.nodes if _computes(n)]
 
 
-def _names(graph: torch.fx.Graph) -> list[str]:
-    return [_name(n) for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+def _calls(node: Node) -> bool:
+    return node.op == "call_function" and node.target is not operator.getitem
 
 
-def _name(node: torch.fx.Node) -> str:
+def _computes(node: Node) -> bool:
+    return _calls(node) and not _converts(node)
+
+
+def _converts(node: Node, how: str = "") -> bool:
+    """Whether ``node`` converts to or from integers, or finds their range; ``how`` is ``"quantize"`` or ``"dequantize"`` for
+    these alone.
+    """
+    namespace, _, name = _name(node).partition("::")
+    return node.op == "call_function" and namespace in _CONVERSIONS and name.startswith(how)
+
+
+_CONVERSIONS = {"quantized_decomposed", "torchao"}
+
+
+def _name(node: Node) -> str:
     return str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target))

@@ -19,9 +19,11 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor, is_quant
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
+
+from quantflow.staging import stages
 
 
 class _Integer(generic.GenericNodePartitionerConfig):
@@ -110,6 +112,7 @@ _ELEMENTWISE = (
 )
 _MOVING = (
     generic.CatConfig,
+    generic.CloneDimOrderConfig,
     generic.ConstantPadConfig,
     generic.MaxPool2dConfig,
     generic.PermuteConfig,
@@ -153,7 +156,7 @@ class Int8Partitioner(XnnpackPartitioner):
             return self._operators(ep)
         delegated = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
         partitions: dict[int, list[Node]] = {}
-        for node, stage in stages(ep.graph, delegated).items():
+        for node, stage in stages(ep.graph, delegated, _belongs_to_reader(delegated)).items():
             if node in delegated:
                 partitions.setdefault(stage, []).append(node)
         return [Partition(id=i, nodes=dict.fromkeys(nodes)) for i, nodes in enumerate(partitions.values())]
@@ -171,23 +174,11 @@ class Int8Partitioner(XnnpackPartitioner):
         return partitions
 
 
-def stages(graph: Graph, delegated: set[Node]) -> dict[Node, int]:
-    """For each node, how many times the program has gone from a delegate to portable kernels and back before it.
-
-    Delegated nodes of one stage can run in one call: no path between two of them leaves the delegate. A dequantize belongs
-    to the node that it feeds, and so does a constant (to the first, where there are several: it is copied to the others).
+def _belongs_to_reader(delegated: set[Node]) -> Callable[[Node], bool]:
+    """What stands with the node that it feeds: a constant, which is copied to each call that reads it, and a dequantize that no
+    portable kernel reads (one that does must not wait).
     """
-    found: dict[Node, int] = {}
-    for node in graph.nodes:
-        stage = max((found[given] for given in node.all_input_nodes), default=0)
-        # Even within delegates, odd between them.
-        found[node] = stage + (stage % 2 == (node in delegated)) if node.op == "call_function" else stage
-    for node in reversed(graph.nodes):
-        if node in delegated and (node.op == "placeholder" or is_dequant(node)):
-            if is_dequant(node) and not delegated.issuperset(node.users):
-                continue  # one reader is outside, and must not wait
-            found[node] = min((found[user] for user in node.users if user in delegated), default=found[node])
-    return found
+    return lambda node: node.op == "placeholder" or (is_dequant(node) and delegated.issuperset(node.users))
 
 
 def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:

@@ -5,25 +5,36 @@ configuration that is data.
 """
 
 from quantflow.observers.base import Observer
+from quantflow.observers.entropy import EntropyObserver, PerChannelEntropyObserver
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
-from quantflow.observers.mse import MSEObserver
+from quantflow.observers.mse import MSEObserver, PerChannelMSEObserver
 from quantflow.observers.per_group import PerGroupMinMaxObserver
+from quantflow.observers.percentile import PercentileObserver, PerChannelPercentileObserver
+from quantflow.observers.settled import SettledObserver
 
-OBSERVERS: dict[str, tuple[type[Observer], type[Observer] | None]] = {
-    # name: (per tensor, per channel, None where there is none)
+OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
+    # name: (per tensor, per channel)
+    "entropy": (EntropyObserver, PerChannelEntropyObserver),
     "min_max": (MinMaxObserver, PerChannelMinMaxObserver),
-    "mse": (MSEObserver, None),
+    "mse": (MSEObserver, PerChannelMSEObserver),
+    "percentile": (PercentileObserver, PerChannelPercentileObserver),
     "moving_average": (MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver),
 }
 
 __all__ = [
     "OBSERVERS",
+    "EntropyObserver",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
+    "PerChannelEntropyObserver",
+    "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
     "PerChannelMovingAverageMinMaxObserver",
+    "PerChannelPercentileObserver",
     "PerGroupMinMaxObserver",
+    "PercentileObserver",
+    "SettledObserver",
 ]

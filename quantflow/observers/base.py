@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torchao.quantization.pt2e.observer import ObserverBase
 
+from quantflow.distributed import widest
 from quantflow.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC, choose_qparams
 
 
@@ -69,6 +70,11 @@ class Observer(ObserverBase):
         """Forget what was seen."""
         self.min_val = torch.tensor(float("inf"), device=self.min_val.device)
         self.max_val = torch.tensor(float("-inf"), device=self.max_val.device)
+
+    def synchronize(self) -> None:
+        """Take what all processes saw together, the same in each."""
+        if self.min_val.ndim == 0 or self.min_val.numel():
+            self.min_val, self.max_val = widest(self.min_val, self.max_val)
 
     def extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The least and the greatest value of ``x``, one a channel for per-channel schemes, as float32."""

@@ -1,0 +1,214 @@
+"""What PTQ costs in accuracy: float, stock PT2E, NNCF and quantflow on the same images, on the runtime where it runs.
+
+    python benchmarks/accuracy.py --models resnet18 --calibration calib/ --validation val/ --limit 16    # a smoke run
+    python benchmarks/accuracy.py --calibration calib/ --validation val/ --models mobilenet_v2 efficientnet_lite0 --weights A B
+
+A model is any torchvision classifier, or ``efficientnet_lite0`` (its class is in PyPI's ``efficientnet-lite-pytorch``) with
+weights from a file. Folders are as for ``recipes/ptq_imagenet.py``. ``converted`` and ``fake-quantized`` are simulated in
+PyTorch, ``.pte`` ran on the ExecuTorch runtime. The drop is in points, paired image by image, with its 95 % interval; SQNR is
+of the logits. Seconds are of wall time, images in memory: ``calibrate``, and ``quantize`` from export to the converted graph.
+Tools have their default settings; NNCF is skipped where it is not installed. Prints one table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import nncf_quantized, stock_calibrate, stock_lowered, stock_prepared
+from record import write_record
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import quantflow as qf
+from quantizers import W4A8, XNNPACKQuantizer
+
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+from image_data import first, labelled_folder, preprocessing
+from models import classifier, load_weights, read_weights
+from scoring import accuracy, agreement, paired_drop, score, sqnr
+
+Images = list[torch.Tensor]  # batches, float32 [batch, 3, size, size]
+COLUMNS = ("model", "tool", "on", "top1", "drop", "agreement", "sqnr_db", "calibrate_s", "quantize_s", "bytes", "error")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a tool made: something callable for each stage that it went through, and the seconds that it took."""
+
+    stages: dict[str, Callable[..., torch.Tensor]]
+    seconds: dict[str, float]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["mobilenet_v2"])
+    parser.add_argument("--weights", nargs="+", type=Path, help="one for each model: a file or a torchvision name")
+    parser.add_argument("--calibration", type=Path, required=True, help="images to calibrate on")
+    parser.add_argument("--validation", type=Path, required=True, help="images to score on")
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--resize", action="store_true", help="scale the shorter side, then crop")
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--limit", type=int, help="calibrate and score on the first so many images")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/accuracy.json"))
+    options = parser.parse_args()
+    options.weights = options.weights or [Path("DEFAULT")] * len(options.models)
+    if len(options.weights) != len(options.models):
+        parser.error(f"{len(options.models)} models and {len(options.weights)} weights: name one for each model")
+    return options
+
+
+def network(name: str, weights: Path, options: argparse.Namespace) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """The float model with its weights, and what makes an image its input."""
+    if name != "efficientnet_lite0":
+        return classifier(name, None, str(weights)).eval(), preprocessing(options.image_size, resize=options.resize)
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        remedy = "pip install efficientnet-lite-pytorch"
+        raise qf.QuantflowError(
+            "recipe", "its class is not installed", node=f"--models {name}", remedy=remedy
+        ) from error
+    model = EfficientNet.from_name("efficientnet-lite0")
+    load_weights(model, read_weights(weights), str(weights))
+    transform = preprocessing(options.image_size, resize=options.resize, mean=[127 / 255] * 3, std=[128 / 255] * 3)
+    return model.eval(), transform
+
+
+def by_stock(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    start = time.perf_counter()
+    prepared = stock_prepared(model, example)
+    begun = time.perf_counter()
+    stock_calibrate(prepared, images)
+    calibrated = time.perf_counter()
+    converted = convert_pt2e(prepared)
+    seconds = {"calibrate": calibrated - begun, "quantize": time.perf_counter() - start}
+    return Quantized({"converted": converted, ".pte": stock_lowered(converted, example)}, seconds)
+
+
+def by_nncf(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
+    start = time.perf_counter()
+    converted = nncf_quantized(model, example, images)
+    seconds = {"quantize": time.perf_counter() - start}
+    return Quantized({"converted": converted, ".pte": stock_lowered(converted, example)}, seconds)
+
+
+def by_quantflow(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
+    result = qf.quantize(model, example, images)
+    return Quantized({"converted": result.graph, ".pte": result.program}, seconds_of(result))
+
+
+def by_quantflow_w4a8(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
+    """4-bit weights per channel, simulated: the delegate would keep them in 8 bits."""
+    result = qf.quantize(model, example, images, quantizer=XNNPACKQuantizer(W4A8))
+    return Quantized({"converted": result.graph}, seconds_of(result))
+
+
+def by_fake_quantization(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
+    """Prepared as for QAT and calibrated, without training: the one set of ranges in all three of its forms."""
+    prepared = qf.prepare(qf.export(model, example, dynamic_batch=True).module(), XNNPACKQuantizer(), qat=True).eval()
+    qf.calibrate(prepared, images)
+    converted = qf.convert(prepared)
+    program = qf.export(converted, example).to_core_aten().to_edge("xnnpack").to_executorch()
+    return Quantized({"fake-quantized": prepared, "converted": converted, ".pte": program}, {})
+
+
+def seconds_of(result: qf.Result) -> dict[str, float]:
+    taken = result.report.seconds
+    return {"calibrate": taken["calibrate"], "quantize": sum(taken.values()) - taken["lower"]}
+
+
+TOOLS: dict[str, Callable[..., Quantized]] = {
+    "stock": by_stock,
+    "nncf": by_nncf,
+    "quantflow": by_quantflow,
+    "quantflow W4A8": by_quantflow_w4a8,
+    "quantflow, fake": by_fake_quantization,
+}
+
+
+def measure(name: str, weights: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model: float, and each stage of each tool."""
+    model, transform = network(name, weights, options)
+    example = (torch.zeros(1, 3, options.image_size, options.image_size),)
+    calibration = first(labelled_folder(options.calibration, transform), options.limit)
+    validation = first(labelled_folder(options.validation, transform), options.limit)
+    images = [x for x, _ in tqdm(DataLoader(calibration, options.batch_size), desc="calibration images", leave=False)]
+    runs: dict[tuple[str, str], Callable[..., torch.Tensor]] = {("float", "PyTorch"): model}
+    rows: list[dict[str, Any]] = [{"model": name, "tool": "float", "on": "PyTorch"}]
+    for tool in tqdm(options.tools, desc=name):
+        if tool == "nncf" and find_spec("nncf") is None:
+            tqdm.write("nncf: not installed, skipped (pip install nncf)")
+            continue
+        try:
+            made = TOOLS[tool](model, example, images)
+            for run in made.stages.values():
+                run(*example)  # what does not run is found before an hour of scoring
+        except Exception as error:  # a peer may fail on a model; the others' figures still count
+            rows.append(
+                {"model": name, "tool": tool, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            )
+            continue
+        for stage, run in made.stages.items():
+            row = {"model": name, "tool": tool, "on": stage}
+            row |= {f"{verb}_s": round(taken, 1) for verb, taken in made.seconds.items()}
+            row |= {"bytes": len(run.buffer)} if isinstance(run, qf.Program) else {}
+            rows.append(row)
+            runs[tool, stage] = run
+    outputs, targets = score(
+        {f"{tool} {stage}": run for (tool, stage), run in runs.items()}, validation, options.batch_size
+    )
+    reference = outputs["float PyTorch"]
+    for row in rows:
+        if "error" in row:
+            continue
+        output = outputs[f"{row['tool']} {row['on']}"]
+        row |= {"images": len(targets), "top1": accuracy(output, targets)}
+        if output is not reference:
+            row["drop"], row["drop_interval"] = paired_drop(reference, output, targets)
+            row["agreement"], row["sqnr_db"] = agreement(output, reference), sqnr(reference, output)
+    return rows
+
+
+def cell(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if column == "drop":
+        return f"{value:.2f} ± {row['drop_interval']:.2f}"
+    if column in ("top1", "agreement"):
+        return f"{100 * value:.2f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    options = parse_arguments()
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("default", qf.QuantflowWarning)
+    rows: list[dict[str, Any]] = []
+    for name, weights in zip(options.models, options.weights, strict=True):
+        rows += measure(name, weights, options)
+        write_record(options.json, options, rows)  # a model's figures are kept should the next one fail
+    shown = [column for column in COLUMNS if any(column in row for row in rows)]
+    print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
+    for row in rows:
+        print("| " + " | ".join(cell(row, column) for column in shown) + " |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except qf.QuantflowError as error:
+        sys.exit(f"error: {error}")

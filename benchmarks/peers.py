@@ -1,0 +1,68 @@
+"""What quantflow is measured against: torchao's PT2E with executorch's quantizer and partitioner, and NNCF over the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+import quantflow as qf
+
+
+def captured(model: nn.Module, example: Sequence[torch.Tensor]) -> GraphModule:
+    """The graph that both start from, for batches of any size."""
+    batch = torch.export.Dim("batch")
+    several = tuple(torch.cat([x, x]) for x in example)  # a batch of one would be taken for a constant
+    return torch.export.export(model, several, dynamic_shapes=(({0: batch},) * len(several))).module()
+
+
+def stock_quantizer(*, min_max: bool = False) -> torch.nn.Module:
+    """executorch's XNNPACKQuantizer: per-channel weights, histogram ranges for activations, or extremes alone."""
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
+    from torchao.quantization.pt2e import MinMaxObserver
+
+    config = stock.get_symmetric_quantization_config(is_per_channel=True)
+    if min_max:
+        observer = MinMaxObserver.with_args(eps=2**-12)
+        extremes = dataclasses.replace(config.input_activation, observer_or_fake_quant_ctr=observer)
+        config = dataclasses.replace(config, input_activation=extremes, output_activation=extremes)
+    return stock.XNNPACKQuantizer().set_global(config)
+
+
+def stock_prepared(model: nn.Module, example: Sequence[torch.Tensor], *, min_max: bool = False) -> GraphModule:
+    """The graph with torchao's observers in it."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    return prepare_pt2e(captured(model, example), stock_quantizer(min_max=min_max))
+
+
+@torch.no_grad()
+def stock_calibrate(prepared: GraphModule, batches: Sequence[torch.Tensor]) -> None:
+    for batch in batches:
+        prepared(batch)
+
+
+def nncf_quantized(model: nn.Module, example: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> GraphModule:
+    """The converted graph that NNCF makes with its defaults over executorch's quantizer.
+
+    It sees every image, one at a time as its documentation says.
+    """
+    import nncf
+    from nncf.experimental.torch.fx import quantize_pt2e
+
+    images = [image for batch in batches for image in batch.split(1)]
+    dataset = nncf.Dataset(images)
+    return quantize_pt2e(captured(model, example), stock_quantizer(), dataset, subset_size=len(images))
+
+
+def stock_lowered(converted: GraphModule, example: Sequence[torch.Tensor]) -> qf.Program:
+    """``converted`` as executorch lowers it, with its own XNNPACK partitioner."""
+    from executorch import exir
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    exported = torch.export.export(converted, tuple(example))
+    edge = exir.to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    return qf.Program.from_buffer(edge.to_executorch().buffer)

@@ -1,0 +1,116 @@
+"""The base of observers that look at more than extremes: a bounded sample of what was seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantflow.distributed import gathered
+from quantflow.observers.min_max import MinMaxObserver
+from quantflow.qparams import choose_qparams
+
+BATCHES = 16
+_PER_TENSOR = 2048
+_PER_CHANNEL = 512
+
+
+class SampledObserver(MinMaxObserver):
+    """Exact extremes over all data, and a reservoir of at most 16 batches, of each 2,048 values (512 a channel).
+
+    Memory does not grow with the data. A batch of fewer values counts whole. The same data give the same sample, also when
+    the state is saved in between.
+
+    Attributes:
+        sample: float32 [batches, channels, values]; one channel for per-tensor schemes.
+        batches: How many batches were seen.
+        count: How many values, in the largest channel.
+    """
+
+    sample: torch.Tensor
+    batches: torch.Tensor
+    count: torch.Tensor
+    resized = (*MinMaxObserver.resized, "sample")
+
+    def __init__(self, **spec: Any) -> None:
+        super().__init__(**spec)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        super().reset()
+        device = self.min_val.device
+        self.register_buffer("sample", torch.empty(0, 1, _PER_TENSOR, device=device))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x
+        super().forward(x)
+        self._found = None
+        place = seen = int(self.batches)
+        random = torch.Generator().manual_seed(seen)
+        self.batches = self.batches + 1
+        if seen >= BATCHES:  # reservoir sampling: each batch is as likely to stay as any other
+            place = int(torch.randint(seen + 1, (), generator=random))
+        rows = x.detach()
+        rows = rows.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else rows.reshape(1, -1)
+        self.count = self.count + rows.shape[1]
+        if place < BATCHES:
+            picked = rows[
+                :, _pick(rows.shape[1], _PER_CHANNEL if self.per_channel else _PER_TENSOR, random).to(x.device)
+            ]
+            picked = picked.float() if self.matters is None else picked.float().clamp(*self.matters)
+            kept = self.sample if len(self.sample) else picked[:0].reshape(0, *picked.shape)
+            self.sample = torch.cat([kept[:place], picked[None], kept[place + 1 :]])
+        return x
+
+    def synchronize(self) -> None:
+        """Take the extremes and the samples of all processes together, the same in each."""
+        super().synchronize()
+        everyone = gathered({"sample": self.sample, "count": self.count, "batches": self.batches})
+        if len(everyone) == 1:
+            return
+        rows = [other["sample"][i : i + 1] for i in range(BATCHES) for other in everyone if i < len(other["sample"])]
+        if rows:
+            self.sample = torch.cat(rows[:BATCHES]).to(self.sample.device)
+        self.count = torch.stack([other["count"] for other in everyone]).sum().to(self.count.device)
+        self.batches = torch.stack([other["batches"] for other in everyone]).sum().to(self.batches.device)
+        self._found = None
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale (float32) and zero point (int32), scalars or one a channel."""
+        if not len(self.sample):
+            return super().calculate_qparams()
+        if self._found is None:
+            values = self.sample.transpose(0, 1).flatten(1)  # [channels, values]
+            low, high = self.choose_range(values, self.min_val.reshape(-1), self.max_val.reshape(-1))
+            self._found = self.grid(low.reshape(self.min_val.shape), high.reshape(self.max_val.shape))
+        return self._found
+
+    def choose_range(
+        self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range of each channel, given its sample ``values`` [channels, values] and its extremes [channels]."""
+        raise NotImplementedError
+
+    def grid(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point for ranges of any shape."""
+        return choose_qparams(
+            low, high, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric, eps=self.eps
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._found = None
+
+
+def _pick(size: int, most: int, random: torch.Generator) -> torch.Tensor:
+    """Which of ``size`` values to keep, ``most`` in number: all of few, so that no tail is missed; some of many."""
+    if size <= most:
+        return torch.arange(most) % size
+    if size <= 8 * most:
+        return torch.randperm(size, generator=random)[:most]
+    return torch.randint(size, (most,), generator=random)

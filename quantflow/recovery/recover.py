@@ -1,0 +1,166 @@
+"""The verb that wins back what quantizing loses, and keeps only what helps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantflow.batches import PickInputs, batches
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
+from quantflow.proof import signal_to_noise
+from quantflow.recovery.compensation import compensate
+from quantflow.recovery.ranges import settle_ranges
+from quantflow.recovery.sample import Inputs, Sample
+from quantflow.recovery.sensitivity import Sensitivity, sensitivity
+from quantflow.recovery.walk import outputs, peak_bytes
+from quantflow.signature import Signature
+
+_MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that recovery tried.
+
+    Attributes:
+        name: What it is called.
+        sqnr: Signal to noise of the outputs after it, dB, simulated on data that it was not fitted to.
+        kept: Whether the graph has it.
+        seconds: What it took.
+    """
+
+    name: str
+    sqnr: float
+    kept: bool
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.sqnr:.1f} dB{'' if self.kept else ', not kept'} ({self.seconds:.1f} s)"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A prepared graph after recovery, and what was tried on it.
+
+    Attributes:
+        graph: Prepared and calibrated, as before; convert it.
+        steps: What was tried, in order; the first is the graph as it came.
+    """
+
+    graph: TrainableGraphModule
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return "recovery\n" + "\n".join(f"  {step}" for step in self.steps)
+
+
+def recover(
+    graph: GraphModule,
+    data: Sample | Iterable[Any],
+    *,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> Recovered:
+    """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
+
+    Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
+    kept where that rises.
+
+    Args:
+        graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
+            was.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show progress bars.
+
+    Raises:
+        QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, or a batch does not
+            fit it.
+    """
+    _check(graph)
+    current = adopt(graph).eval()
+    fit, judge = _parted(current, data if isinstance(data, Sample) else _drawn(current, data, inputs))
+    reference = outputs(current, judge, integers=False)
+    steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
+
+    def attempt(name: str, make: Any) -> None:
+        nonlocal current
+        start = time.perf_counter()
+        candidate = make(current)
+        sqnr = _sqnr(candidate, judge, reference)
+        kept = sqnr > max(step.sqnr for step in steps if step.kept)
+        steps.append(Step(name, sqnr, kept, time.perf_counter() - start))
+        if kept:
+            current = candidate
+
+    prices = _prices(current, fit, progress)
+    if prices is not None:
+        attempt("ranges by their effect", lambda graph: settle_ranges(graph, prices))
+    attempt("fitted weights", lambda graph: compensate(graph, fit, prices, progress=progress))
+    return Recovered(current.train(graph.training), tuple(steps))
+
+
+def _drawn(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -> Sample:
+    sample, signature = Sample(), Signature.of_graph(graph)
+    device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+    for batch in batches(data, graph, stage="recover", inputs=inputs, device=device):
+        sample.add(signature.flatten(batch.args, batch.kwargs, stage="recover"), signature)
+    return sample
+
+
+def _parted(graph: GraphModule, sample: Sample) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """What to fit to, as much as memory holds, and every fourth batch to judge by; both the whole where there is but one."""
+    drawn = sample.batches()
+    if not drawn:
+        remedy = "pass at least one batch; a Sample is filled by qf.calibrate(graph, data, sample=sample)"
+        raise QuantflowError("recover", "there is no data", node="data", remedy=remedy)
+    held = max(2, int(_MEMORY / (2 * peak_bytes(graph, drawn[0]))))
+    if len(drawn) == 1:
+        return drawn, drawn
+    every = min(4, len(drawn))
+    fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
+    return fit[:held], drawn[every - 1 :: every]
+
+
+def _prices(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> Sensitivity | None:
+    try:
+        return sensitivity(graph, sample, progress=progress)
+    except RuntimeError as error:  # an operator without a gradient
+        reason = f"no gradient to choose ranges by: {str(error).splitlines()[0]}"
+        remedy = "ranges stay as calibrated; nothing else is lost"
+        warnings.warn(QuantflowWarning("recover", reason, remedy=remedy), stacklevel=3)
+        return None
+
+
+def _sqnr(graph: GraphModule, judge: Sequence[Inputs], reference: list[list[torch.Tensor]]) -> float:
+    """The signal to noise of the integer network's outputs, dB: the mean over outputs."""
+    found = outputs(graph, judge, integers=True)
+    ratios = []
+    for theirs, ours in zip(zip(*reference, strict=True), zip(*found, strict=True), strict=True):
+        ratios.append(signal_to_noise(torch.cat([t.flatten() for t in theirs]), torch.cat([t.flatten() for t in ours])))
+    finite = [r for r in ratios if math.isfinite(r)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
+def _check(graph: Any) -> None:
+    observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
+    if not observers:
+        remedy = "call qf.prepare(graph, quantizer) and qf.calibrate first"
+        raise QuantflowError("recover", "the graph was not prepared", node="graph", remedy=remedy)
+    for name, observer in observers.items():
+        if is_fake_quantizer(observer):
+            remedy = "recovery is for PTQ; a graph prepared with qat=True recovers by qf.train"
+            raise QuantflowError("recover", "the graph is prepared for training", node=name, remedy=remedy)
+        if not has_seen_data(observer):
+            remedy = "call qf.calibrate(graph, data) first"
+            raise QuantflowError("recover", "the graph was not calibrated", node=name, remedy=remedy)

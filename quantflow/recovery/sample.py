@@ -1,0 +1,105 @@
+"""The examples that recovery works on: a random sample of the calibration data, in small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+
+from quantflow.distributed import gathered, world_size
+from quantflow.signature import DynamicDim, Input, Signature
+
+Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
+
+_BATCH = 8  # what lives at once in a backward pass
+
+
+class Sample:
+    """A random sample of the data that pass (reservoir sampling, seeded), whatever their number and order.
+
+    Fill it by ``qf.calibrate(graph, data, sample=sample)``.
+
+    Args:
+        examples: How many to keep. A batch of fixed size counts as one.
+    """
+
+    def __init__(self, examples: int = 128) -> None:
+        self.examples = examples
+        self._kept: list[Inputs] = []
+        self._seen = 0
+        self._cut: list[bool] = []  # which inputs hold one row for each example
+        self._random = torch.Generator().manual_seed(0)
+
+    def add(self, flat: Sequence[Any], signature: Signature) -> None:
+        """Draw from a batch of flat inputs of a graph with ``signature``."""
+        self._cut = _cut(signature)
+        paired = list(zip(flat, self._cut, strict=True))
+        for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
+            kept = tuple(t[example : example + 1].clone() if by_example else t for t, by_example in paired)
+            self._kept[place : place + 1] = [kept]
+
+    def _draw(self, size: int) -> list[tuple[int, int]]:
+        """Where in the reservoir each of ``size`` examples goes that goes there."""
+        drawn = []
+        for example in range(size):
+            place = self._seen
+            self._seen += 1
+            if place >= self.examples:
+                place = int(torch.randint(self._seen, (), generator=self._random))
+            if place < self.examples:
+                drawn.append((place, example))
+        return drawn
+
+    def synchronize(self) -> None:
+        """Take equal shares of what all processes drew, the same in each."""
+        if world_size() == 1:
+            return
+        everyone = gathered({f"{i}.{j}": t for i, flat in enumerate(self._kept) for j, t in enumerate(flat) if _is(t)})
+        share = -(-self.examples // world_size())
+        ours = self._kept[0] if self._kept else ()
+        kept: list[Inputs] = []
+        for theirs in everyone:
+            for i in range(min(share, len({name.split(".")[0] for name in theirs}))):
+                kept.append(tuple(theirs[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in enumerate(ours)))
+        self._kept = kept[: self.examples]
+
+    def batches(self, most: int | None = None) -> tuple[Inputs, ...]:
+        """At most ``most`` of the examples kept, shuffled, in batches of at most 8 that can run together."""
+        order = torch.randperm(len(self._kept), generator=torch.Generator().manual_seed(0)).tolist()
+        alike: dict[tuple, list[Inputs]] = {}
+        for flat in (self._kept[i] for i in order[:most]):
+            # Those of one shape, and of the same inputs where these are not cut, form batches.
+            key = tuple(t.shape if by_example else id(t) for t, by_example in zip(flat, self._cut, strict=True))
+            alike.setdefault(key, []).append(flat)
+        size = _BATCH if any(self._cut) else 1
+        groups = [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+        return tuple(
+            tuple(
+                torch.cat(column) if by_example else column[0]
+                for column, by_example in zip(zip(*group, strict=True), self._cut, strict=True)
+            )
+            for group in groups
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _cut(signature: Signature) -> list[bool]:
+    """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else."""
+    dims = [[(p, d.name) for p, d in enumerate(i.shape) if isinstance(d, DynamicDim)] for i in signature.inputs]
+    batch = {name for found in dims for p, name in found if p == 0}
+    elsewhere = {name for found in dims for p, name in found if p != 0}
+    if len(batch) != 1 or batch & elsewhere or any(_least(i) > 1 for i in signature.inputs):
+        return [False] * len(dims)
+    return [any(p == 0 for p, _ in found) for found in dims]
+
+
+def _least(declared: Input) -> int:
+    first = declared.shape[0] if declared.shape else 1
+    return first.min if isinstance(first, DynamicDim) else 1
+
+
+def _is(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)

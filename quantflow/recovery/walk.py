@@ -1,0 +1,156 @@
+"""Walking a prepared graph node by node, as the float network that it was and the integer network that it will be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from quantflow.aten import is_inplace, is_view, op
+from quantflow.observation import observer_of, qparams_of
+from quantflow.parameters import is_constant, tensor_of
+from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.rounding import round_to_grid
+
+_MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
+
+Values = dict[Node, Any]
+
+
+def last_reads(graph: Graph) -> dict[Node, list[Node]]:
+    """For each node, the nodes whose value nothing reads after it."""
+    last: dict[Node, Node] = {}
+    for node in graph.nodes:
+        for read in (node, *node.all_input_nodes):
+            last[read] = node
+    dead: dict[Node, list[Node]] = {}
+    for read, node in last.items():
+        dead.setdefault(node, []).append(read)
+    return dead
+
+
+def evaluate(node: Node, values: Values) -> Any:
+    """The value of the operator ``node``, given those of the nodes before it."""
+    if node.target in _MODES:
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+    return _target(node)(*args, **kwargs)
+
+
+def _target(node: Node) -> Any:
+    """What to call: an in-place operator as its functional twin, unless others are to see what it writes."""
+    if not is_inplace(node):
+        return node.target
+    written: Any = node.args[0]
+    return node.target if is_view(written) or len(written.users) > 1 else op(node)
+
+
+def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
+    """``x`` as ``observer`` will quantize it."""
+    if getattr(observer, "is_dynamic", False):
+        scale, zero_point = choose_qparams(
+            x.min().float(),
+            x.max().float(),
+            quant_min=observer.quant_min,
+            quant_max=observer.quant_max,
+            symmetric=observer.qscheme in SYMMETRIC,
+        )
+    elif not has_grid(observer):
+        return x
+    else:
+        scale, zero_point = qparams_of(observer)
+    axis = int(observer.ch_axis) if observer.qscheme in PER_CHANNEL else 0
+    if observer.qscheme not in PER_CHANNEL:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return round_to_grid(x, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, axis)
+
+
+def has_grid(observer: nn.Module) -> bool:
+    """Whether ``observer`` has an integer grid of the plain kind (torchao's affine ones have another)."""
+    dtype = getattr(observer, "dtype", torch.float32)
+    return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
+
+
+@torch.no_grad()
+def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
+    """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
+    dead = last_reads(graph.graph)
+    weights = {
+        node: quantized(observer, tensor_of(graph, node.args[0]))
+        for node in graph.graph.nodes
+        if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
+    }
+    found = []
+    for batch in batches:
+        given, result = iter(batch), []
+        values: Values = {}
+        for node in graph.graph.nodes:
+            if node.op == "output":
+                result = float_outputs(node, values)
+            elif node in weights:
+                values[node] = weights[node]
+            else:
+                values[node] = _value(graph, node, values, given, integers)
+            for read in dead.get(node, ()):
+                values.pop(read, None)
+        found.append(result)
+    return found
+
+
+@torch.no_grad()
+def peak_bytes(graph: GraphModule, batch: tuple) -> int:
+    """The most memory that values of the float network take at one time for ``batch``."""
+    dead, given, most = last_reads(graph.graph), iter(batch), 1
+    values: Values = {}
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            break
+        values[node] = _value(graph, node, values, given, False)
+        if node.op != "get_attr":
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for n, t in values.items()
+                if isinstance(t, torch.Tensor) and n.op != "get_attr"
+            }
+            most = max(most, sum(storages.values()))
+        for read in dead.get(node, ()):
+            values.pop(read, None)
+    return most
+
+
+def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers: bool) -> Any:
+    if node.op == "placeholder":
+        return next(given)
+    if node.op == "get_attr":
+        return attribute(graph, node)
+    if node.op == "call_function":
+        return evaluate(node, values)
+    observer = observer_of(node, graph)
+    args = map_arg(node.args, lambda n: values[n])
+    if observer is None:
+        return graph.get_submodule(str(node.target))(*args)
+    return quantized(observer, args[0]) if integers else args[0]
+
+
+def attribute(graph: GraphModule, node: Node) -> Any:
+    """What the ``get_attr`` node reads: a tensor, without its gradient, or a submodule."""
+    found = tensor_of(graph, node)
+    return found.detach() if isinstance(found, torch.Tensor) else found
+
+
+def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:
+    """The float tensors among what the ``output`` node returns."""
+    returned: list[torch.Tensor] = []
+
+    def keep(node: Node) -> Node:
+        value = values[node]
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            returned.append(value)
+        return node
+
+    map_arg(output.args, keep)
+    return returned

@@ -1,0 +1,147 @@
+"""Post-training quantization outside vision: a small transformer that tells the language of a snippet, in dynamic int8.
+
+    python recipes/ptq_text.py                                 # source code that installed packages ship, a minute or two
+    python recipes/ptq_text.py --data texts/ --length 240      # your own: one folder of text files a class
+
+Trains in float, quantizes the linear layers (int8 weights per channel; the range of each input is taken at run time, as suits
+activations that differ from token to token), lowers to XNNPACK, and measures float, converted and ``.pte`` on snippets from
+files that training did not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from scoring import accuracy, agreement, latency_ms, output_folder, paired_drop, score, sqnr, write_result
+from text_data import text_data
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+import quantflow as qf
+from quantflow.allocator import keep_freed_memory
+from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
+
+BYTES_A_TOKEN = 6
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="languages", help="languages, or a folder with one folder of text files a class"
+    )
+    parser.add_argument("--length", type=int, default=96, help=f"bytes of a snippet, a multiple of {BYTES_A_TOKEN}")
+    parser.add_argument("--train-snippets", type=int, default=1500, help="of each class")
+    parser.add_argument("--held-out-snippets", type=int, default=250, help="of each class")
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--calibration-snippets", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/ptq_text"))
+    return parser.parse_args()
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and a two-layer perceptron, on [batch, tokens, width]."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.query_key_value(self.attention_norm(x)).chunk(3, dim=2)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = x + self.project(attended)
+        return x + self.narrow(F.gelu(self.widen(self.perceptron_norm(x))))
+
+
+class TextClassifier(nn.Module):
+    """From bytes, int64 [batch, length], to class logits, [batch, classes]; a few neighbouring bytes make a token."""
+
+    def __init__(self, length: int, classes: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width // BYTES_A_TOKEN)
+        self.position = nn.Parameter(0.02 * torch.randn(length // BYTES_A_TOKEN, width))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        tokens = self.embedding(text).unflatten(1, (-1, BYTES_A_TOKEN)).flatten(2)
+        return self.head(self.norm(self.blocks(tokens + self.position)).mean(1))
+
+
+def main() -> None:
+    options = parse_arguments()
+    start = time.perf_counter()
+    if options.length < BYTES_A_TOKEN or options.length % BYTES_A_TOKEN:
+        remedy = f"a multiple of {BYTES_A_TOKEN}"
+        raise qf.QuantflowError("recipe", "no whole number of tokens", node=f"--length {options.length}", remedy=remedy)
+    keep_freed_memory()
+    folder = output_folder(options.output)
+    torch.manual_seed(options.seed)
+    data = text_data(options.data, options.length, options.train_snippets, options.held_out_snippets, options.seed)
+    loader = DataLoader(data.train, options.batch_size, shuffle=True, drop_last=True, generator=torch.Generator())
+    model = TextClassifier(options.length, len(data.classes), options.width, options.depth)
+    example = (torch.zeros(1, options.length, dtype=torch.long),)
+
+    # Float: the captured graph trains like the model itself.
+    graph = qf.export(model, example, dynamic_batch=True).module()
+    optimizer = torch.optim.AdamW(graph.parameters(), options.lr, weight_decay=0.01)
+    steps = options.epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+    print(f"training on {', '.join(data.classes)}: {options.epochs} epochs of {len(loader)} steps")
+    qf.train(graph, loader, epochs=options.epochs, optimizer=optimizer, scheduler=scheduler, seed=options.seed)
+    graph.eval()
+
+    # Dynamic int8: weights become integers now, inputs when they come.
+    count = len(data.train)  # type: ignore[arg-type]
+    spread = range(0, count, max(count // options.calibration_snippets, 1))  # over all classes
+    calibration = Subset(data.train, spread)
+    quantizer = XNNPACKQuantizer(DYNAMIC_INT8)
+    result = qf.quantize(graph, example, DataLoader(calibration, options.batch_size), quantizer=quantizer)
+    print(result.report)
+    result.program.save(folder / "model.pte")
+    float_program = qf.export(graph, example).to_core_aten().to_edge("xnnpack").to_executorch()
+
+    # All on the same held-out snippets; what is called .pte runs on the ExecuTorch runtime.
+    models = {"float": graph, "converted": result.graph, "pte": result.program}
+    outputs, targets = score(models, data.held_out, options.batch_size)
+    drop, interval = paired_drop(outputs["float"], outputs["pte"], targets)
+    snippet = data.held_out[0][0].unsqueeze(0)
+    write_result(
+        folder,
+        {
+            "held_out_snippets": len(targets),
+            **{f"{name}_accuracy": accuracy(output, targets) for name, output in outputs.items()},
+            "drop_points": drop,
+            "drop_interval_95": interval,
+            "agreement_with_float": agreement(outputs["pte"], outputs["float"]),
+            "logit_sqnr_db": sqnr(outputs["float"], outputs["pte"]),
+            "float_bytes": len(float_program.buffer),
+            "pte_bytes": len(result.program.buffer),
+            "float_latency_ms": latency_ms(float_program, snippet),
+            "pte_latency_ms": latency_ms(result.program, snippet),
+            "delegated_fraction": result.report.delegated_fraction,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except qf.QuantflowError as error:
+        sys.exit(f"error: {error}")
