@@ -20,9 +20,10 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from quantflow.aten import is_float_tensor, value
+from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import FakeQuantize
 from quantflow.observation import is_fake_quantizer
-from quantflow.observers import Observer
+from quantflow.observers import Observer, PerGroupMinMaxObserver
 from quantflow.observers.moving_average import for_training
 from quantflow.parameters import is_constant
 from quantflow.qparams import PER_CHANNEL
@@ -61,6 +62,9 @@ def _make_observer(
     observer = _construct(spec)
     if fake_quantize is None or not isinstance(observer, Observer):
         return observer
+    if isinstance(observer, PerGroupMinMaxObserver):
+        remedy = "quantize after training, or train with one scale a channel"
+        raise QuantflowError("prepare", "weights in groups can't be trained", node="scheme", remedy=remedy)
     if observer.is_dynamic:  # its grid is each input's own
         return FakeQuantize(for_training(observer, weight=weight))
     return fake_quantize(for_training(observer, weight=weight), None if weight else observer)

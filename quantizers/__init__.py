@@ -6,11 +6,12 @@ from quantizers.override import Override
 from quantizers.plan import Decision, Plan
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
-from quantizers.scheme import DYNAMIC_INT8, INT8, W4A8, Scheme, TensorScheme
+from quantizers.scheme import DYNAMIC_INT8, DYNAMIC_W4, INT8, W4A8, Scheme, TensorScheme
 from quantizers.xnnpack import XNNPACK_RULES, XNNPACKQuantizer
 
 __all__ = [
     "DYNAMIC_INT8",
+    "DYNAMIC_W4",
     "INT8",
     "W4A8",
     "XNNPACK_RULES",

@@ -232,6 +232,8 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
         return f"{rule.name} has no dynamic form"
     if rule.weight is not None and not is_constant(argument(decision.node, rule.weight)):
         return "its weight is computed, not constant"
+    if rule.weight is not None and (reason := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
+        return reason
     if rule.weight is not None and has_argument(decision.node, "bias"):
         bias = argument(decision.node, "bias")
         if bias is not None and not is_constant(bias):
@@ -244,3 +246,12 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
     return next((reason for refuse in rule.refusals if (reason := refuse(decision.node))), "")
+
+
+def _ungrouped(weight: Node, group: int) -> str:
+    val = value(weight)
+    if not group or val is None:
+        return ""
+    if val.ndim != 2:
+        return f"a weight of {val.ndim} dimensions has no groups of inputs"
+    return f"its {val.shape[1]} inputs make no groups of {group}" if val.shape[1] % group else ""

@@ -10,7 +10,7 @@ import torch
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from quantflow.errors import QuantflowError
-from quantflow.observers import OBSERVERS
+from quantflow.observers import OBSERVERS, PerGroupMinMaxObserver
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class TensorScheme:
         bits: 2 to 8. Below 8 the narrower grid lies in int8; whether a backend packs it is the backend's matter.
         symmetric: Centre the grid on zero, without the lowest integer; otherwise affine, with a zero point.
         per_channel: A scale for each output channel instead of one for the tensor.
+        group: A scale for each so many inputs of each output channel, for the weight of a linear layer; 0 for none.
         dynamic: Take the range of each input at run time.
         observer: How ranges are estimated, a key of ``quantflow.observers.OBSERVERS``.
     """
@@ -28,6 +29,7 @@ class TensorScheme:
     bits: int = 8
     symmetric: bool = False
     per_channel: bool = False
+    group: int = 0
     dynamic: bool = False
     observer: str = "min_max"
 
@@ -38,18 +40,27 @@ class TensorScheme:
             remedy = f"one of {sorted(OBSERVERS)}"
             raise QuantflowError("plan", f"no observer {self.observer!r}", node="observer", remedy=remedy)
 
+        if self.group and not (self.group > 0 and self.symmetric and self.observer == "min_max"):
+            reason, remedy = f"groups of {self.group} are symmetric, with min_max ranges", "symmetric=True, group=32"
+            raise QuantflowError("plan", reason, node="group", remedy=remedy)
+
     def spec(self, axis: int = 0, matters: tuple[float, float] | None = None) -> QuantizationSpec:
         """The torchao spec, for a tensor with output channels in dimension ``axis``, of whose range a part ``matters``."""
         top = 2 ** (self.bits - 1)
         observer: Any = OBSERVERS[self.observer][self.per_channel]
-        kind = ("per_channel" if self.per_channel else "per_tensor", "symmetric" if self.symmetric else "affine")
+        if self.group:
+            observer = PerGroupMinMaxObserver.with_args(group=self.group)
+        kind = (
+            "per_channel" if self.per_channel or self.group else "per_tensor",
+            "symmetric" if self.symmetric else "affine",
+        )
         return QuantizationSpec(
             dtype=torch.int8,
             observer_or_fake_quant_ctr=observer if matters is None else observer.with_args(matters=matters),
             quant_min=1 - top if self.symmetric else -top,
             quant_max=top - 1,
             qscheme=getattr(torch, "_".join(kind)),
-            ch_axis=axis if self.per_channel else None,
+            ch_axis=axis if self.per_channel or self.group else None,
             is_dynamic=self.dynamic,
         )
 
@@ -77,7 +88,8 @@ class Scheme:
     def __str__(self) -> str:
         kind = "dynamic " if self.activation.dynamic else ""
         same = self.activation.bits == self.weight.bits == 8
-        return f"{kind}int8" if same else f"{kind}w{self.weight.bits}a{self.activation.bits}"
+        groups = f" in groups of {self.weight.group}" if self.weight.group else ""
+        return f"{kind}int8" if same else f"{kind}w{self.weight.bits}a{self.activation.bits}{groups}"
 
 
 def _check_keys(data: dict, cls: type) -> None:
@@ -90,3 +102,4 @@ def _check_keys(data: dict, cls: type) -> None:
 INT8 = Scheme()
 DYNAMIC_INT8 = Scheme(activation=TensorScheme(dynamic=True))
 W4A8 = Scheme(weight=TensorScheme(bits=4, symmetric=True, per_channel=True))
+DYNAMIC_W4 = Scheme(activation=TensorScheme(dynamic=True), weight=TensorScheme(bits=4, symmetric=True, group=32))

@@ -187,6 +187,9 @@ class XNNPACKQuantizer(RuleQuantizer):
             return "XNNPACK has one scale for an activation"
         if scheme.activation.bits != 8:
             return "XNNPACK saturates activations at 8 bits only"
+        if group := scheme.weight.group:
+            fits = scheme.activation.dynamic and scheme.weight.bits == 4 and group % 32 == 0
+            return None if fits else "XNNPACK has groups for 4-bit weights with dynamic activations, of multiples of 32"
         if scheme.activation.dynamic and (scheme.activation.symmetric or not scheme.weight.per_channel):
             return "XNNPACK's dynamic int8 has affine activations and per-channel weights"
         return None

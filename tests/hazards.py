@@ -152,6 +152,7 @@ class SharedBias(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        nn.init.constant_(self.linear.bias, 1.0)
 
     def forward(self, x):
         return self.linear(torch.relu(self.linear(x)) * 3)
@@ -205,6 +206,8 @@ def small_price():
 CONV = lambda: nn.Conv2d(3, 8, 3)  # noqa: E731
 FUTURE = torch.triu(torch.ones(12, 12), 1).bool()
 
+FLOOR = "executorch, get_symmetric_quantization_config: eps=2**-12"
+PATCHED = "torchao, allow_exported_model_train_eval"
 FOLD = "https://github.com/pytorch/ao/pull/2795"
 MODES = "https://github.com/pytorch/ao/issues/2980"
 LAYOUT = "decompositions share a dequantize"
@@ -217,7 +220,7 @@ HAZARDS = {
         "both folded into one weight", ptq(module(SharedConvTwoNorms, 2, 4, 9, 9)), FOLD
     ),
     "convolution with a batch norm and another reader": Hazard(
-        "folded without a look at the other reader", ptq(module(ConvTwoUsers, 2, 4, 9, 9)), "DESIGN"
+        "folded without a look at the other reader", ptq(module(ConvTwoUsers, 2, 4, 9, 9))
     ),
     "one layer on two ranges": Hazard(
         "the bias is int32 in steps of the first call's input, and read in those of the second",
@@ -226,20 +229,20 @@ HAZARDS = {
     "relu6 over a wide range": Hazard(
         "the range is that of the convolution, not of what relu6 leaves",
         ptq(layers(CONV, nn.ReLU6, lambda: nn.Conv2d(8, 8, 1), x=lambda: image(scale=300))),
-        "DESIGN",
     ),
     "quiet input": Hazard(
         "scales of activations are floored at 2^-12",
         ptq(layers(lambda: nn.Conv2d(3, 8, 3, bias=False), x=lambda: image(scale=1e-3))),
-        "DESIGN",
+        FLOOR,
     ),
-    "small product": Hazard("scales of activations are floored at 2^-12", ptq(function(lambda y: y * 1e-3)), "DESIGN"),
+    "small product": Hazard("scales of activations are floored at 2^-12", ptq(function(lambda y: y * 1e-3)), FLOOR),
     "large bias of a small head": Hazard(
         "the bias overflows the int32 that it becomes", ptq(layers(small_price, x=lambda: image(8, 16, scale=0.01)))
     ),
     "mask of minus infinity": Hazard(
         "the range is infinite and quantizes to nothing",
         ptq(function(lambda y, m: torch.softmax(y + m, -1), torch.zeros(12, 12).masked_fill(FUTURE, -math.inf))),
+        "https://github.com/pytorch/pytorch/pull/103467",
         error="infinite or not a number",
     ),
     "write into part of a tensor": Hazard(
@@ -262,7 +265,7 @@ HAZARDS = {
     "convolution over volumes": Hazard(
         "quantized, and no kernel runs it",
         ptq(lambda: (nn.Conv3d(3, 4, 3, padding=1), (image(1, 3, 4, 6, 6),))),
-        "DESIGN",
+        "https://github.com/pytorch/executorch/issues/11704",
     ),
     "convolution with a computed weight": Hazard(
         "annotated as if constant", ptq(lambda: (DynamicFilter(), (image(),))), error="agrees with the graph to"
@@ -275,12 +278,10 @@ HAZARDS = {
     "4-bit convolution": Hazard(
         "weights are packed as if of a linear layer",
         ptq(lambda: (CONV(), (image(),)), bits=4, lowering_only=True),
-        "DESIGN",
     ),
     "4-bit linear, odd input": Hazard(
         "two weights a byte, across rows",
         ptq(lambda: (nn.Linear(15, 8), (image(4, 15),)), bits=4, lowering_only=True),
-        "DESIGN",
     ),
     "QAT: batch norm's eps": Hazard(
         "1e-5 is written in",
@@ -293,11 +294,9 @@ HAZARDS = {
         MODES,
     ),
     "QAT: dropout's p": Hazard("0.5 is written in", dropout_rate, MODES),
-    "QAT: eval() of a copy": Hazard(
-        "does nothing: methods are patched on the instance", copied_model_in_eval, "DESIGN"
-    ),
+    "QAT: eval() of a copy": Hazard("does nothing: methods are patched on the instance", copied_model_in_eval, PATCHED),
     "QAT: weights of one sign": Hazard(
-        "training and converting compute scales in two ways", one_signed_channels, "DESIGN", least=40
+        "training and converting compute scales in two ways", one_signed_channels, least=40
     ),
     "QAT: convolution called twice before one batch norm": Hazard(
         "its two counters of batches are erased as one", statistics(module(SharedConv, 2, 4, 9, 9))

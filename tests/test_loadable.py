@@ -68,9 +68,9 @@ HAZARDS = {
     ),
     "prelu of rank 3": lambda m, x: fake(nn.functional.prelu(fake(x[0]), m.weight.float().flatten()[:1] / 100)),
     "split": lambda m, x: fake(fake(x).split(2, 1)[1]),
-    "bias read on two grids": lambda m, x: fake(dense(m, fake(torch.relu(dense(m, fake(x))) * 3, 0.06)), 0.1),
+    "bias read on two grids": lambda m, x: dense(m, fake(torch.relu(dense(m, fake(x))), 0.2)),
     "view of seven dimensions": lambda m, x: fake(
-        fake(x).view(2, 2, 2, 2, 2, 2, 1).transpose(1, 2).reshape(2, 4, 4, 2)
+        fake(x).view(2, 2, 2, 2, 2, 2, 2).transpose(1, 2).reshape(2, 4, 4, 4)
     ),
     "same tensor joined twice": lambda m, x: (lambda y: fake(torch.cat([y, y], 1)))(fake(x)),
 }

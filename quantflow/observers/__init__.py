@@ -9,6 +9,7 @@ from quantflow.observers.entropy import EntropyObserver, PerChannelEntropyObserv
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
 from quantflow.observers.mse import MSEObserver, PerChannelMSEObserver
+from quantflow.observers.per_group import PerGroupMinMaxObserver
 from quantflow.observers.percentile import PercentileObserver, PerChannelPercentileObserver
 from quantflow.observers.settled import SettledObserver
 
@@ -33,6 +34,7 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "PerChannelMovingAverageMinMaxObserver",
     "PerChannelPercentileObserver",
+    "PerGroupMinMaxObserver",
     "PercentileObserver",
     "SettledObserver",
 ]
