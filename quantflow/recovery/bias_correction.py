@@ -60,7 +60,7 @@ def correct_bias(
     corrected = adopt(graph)
     training = corrected.training  # a graph that stock torchao prepared says True in inference mode
     corrected.eval()
-    layers = quantized_layers(corrected, features=math.inf)
+    layers = quantized_layers(corrected, solvable=False)
     if data is None:
         _from_norms(corrected, layers)
     else:

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
 from quantflow.observation import observer_of, qparams_of
+from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.rounding import round_to_grid
@@ -63,6 +64,11 @@ def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
         return x
     else:
         scale, zero_point = qparams_of(observer)
+    if isinstance(observer, PerGroupMinMaxObserver):  # the groups of a weight are rows of their own
+        rows, scale, zero_point = x.reshape(-1, observer.group), scale.reshape(-1), zero_point.reshape(-1)
+        return round_to_grid(
+            rows, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, 0
+        ).reshape(x.shape)
     axis = int(observer.ch_axis) if observer.qscheme in PER_CHANNEL else 0
     if observer.qscheme not in PER_CHANNEL:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
