@@ -11,6 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import quantflow as qf
 from quantflow.recovery import correct_bias
 from quantflow.recovery.clipped_normal import clipped_normal
+from quantflow.recovery.originals import restored
 from quantflow.recovery.walk import outputs
 from quantizers import W4A8, XNNPACKQuantizer
 
@@ -98,6 +99,19 @@ def test_batch_norm_alone_tells_the_shift(activation, pooled):
     before, after = mean_error(graph, x, graph), mean_error(corrected, x, graph)
     assert (after < 0.2 * before.max()).all()
     assert after.mean() < 0.15 * before.mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*stem")  # nothing is known of the image
+@pytest.mark.parametrize("data", [True, False], ids=["data", "batch norm"])
+def test_what_is_corrected_is_corrected_once(data):
+    model, x = randomize_statistics(ConvNet()), torch.randn(32, 3, 16, 16)
+    graph, given = calibrated(model, x), [x] if data else None
+    once = correct_bias(graph, given, progress=False)
+    twice = correct_bias(pickle.loads(pickle.dumps(once)), given, progress=False)
+    for key, tensor in once.state_dict().items():
+        torch.testing.assert_close(twice.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+    before = restored(twice)
+    assert all(torch.equal(before.state_dict()[k], v) for k, v in graph.state_dict().items())
 
 
 def test_the_norms_are_remembered_through_pickle():

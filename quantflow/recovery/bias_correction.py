@@ -18,9 +18,10 @@ from quantflow.observation import observer_of
 from quantflow.recovery.expectation import expectations
 from quantflow.recovery.given import check_calibrated, draw, within_memory
 from quantflow.recovery.layers import Layer, quantized_layers
+from quantflow.recovery.originals import attribute, original
 from quantflow.recovery.paired_walk import Stop, side_by_side
 from quantflow.recovery.sample import Inputs, Sample
-from quantflow.recovery.walk import attribute, evaluate, quantized
+from quantflow.recovery.walk import evaluate, quantized
 from quantflow.recovery.writing import add_to_bias
 
 _STAGE = "correct_bias"
@@ -92,7 +93,8 @@ def _mean_error(stop: Stop) -> torch.Tensor:
 def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
     known, unknown = expectations(graph), []
     for node, layer in layers.items():
-        weight: torch.Tensor = attribute(graph, layer.weight.args[0])  # type: ignore[arg-type]
+        read: Node = layer.weight.args[0]  # type: ignore[assignment]
+        weight: torch.Tensor = attribute(graph, read)
         expected = known.get(layer.source)
         features = weight.shape[1] * layer.groups
         if (
@@ -102,9 +104,13 @@ def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
         ):
             unknown.append(label(node))
             continue
-        error = quantized(observer_of(layer.weight, graph), weight) - weight
+        error = quantized(observer_of(layer.weight, graph), weight) - original(read, weight)
         mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
-        add_to_bias(graph, layer, -(layer.matrices(error).double() @ mean[..., None]))
+        moved = 0.0
+        if layer.bias is not None:  # what an earlier pass did already
+            bias = attribute(graph, layer.bias)
+            moved = (bias - original(layer.bias, bias)).reshape(layer.groups, -1, 1)
+        add_to_bias(graph, layer, -(layer.matrices(error).double() @ mean[..., None] + moved))
     if len(unknown) == len(layers):
         reason = "no batch norm was folded that would tell the mean of a layer's input"
         raise QuantflowError(

@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import CONVOLUTIONS, INFERENCE_IDENTITIES, LINEARS, argument, aten, clamp_limits, op, value
 from quantflow.batch_norm import OUTPUT_MOMENTS
 from quantflow.observation import observer_of
-from quantflow.parameters import is_constant, tensor_of
+from quantflow.parameters import is_constant
 from quantflow.recovery.clipped_normal import clipped_normal
+from quantflow.recovery.originals import attribute, original
 
 _AVERAGES = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim})
 _FLATTENS = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default})
@@ -100,8 +101,9 @@ def _layer_output(graph: GraphModule, node: Node, x: Expected) -> Expected | Non
     output = value(node)
     if op(node) in LINEARS and (output is None or output.ndim != 2):
         return None  # its channels are in the last dimension
-    matrix = tensor_of(graph, weight).detach().double().flatten(2).sum(2) if op(node) in CONVOLUTIONS else None
-    matrix = tensor_of(graph, weight).detach().double() if matrix is None else matrix
+    matrix = original(weight, attribute(graph, weight)).double()
+    if op(node) in CONVOLUTIONS:
+        matrix = matrix.flatten(2).sum(2)
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
     mean = (matrix.reshape(groups, -1, matrix.shape[1]) @ x.mean.reshape(groups, -1, 1)).reshape(-1)
-    return Expected(mean if bias is None else mean + tensor_of(graph, bias).detach().double(), None)
+    return Expected(mean if bias is None else mean + original(bias, attribute(graph, bias)).double(), None)

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from quantflow.observation import observer_of
 from quantflow.recovery.layers import Layer
+from quantflow.recovery.originals import attribute, original
 from quantflow.recovery.sample import Inputs
-from quantflow.recovery.walk import Values, attribute, evaluate, last_reads, quantized
+from quantflow.recovery.walk import Values, evaluate, last_reads, quantized
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def side_by_side(
             if node.op == "placeholder":
                 reference[node] = values[node] = next(given[batch])
             elif node.op == "get_attr":
-                reference[node] = values[node] = attribute(graph, node)
+                values[node] = attribute(graph, node)
+                reference[node] = original(node, values[node])
             elif node in weights and batch:
                 reference[node], values[node] = floats[0][node], integers[0][node]
             elif node.op == "call_module":

@@ -18,6 +18,7 @@ from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.proof import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.given import check_calibrated, draw, within_memory
+from quantflow.recovery.originals import restored
 from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
@@ -86,7 +87,7 @@ def recover(
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()
     fit, judge = _parted(current, draw(current, data, stage="recover", inputs=inputs))
-    reference = outputs(current, judge, integers=False)
+    reference = outputs(restored(current), judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
 
     def attempt(name: str, make: Any) -> None:

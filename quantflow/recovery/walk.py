@@ -15,6 +15,7 @@ from quantflow.observation import observer_of, qparams_of
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.recovery.originals import attribute
 from quantflow.rounding import round_to_grid
 
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
@@ -149,12 +150,6 @@ def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers:
     if observer is None:
         return graph.get_submodule(str(node.target))(*args)
     return quantized(observer, args[0]) if integers else args[0]
-
-
-def attribute(graph: GraphModule, node: Node) -> Any:
-    """What the ``get_attr`` node reads: a tensor, without its gradient, or a submodule."""
-    found = tensor_of(graph, node)
-    return found.detach() if isinstance(found, torch.Tensor) else found
 
 
 def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from quantflow.aten import set_argument
 from quantflow.observers import SettledObserver
 from quantflow.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.recovery.layers import Layer
+from quantflow.recovery.originals import keep_original
 
 Grid = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one an output
 
@@ -17,6 +18,7 @@ def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: G
     """Make ``weight``, which lies on ``grid``, the layer's weight, and settle its observer there."""
     read: Node = layer.weight.args[0]  # type: ignore[assignment]
     like = tensor_of(graph, read)
+    keep_original(read, like)
     set_tensor(graph, str(read.target), weight.reshape(like.shape).to(like), parameter=True)
     graph.set_submodule(str(layer.weight.target), SettledObserver.like(layer.observer, *grid))
 
@@ -26,11 +28,14 @@ def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
     read: Node = layer.weight.args[0]  # type: ignore[assignment]
     if layer.bias is not None:
         bias = tensor_of(graph, layer.bias).detach()
+        keep_original(layer.bias, bias)
         set_tensor(graph, str(layer.bias.target), (bias + shift.reshape(-1)).to(bias), parameter=True)
         return
     name = unused_name(graph, f"{read.target!s}_bias")
     set_tensor(graph, name, shift.reshape(-1).to(tensor_of(graph, read).detach()), parameter=True)
-    set_argument(layer.node, "bias", read_attribute(graph, name, layer.node, layer.node))
+    bias_read = read_attribute(graph, name, layer.node, layer.node)
+    keep_original(bias_read, torch.zeros_like(tensor_of(graph, bias_read)))
+    set_argument(layer.node, "bias", bias_read)
 
 
 def by_output(qparam: torch.Tensor, layer: Layer, weight: torch.Tensor) -> torch.Tensor:
