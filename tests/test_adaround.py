@@ -12,7 +12,7 @@ from quantflow.observation import qparams_of
 from quantflow.recovery import adaround, compensate
 from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.learned_rounding import Rows, learn_rounding
-from quantflow.recovery.originals import attribute, original
+from quantflow.recovery.originals import attribute, original, restored
 from quantflow.recovery.paired_walk import side_by_side
 from quantflow.recovery.walk import evaluate, outputs
 from quantizers import INT8, W4A8, Scheme, TensorScheme, XNNPACKQuantizer
@@ -126,6 +126,25 @@ def test_it_takes_a_graph_that_stock_torchao_prepared_and_leaves_it_as_it_was():
     rounded = adaround(prepared, [x], iterations=60, progress=False)
     assert layer_errors(rounded, x).sum() < layer_errors(prepared, x).sum()
     assert all(torch.equal(before[k], v) for k, v in prepared.state_dict().items())
+
+
+def test_passes_compose_and_measure_against_the_float_network():
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)), ROWS
+    graph = calibrated(model, x)
+    rounded = adaround(graph, [x], iterations=60, progress=False)
+    fitted = compensate(rounded, [(part,) for part in x.split(32)], progress=False)
+    before = restored(fitted)
+    assert all(torch.equal(before.state_dict()[k], v) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(before(x), model(x))
+        sample = qf.Sample()
+        qf.calibrate(rounded, [x], sample=sample, progress=False)
+        judge = sample.batches()[3::4]
+        wanted, found = (
+            torch.cat([o[0] for o in outputs(g, judge, integers=i)]) for g, i in ((graph, 0), (rounded, 1))
+        )
+    recovered = qf.recover(rounded, sample, progress=False)
+    assert recovered.steps[0].sqnr == pytest.approx(sqnr(wanted, found), abs=0.01)
 
 
 def test_weights_on_their_grid_already_are_named():

@@ -42,9 +42,10 @@ def correct_bias(
     batch norm folded into the layer before tells, through relu and relu6 as a clipped normal. (Nagel et al. 2019,
     arXiv:1906.04721, section 4.2 and appendices B to D.)
 
-    It hurts where the mean is not that of the data to come: few or unlike examples here, and in the analytic form statistics
-    that do not hold any more (weights changed after training, a norm whose inputs are far from normal). The analytic form sees
-    weights only, not the rounding of activations.
+    It hurts where a few outliers that a range rightly saturates make the mean error: all places of the channel then shift by
+    it. So it does where the mean is not that of the data to come: few or unlike examples here, and in the analytic form
+    statistics that do not hold any more (weights changed after training, a norm whose inputs are far from normal). The
+    analytic form sees weights only, not the rounding of activations.
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
