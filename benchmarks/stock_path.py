@@ -39,6 +39,9 @@ from test_loadable import HAZARDS as GRAPHS
 from test_loadable import Function
 
 
+EXACT = 999.0  # dB, for no difference at all
+
+
 class Stock:
     """torchao and executorch, as their documentation has it."""
 
@@ -117,7 +120,7 @@ def outcome(hazard: Hazard, tools: Any, result: Any) -> None:
         kind = "does not load" if "load method" in text else "does not run" if "execute()" in text else "raises"
         result.send({"ends": kind, "says": f"{type(error).__name__}: {text[:100]}"})
     else:
-        result.send({"ends": "right" if found >= hazard.least else "wrong", "db": round(min(found, 999.0), 1)})
+        result.send({"ends": "right" if found >= hazard.least else "wrong", "db": round(min(found, EXACT), 1)})
 
 
 def measured(hazard: Hazard, tools: Any) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def measured(hazard: Hazard, tools: Any) -> dict[str, Any]:
 
 def told(found: dict[str, Any]) -> str:
     if "db" in found:
-        return f"{found['ends']}, {found['db']} dB"
+        return f"{found['ends']}, {found['db']} dB" if found["db"] < EXACT else f"{found['ends']}, exact"
     return f"{found['ends']}: {found['says']}" if found["ends"] in ("error", "raises", "crashes") else found["ends"]
 
 

@@ -99,10 +99,11 @@ class Plan:
 
     @cached_property
     def islands(self) -> tuple[Decision, ...]:
-        """What stays in float between integers: behind some, and before others."""
+        """What stays in float between integers: behind some, and before others. Not so where integers are dynamic: these are
+        within an operator, and all that lies between operators is float."""
         behind: set[Node] = set()
         before: set[Node] = set()
-        integer = {n for d in self.integer for n in d.nodes}
+        integer = {n for d in self.integer if d.scheme is not None and not d.scheme.activation.dynamic for n in d.nodes}
         nodes = list(self.decisions[0].node.graph.nodes) if self.decisions else []
         for node in nodes:
             if any(given in integer or given in behind for given in node.all_input_nodes):
