@@ -38,7 +38,6 @@ from hazards import HAZARDS, Hazard, Quantflow
 from test_loadable import HAZARDS as GRAPHS
 from test_loadable import Function
 
-
 EXACT = 999.0  # dB, for no difference at all
 
 

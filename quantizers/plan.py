@@ -100,7 +100,8 @@ class Plan:
     @cached_property
     def islands(self) -> tuple[Decision, ...]:
         """What stays in float between integers: behind some, and before others. Not so where integers are dynamic: these are
-        within an operator, and all that lies between operators is float."""
+        within an operator, and all that lies between operators is float.
+        """
         behind: set[Node] = set()
         before: set[Node] = set()
         integer = {n for d in self.integer if d.scheme is not None and not d.scheme.activation.dynamic for n in d.nodes}
