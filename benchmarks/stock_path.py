@@ -5,7 +5,7 @@
 
 Stock is torchao's prepare_pt2e or prepare_qat_pt2e and convert_pt2e with executorch's XNNPACKQuantizer (per-channel weights)
 and XnnpackPartitioner, then the runtime. The laws, and the dB that each asks for, are in tests/hazards.py; quantflow is held to
-them in ``make test``. Prints a table and writes JSON and markdown. It takes some 10 s a case.
+them in ``make test``. Prints the table of docs/hazards.md and writes JSON. It takes some 10 s a case.
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ def main() -> None:
         row = {"hazard": name, "cause": hazard.cause, "source": hazard.source, "least_db": hazard.least}
         rows.append({**row, "stock": measured(hazard, Stock()), "quantflow": measured(hazard, Quantflow())})
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
-    text = table(rows)
-    print(text)
-    options.output.with_suffix(".md").write_text(text)
+    print(table(rows))
 
 
 if __name__ == "__main__":
