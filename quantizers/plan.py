@@ -247,7 +247,7 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
-    return next((reason for refuse in rule.refusals if (reason := refuse(decision.node))), "")
+    return next((said for refuse in rule.refusals if (said := refuse(decision.node))), "")
 
 
 def _ungrouped(weight: Node, group: int) -> str:
