@@ -232,8 +232,8 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
         return f"{rule.name} has no dynamic form"
     if rule.weight is not None and not is_constant(argument(decision.node, rule.weight)):
         return "its weight is computed, not constant"
-    if rule.weight is not None and (reason := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
-        return reason
+    if rule.weight is not None and (why := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
+        return why
     if rule.weight is not None and has_argument(decision.node, "bias"):
         bias = argument(decision.node, "bias")
         if bias is not None and not is_constant(bias):
