@@ -6,9 +6,7 @@ import functools
 from typing import Any
 
 from quantflow.errors import QuantflowError
-
-# A .pte is a flatbuffer: a root offset, then this identifier.
-_IDENTIFIER = b"ET12"
+from quantflow.pte import check_header
 
 
 @functools.cache
@@ -26,8 +24,7 @@ def load_program(buffer: bytes) -> Any:
     Raises:
         QuantflowError: at stage ``"runtime"``, for bytes that are no whole program.
     """
-    if len(buffer) < 8 or buffer[4:6] != _IDENTIFIER[:2]:
-        raise QuantflowError("runtime", "not an ExecuTorch program", remedy="pass the bytes or path of a .pte file")
+    check_header(buffer)
     try:
         return _runtime().load_program(buffer)
     except RuntimeError as error:
