@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.metrics import signal_to_noise
 from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
-from quantflow.proof import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.sample import Inputs, Sample

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -75,30 +76,41 @@ def has_grid(observer: nn.Module) -> bool:
     return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
 
 
-@torch.no_grad()
-def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
-    """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
-    dead = last_reads(graph.graph)
-    weights = {
-        node: quantized(observer, tensor_of(graph, node.args[0]))
-        for node in graph.graph.nodes
-        if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
-    }
-    found = []
-    for batch in batches:
+class Simulation:
+    """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
+
+    Observers learn nothing from it. Returns all that the graph returns, flat.
+    """
+
+    @torch.no_grad()
+    def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
+        self.graph, self.integers, self.dead = graph, integers, last_reads(graph.graph)
+        self.weights = {
+            node: quantized(observer, tensor_of(graph, node.args[0]))
+            for node in graph.graph.nodes
+            if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
+        }
+
+    @torch.no_grad()
+    def __call__(self, *batch: Any) -> list[Any]:
         given, result = iter(batch), []
         values: Values = {}
-        for node in graph.graph.nodes:
+        for node in self.graph.graph.nodes:
             if node.op == "output":
-                result = float_outputs(node, values)
-            elif node in weights:
-                values[node] = weights[node]
+                result = returned(node, values)
+            elif node in self.weights:
+                values[node] = self.weights[node]
             else:
-                values[node] = _value(graph, node, values, given, integers)
-            for read in dead.get(node, ()):
+                values[node] = _value(self.graph, node, values, given, self.integers)
+            for read in self.dead.get(node, ()):
                 values.pop(read, None)
-        found.append(result)
-    return found
+        return result
+
+
+def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
+    """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
+    simulation = Simulation(graph, integers=integers)
+    return [_floats(simulation(*batch)) for batch in batches]
 
 
 @torch.no_grad()
@@ -142,15 +154,15 @@ def attribute(graph: GraphModule, node: Node) -> Any:
     return found.detach() if isinstance(found, torch.Tensor) else found
 
 
+def returned(output: Node, values: Values) -> list[Any]:
+    """What the ``output`` node returns, flat."""
+    return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
+
+
 def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:
     """The float tensors among what the ``output`` node returns."""
-    returned: list[torch.Tensor] = []
+    return _floats(returned(output, values))
 
-    def keep(node: Node) -> Node:
-        value = values[node]
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            returned.append(value)
-        return node
 
-    map_arg(output.args, keep)
-    return returned
+def _floats(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
