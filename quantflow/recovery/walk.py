@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
 from quantflow.observation import observer_of, qparams_of
+from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.recovery.originals import attribute
 from quantflow.rounding import round_to_grid
 
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
@@ -64,6 +66,11 @@ def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
         return x
     else:
         scale, zero_point = qparams_of(observer)
+    if isinstance(observer, PerGroupMinMaxObserver):  # the groups of a weight are rows of their own
+        rows, scale, zero_point = x.reshape(-1, observer.group), scale.reshape(-1), zero_point.reshape(-1)
+        return round_to_grid(
+            rows, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, 0
+        ).reshape(x.shape)
     axis = int(observer.ch_axis) if observer.qscheme in PER_CHANNEL else 0
     if observer.qscheme not in PER_CHANNEL:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
@@ -76,6 +83,29 @@ def has_grid(observer: nn.Module) -> bool:
     return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
 
 
+def steps(
+    graph: GraphModule, batch: tuple, *, integers: bool = False, known: Values | None = None
+) -> Iterator[tuple[Node, Values]]:
+    """Run ``graph`` on one batch: each node in turn, the ``output`` last, with the values that live then.
+
+    Args:
+        graph: A captured or prepared graph.
+        batch: Its flat inputs.
+        integers: Quantize what its observers will.
+        known: Values that need not be computed.
+    """
+    dead, given = last_reads(graph.graph), iter(batch)
+    values: Values = {}
+    for node in graph.graph.nodes:
+        if known is not None and node in known:
+            values[node] = known[node]
+        elif node.op != "output":
+            values[node] = _value(graph, node, values, given, integers)
+        yield node, values
+        for read in dead.get(node, ()):
+            values.pop(read, None)
+
+
 class Simulation:
     """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
 
@@ -84,7 +114,7 @@ class Simulation:
 
     @torch.no_grad()
     def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
-        self.graph, self.integers, self.dead = graph, integers, last_reads(graph.graph)
+        self.graph, self.integers = graph, integers
         self.weights = {
             node: quantized(observer, tensor_of(graph, node.args[0]))
             for node in graph.graph.nodes
@@ -93,17 +123,10 @@ class Simulation:
 
     @torch.no_grad()
     def __call__(self, *batch: Any) -> list[Any]:
-        given, result = iter(batch), []
-        values: Values = {}
-        for node in self.graph.graph.nodes:
+        result: list[Any] = []
+        for node, values in steps(self.graph, batch, integers=self.integers, known=self.weights):
             if node.op == "output":
                 result = returned(node, values)
-            elif node in self.weights:
-                values[node] = self.weights[node]
-            else:
-                values[node] = _value(self.graph, node, values, given, self.integers)
-            for read in self.dead.get(node, ()):
-                values.pop(read, None)
         return result
 
 
@@ -116,21 +139,15 @@ def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> 
 @torch.no_grad()
 def peak_bytes(graph: GraphModule, batch: tuple) -> int:
     """The most memory that values of the float network take at one time for ``batch``."""
-    dead, given, most = last_reads(graph.graph), iter(batch), 1
-    values: Values = {}
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            break
-        values[node] = _value(graph, node, values, given, False)
-        if node.op != "get_attr":
+    most = 1
+    for node, values in steps(graph, batch):
+        if node.op not in ("get_attr", "output"):
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for n, t in values.items()
                 if isinstance(t, torch.Tensor) and n.op != "get_attr"
             }
             most = max(most, sum(storages.values()))
-        for read in dead.get(node, ()):
-            values.pop(read, None)
     return most
 
 
@@ -146,12 +163,6 @@ def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers:
     if observer is None:
         return graph.get_submodule(str(node.target))(*args)
     return quantized(observer, args[0]) if integers else args[0]
-
-
-def attribute(graph: GraphModule, node: Node) -> Any:
-    """What the ``get_attr`` node reads: a tensor, without its gradient, or a submodule."""
-    found = tensor_of(graph, node)
-    return found.detach() if isinstance(found, torch.Tensor) else found
 
 
 def returned(output: Node, values: Values) -> list[Any]:
