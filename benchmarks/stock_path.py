@@ -30,7 +30,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 from tqdm import tqdm
 
 import quantflow as qf
-from quantflow.proof import signal_to_noise
+from quantflow.metrics import signal_to_noise
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

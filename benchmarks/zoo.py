@@ -239,7 +239,7 @@ def integer_share(graph: Any) -> float:
 
 
 def sqnr(reference: Any, approximation: Any) -> float:
-    from quantflow.proof import signal_to_noise
+    from quantflow.metrics import signal_to_noise
 
     return round(min(signal_to_noise(reference, approximation), 999.0), 1)
 

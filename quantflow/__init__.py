@@ -2,7 +2,7 @@
 
 One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
 :func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
-:func:`inspect` for what it holds.
+:func:`verify` and :func:`inspect` for what came of it.
 
 A name is imported when it is first used: torch and torchao take seconds.
 """
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from quantflow.recovery import Sample
     from quantflow.recovery.recover import Recovered, recover
     from quantflow.training import Checkpoints, Distillation, History, Schedule, train
+    from quantflow.verification.figures import Verification
+    from quantflow.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ _HOMES = {
     "quantize": ("Result", "quantize"),
     "recovery": ("Recovered", "Sample", "recover"),
     "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
+    "verification": ("Verification", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -68,6 +71,7 @@ __all__ = [
     "Sample",
     "Schedule",
     "TrainableGraphModule",
+    "Verification",
     "calibrate",
     "convert",
     "export",
@@ -77,6 +81,7 @@ __all__ = [
     "quantize",
     "recover",
     "train",
+    "verify",
 ]
 
 

@@ -65,7 +65,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
             "convert", "the graph was not prepared", node="graph", remedy="call qf.prepare(graph, quantizer) first"
         )
     converted = adopt(graph).eval()
-    _check_observed(converted)
+    check_observed(converted)
     _erase_inference_identities(converted)
     with torch.no_grad():
         _convert_constants(converted)
@@ -82,7 +82,8 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
     return converted
 
 
-def _check_observed(module: GraphModule) -> None:
+def check_observed(module: GraphModule) -> None:
+    """Raise a :class:`QuantflowError` at stage ``"calibrate"`` that names the nodes whose observers have no range."""
     unseen: list[Node] = []
     broken: list[Node] = []
     for node in module.graph.nodes:

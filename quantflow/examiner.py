@@ -40,14 +40,15 @@ def loads(buffer: bytes) -> dict[str, str]:
 def environment(_: bytes) -> dict[str, Any]:
     """What the runtime of this environment has: backends, kernels, threads."""
     import executorch.kernels.quantized  # noqa: F401  registers its kernels
-    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
+
+    from quantflow.runtime import threads
 
     registry = Runtime.get()
     return {
         "backends": sorted(registry.backend_registry.registered_backend_names),
         "kernels": sorted(registry.operator_registry.operator_names),
-        "threads": portable_lib._threadpool_get_thread_count(),
+        "threads": threads(),
     }
 
 

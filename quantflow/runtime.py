@@ -57,3 +57,10 @@ def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
         raise QuantflowError(
             "runtime", f"execution failed: {error}", node=name, remedy="check the inputs against program.signature"
         ) from error
+
+
+def threads() -> int:
+    """How many threads the runtime computes with."""
+    from executorch.extension.pybindings import portable_lib
+
+    return int(portable_lib._threadpool_get_thread_count())

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from image_data import first, labelled_folder, preprocessing
 from models import classifier
-from scoring import accuracy, agreement, latency_ms, output_folder, score, sqnr, write_result
+from results import output_folder, write_result
 from torch.utils.data import DataLoader, Subset
 
 import quantflow as qf
@@ -128,24 +128,25 @@ def main() -> None:
     program.save(folder / "model.pte")
     lowered = time.perf_counter()
 
-    models = {"float": model, "converted": converted, "pte": program}
-    outputs, targets = score(models, validation, options.batch_size)
-    float_accuracy, pte_accuracy = accuracy(outputs["float"], targets), accuracy(outputs["pte"], targets)
+    stages = {"float": model, "converted": converted, "pte": program}
+    found = qf.verify(stages, DataLoader(validation, options.batch_size))
+    print(f"\n{found}")
+    pte = found["pte"]
+    assert pte.latency is not None  # it ran
     write_result(
         folder,
         {
             "model": options.model,
             "calibration_images": len(calibration),  # type: ignore[arg-type]
-            "validation_images": len(targets),
-            "float_accuracy": float_accuracy,
-            "converted_accuracy": accuracy(outputs["converted"], targets),
-            "pte_accuracy": pte_accuracy,
-            "drop_points": round(100 * (float_accuracy - pte_accuracy), 3),
-            "agreement_with_float": agreement(outputs["pte"], outputs["float"]),
-            "logit_sqnr_db": sqnr(outputs["float"], outputs["pte"]),
-            "pte_sqnr_against_converted_db": sqnr(outputs["converted"], outputs["pte"]),
-            "pte_bytes": len(program.buffer),
-            "pte_latency_ms": latency_ms(program, validation[0][0].unsqueeze(0)),
+            "validation_images": found.examples,
+            **{f"{stage.name}_accuracy": stage.output.top1 for stage in found.stages},
+            "drop_points": pte.output.drop,
+            "drop_interval_95": pte.output.drop_interval,
+            "agreement_with_float": pte.output.agreement,
+            "logit_sqnr_db": pte.output.sqnr_db,
+            "pte_sqnr_against_converted_db": pte.output.step_sqnr_db,
+            "pte_bytes": pte.bytes,
+            "pte_latency_ms": pte.latency.median_ms,
             "delegated_fraction": program.delegation.fraction if program.delegation else 0.0,
             "calibrate_seconds": round(calibrated - start, 1),
             "recover_seconds": round(quantized - calibrated, 1),

@@ -8,7 +8,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
 import quantflow as qf
 from quantflow.delegates import xnnpack_int8
-from quantflow.proof import signal_to_noise
+from quantflow.metrics import signal_to_noise
 
 Q = torch.ops.quantized_decomposed
 
