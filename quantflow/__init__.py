@@ -8,6 +8,7 @@ from quantflow.calibrate import calibrate
 from quantflow.convert import convert
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.evidence import Diagnosis, diagnose
 from quantflow.export import export
 from quantflow.exported import Exported
 from quantflow.fake_quantize import FakeQuantize
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoints",
     "CoreAten",
+    "Diagnosis",
     "Distillation",
     "Exported",
     "FakeQuantize",
@@ -39,6 +41,7 @@ __all__ = [
     "TrainableGraphModule",
     "calibrate",
     "convert",
+    "diagnose",
     "export",
     "load",
     "prepare",
