@@ -146,6 +146,27 @@ def test_a_graph_of_stock_torchao(convnet):
     assert diagnosed(graph, converted, [x]).layers[0].node == "linear"
 
 
+def test_rewritten_layers_are_held_against_what_they_stand_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardsigmoid(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.AvgPool2d(2)).eval()
+    x = torch.randn(8, 3, 6, 6)
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    found = diagnosed(graph, prepared, [x])
+    assert {layer.layer for layer in found.layers} == {"", "0", "1", "2", "3", "4"}
+    assert all(layer.excess < 6 for layer in found.layers)
+
+
+def test_a_layer_that_was_written_in_another_form_is_named():
+    model, x = (
+        nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 2)).eval(),
+        torch.randn(3, 2, 6, 6, 6),
+    )
+    graph = qf.export(model, (x,)).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    with pytest.warns(qf.QuantflowWarning, match=r"0 \(conv3d\)"):
+        diagnosed(graph, prepared, [x])
+
+
 def test_it_prints_a_table_and_writes_json(convnet):
     _, graph, prepared, x = convnet
     found = diagnosed(graph, prepared, [x])

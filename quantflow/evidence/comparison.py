@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import LINEARS, aten, layer, op, short_name
-from quantflow.errors import QuantflowError
+from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
+from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.evidence.diagnosis import Diagnosis, LayerErrors
 from quantflow.evidence.grids import Grid, rounded_constant
 from quantflow.evidence.reference import reference_values
 from quantflow.evidence.statistics import Sums
-from quantflow.evidence.twins import computes, converts, source, twins
+from quantflow.evidence.twins import computes, converts, source, twins, vanishes
 from quantflow.parameters import is_constant
 from quantflow.recovery.walk import Values, attribute, evaluate
 
+_WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
 
 
@@ -53,8 +55,26 @@ class Comparison:
                 "diagnose", "the graphs have no layer in common", node="quantized_graph", remedy=remedy
             )
         self.constants = _constants(converted)
+        self._warn_of_missing()
         self.tails = list(self._tails())
         self.outputs = 0
+
+    def _warn_of_missing(self) -> None:
+        """Say which layers of the float network none of the quantized one can be held against."""
+        met: set[Node] = set()
+        for node, twin in self.twins.items():
+            while vanishes(twin) and op(twin) is not op(node):
+                twin = twin.args[0]  # type: ignore[assignment]
+            if op(twin) is op(node):
+                met.add(twin)
+        missing = [label(n) for n in self.reference.graph.nodes if op(n) in _WEIGHTED and n not in met]
+        if missing:
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            reason = "the quantized graph has it in another form: errors of its weights show in the next layer that both have"
+            remedy = (
+                "none is needed where the quantizer wrote the layer as others; else pass the graph it was made from"
+            )
+            warnings.warn(QuantflowWarning("diagnose", reason, node=names, remedy=remedy), stacklevel=4)
 
     def _tails(self) -> Iterable[_Tail]:
         nodes = list(self.converted.graph.nodes)
@@ -139,7 +159,7 @@ class Comparison:
         """The value of ``node`` from float inputs, with the float weights on a grid of the same levels over their extremes."""
         quantized = [n for n in node.all_input_nodes if n in self.constants and converts(n)]
         first = twin
-        while op(first) is not op(node) and isinstance(first.args[0], Node) and computes(first.args[0]):
+        while op(first) is not op(node) and vanishes(first) and isinstance(first.args[0], Node):
             first = first.args[0]
         if not quantized or op(first) is not op(node) or len(first.args) != len(node.args):
             return floats[twin]

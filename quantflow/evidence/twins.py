@@ -49,7 +49,7 @@ def twins(quantized: Graph, reference: Graph) -> dict[Node, Node]:
     taken = set(pairs.values())
     for node, twin in pairs.items():
         behind = only_user(twin)
-        while behind is not None and behind not in taken and _vanishes(behind):
+        while behind is not None and behind not in taken and vanishes(behind):
             pairs[node] = twin = behind
             behind = only_user(twin)
     return {node: twin for node, twin in pairs.items() if _alike(node, twin)}
@@ -108,7 +108,8 @@ def _pair_backwards(quantized: Graph, pairs: dict[Node, Node]) -> None:
             taken.add(theirs)
 
 
-def _vanishes(node: Node) -> bool:
+def vanishes(node: Node) -> bool:
+    """Whether the quantized graph may lack ``node`` without computing anything else."""
     return clamp_limits(node) is not None or op(node) in INFERENCE_IDENTITIES
 
 
