@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantflow.convert import convert
     from quantflow.core_aten import CoreAten
     from quantflow.errors import QuantflowError, QuantflowWarning
+    from quantflow.evidence import Diagnosis, diagnose
     from quantflow.export import export
     from quantflow.exported import Exported
     from quantflow.fake_quantize import FakeQuantize
@@ -39,6 +40,7 @@ _HOMES = {
     "convert": ("convert",),
     "core_aten": ("CoreAten",),
     "errors": ("QuantflowError", "QuantflowWarning"),
+    "evidence": ("Diagnosis", "diagnose"),
     "export": ("export",),
     "exported": ("Exported",),
     "fake_quantize": ("FakeQuantize",),
@@ -57,6 +59,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Checkpoints",
     "CoreAten",
+    "Diagnosis",
     "Distillation",
     "Exported",
     "FakeQuantize",
@@ -74,6 +77,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "convert",
+    "diagnose",
     "export",
     "inspect",
     "load",
