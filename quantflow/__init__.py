@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from quantflow.convert import convert
     from quantflow.core_aten import CoreAten
     from quantflow.errors import QuantflowError, QuantflowWarning
-    from quantflow.evidence import Diagnosis, diagnose
+    from quantflow.evidence.diagnose import diagnose
+    from quantflow.evidence.diagnosis import Diagnosis
     from quantflow.export import export
     from quantflow.exported import Exported
     from quantflow.fake_quantize import FakeQuantize
