@@ -110,9 +110,9 @@ def test_runs_in_integers_on_the_runtime(case):
     assert (delegation.fraction, delegation.calls, delegation.floating) == (1.0, 1, {}), str(delegation)
     program = edge.to_executorch(strict=True)
     expected = converted(x).detach()
-    # The device rounds the bias to int32 and a scale to float32: a step here and there.
+    # To the bit, but for leaky relu, whose kernel holds slopes in 1/256, and a tie that float32 breaks the other way.
     print(case, round(sqnr(expected, program(x)), 1), "dB")
-    assert sqnr(expected, program(x)) > 40
+    assert sqnr(expected, program(x)) > (40 if "leaky" in case else 55)
     assert sqnr(model(x).detach(), program(x)) > 20
 
 
