@@ -24,6 +24,7 @@ from quantflow.recovery.walk import Values, evaluate, float_outputs, has_grid, l
 
 BINS = 1024
 ROWS = 256  # a layer's rows for each example
+_FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may matter a little
 
 
 @dataclass
@@ -70,6 +71,24 @@ def sensitivity(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool 
     for number, batch in enumerate(bar):
         _one_batch(graph, layers, batch, number, found)
     return found
+
+
+def row_weights(
+    prices: list[torch.Tensor] | None, batch: int, shape: Sequence[int], like: torch.Tensor
+) -> torch.Tensor:
+    """How much each of a layer's rows in a batch counts, [groups, rows], about one on average.
+
+    Args:
+        prices: Of the layer, one of :attr:`Sensitivity.rows`; without, all count alike, as where they do not fit ``shape``.
+        batch: The number of the batch.
+        shape: Groups and rows.
+        like: Tells dtype and device.
+    """
+    if prices is None or batch >= len(prices) or prices[batch].shape != tuple(shape):
+        return torch.ones(*shape, dtype=like.dtype, device=like.device)
+    mean = torch.cat(prices, 1).mean(1, keepdim=True)
+    weights = prices[batch] / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return (weights.to(like) + _FLOOR) / (1 + _FLOOR)
 
 
 def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: Sensitivity) -> None:
