@@ -8,7 +8,7 @@ from quantflow.calibrate import calibrate
 from quantflow.convert import convert
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.evidence import Diagnosis, diagnose
+from quantflow.evidence import Budget, Diagnosis, Sensitivities, diagnose, sensitivity
 from quantflow.export import export
 from quantflow.exported import Exported
 from quantflow.fake_quantize import FakeQuantize
@@ -23,6 +23,7 @@ from quantflow.training import Checkpoints, Distillation, History, Schedule, tra
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Checkpoints",
     "CoreAten",
     "Diagnosis",
@@ -38,6 +39,7 @@ __all__ = [
     "Result",
     "Sample",
     "Schedule",
+    "Sensitivities",
     "TrainableGraphModule",
     "calibrate",
     "convert",
@@ -47,5 +49,6 @@ __all__ = [
     "prepare",
     "quantize",
     "recover",
+    "sensitivity",
     "train",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import warnings
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.batches import PickInputs, batches
+from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph_module import TrainableGraphModule, adopt
 from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
@@ -23,7 +22,6 @@ from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
 from quantflow.recovery.walk import outputs, peak_bytes
-from quantflow.signature import Signature
 
 _MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 
@@ -89,7 +87,9 @@ def recover(
     """
     _check(graph)
     current = adopt(graph).eval()
-    fit, judge = _parted(current, data if isinstance(data, Sample) else _drawn(current, data, inputs))
+    fit, judge = _parted(
+        current, data if isinstance(data, Sample) else Sample.drawn(current, data, stage="recover", inputs=inputs)
+    )
     reference = outputs(current, judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
 
@@ -108,14 +108,6 @@ def recover(
         attempt("ranges by their effect", lambda graph: settle_ranges(graph, prices))
     attempt("fitted weights", lambda graph: compensate(graph, fit, prices, progress=progress))
     return Recovered(current.train(graph.training), tuple(steps))
-
-
-def _drawn(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -> Sample:
-    sample, signature = Sample(), Signature.of_graph(graph)
-    device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
-    for batch in batches(data, graph, stage="recover", inputs=inputs, device=device):
-        sample.add(signature.flatten(batch.args, batch.kwargs, stage="recover"), signature)
-    return sample
 
 
 def _parted(graph: GraphModule, sample: Sample) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
