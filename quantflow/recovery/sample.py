@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
+from torch.fx import GraphModule
 
+from quantflow.batches import PickInputs, batches
 from quantflow.distributed import gathered, world_size
 from quantflow.errors import QuantflowError
 from quantflow.signature import DynamicDim, Input, Signature
@@ -32,9 +35,18 @@ class Sample:
         self._cut: list[bool] = []  # which inputs hold one row for each example
         self._random = torch.Generator().manual_seed(0)
 
+    @classmethod
+    def drawn(cls, graph: GraphModule, data: Iterable[Any], *, stage: str, inputs: PickInputs | None = None) -> Sample:
+        """A sample of batches that fit ``graph``, on its device; ``stage`` is named in errors."""
+        sample, signature = cls(), Signature.of_graph(graph)
+        device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+        for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
+            sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
+        return sample
+
     def add(self, flat: Sequence[Any], signature: Signature) -> None:
         """Draw from a batch of flat inputs of a graph with ``signature``."""
-        self._cut = _cut(signature)
+        self._cut = cut_inputs(signature)
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
             kept = tuple(t[example : example + 1].clone() if by_example else t for t, by_example in paired)
@@ -120,7 +132,7 @@ class Sample:
         return len(self._kept)
 
 
-def _cut(signature: Signature) -> list[bool]:
+def cut_inputs(signature: Signature) -> list[bool]:
     """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else."""
     dims = [[(p, d.name) for p, d in enumerate(i.shape) if isinstance(d, DynamicDim)] for i in signature.inputs]
     batch = {name for found in dims for p, name in found if p == 0}
