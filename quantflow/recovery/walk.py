@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
+from quantflow.biases import as_converted
 from quantflow.observation import observer_of, qparams_of
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
@@ -105,22 +107,36 @@ def steps(
             values.pop(read, None)
 
 
-@torch.no_grad()
+class Simulation:
+    """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
+
+    Observers learn nothing from it. Returns all that the graph returns, flat.
+    """
+
+    @torch.no_grad()
+    def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
+        self.graph, self.integers = graph, integers
+        self.constants = {
+            node: quantized(observer, tensor_of(graph, node.args[0]))
+            for node in graph.graph.nodes
+            if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
+        }
+        if integers:
+            self.constants |= as_converted(graph)
+
+    @torch.no_grad()
+    def __call__(self, *batch: Any) -> list[Any]:
+        result: list[Any] = []
+        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants):
+            if node.op == "output":
+                result = returned(node, values)
+        return result
+
+
 def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
     """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
-    weights = {
-        node: quantized(observer, tensor_of(graph, node.args[0]))
-        for node in graph.graph.nodes
-        if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
-    }
-    found = []
-    for batch in batches:
-        result: list[torch.Tensor] = []
-        for node, values in steps(graph, batch, integers=integers, known=weights):
-            if node.op == "output":
-                result = float_outputs(node, values)
-        found.append(result)
-    return found
+    simulation = Simulation(graph, integers=integers)
+    return [_floats(simulation(*batch)) for batch in batches]
 
 
 @torch.no_grad()
@@ -152,15 +168,15 @@ def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers:
     return quantized(observer, args[0]) if integers else args[0]
 
 
+def returned(output: Node, values: Values) -> list[Any]:
+    """What the ``output`` node returns, flat."""
+    return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
+
+
 def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:
     """The float tensors among what the ``output`` node returns."""
-    returned: list[torch.Tensor] = []
+    return _floats(returned(output, values))
 
-    def keep(node: Node) -> Node:
-        value = values[node]
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            returned.append(value)
-        return node
 
-    map_arg(output.args, keep)
-    return returned
+def _floats(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
