@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from image_data import first, labelled_folder, preprocessing
-from models import classifier
 from results import output_folder, write_result
 from torch.utils.data import DataLoader
 
 import quantflow as qf
 from quantflow.allocator import keep_freed_memory
+from quantflow.vision.images import first, labelled_folder, preprocessing
+from quantflow.vision.models import classifier
 from quantizers import XNNPACKQuantizer
 
 
