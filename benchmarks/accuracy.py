@@ -30,11 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import quantflow as qf
+from quantflow.vision.images import first, labelled_folder, preprocessing
+from quantflow.vision.models import classifier, load_weights, read_weights
 from quantizers import W4A8, XNNPACKQuantizer
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-from image_data import first, labelled_folder, preprocessing
-from models import classifier, load_weights, read_weights
 
 Images = list[torch.Tensor]  # batches, float32 [batch, 3, size, size]
 COLUMNS = ("model", "tool", "on", "top1", "drop", "agreement", "sqnr_db", "calibrate_s", "quantize_s", "bytes", "error")

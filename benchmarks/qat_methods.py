@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -23,10 +22,8 @@ from tqdm import tqdm
 
 import quantflow as qf
 from quantflow.allocator import keep_freed_memory
+from quantflow.vision.images import digits, first
 from quantizers import INT8, W4A8, Scheme, XNNPACKQuantizer
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-from image_data import digits, first
 
 SCHEMES = {"W8A8": INT8, "W4A8": W4A8}
 METHODS = ("PTQ", "QAT", "QAT + distillation", "QAT + features", "QAT + LSQ")

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from image_data import first, labelled_folder, preprocessing
-from models import classifier
 from results import output_folder, write_result
 from torch.utils.data import DataLoader, Subset
 
@@ -30,6 +28,8 @@ from quantflow.allocator import keep_freed_memory
 from quantflow.distributed import rank, world_size
 from quantflow.files import write_atomically
 from quantflow.observers import OBSERVERS
+from quantflow.vision.images import first, labelled_folder, preprocessing
+from quantflow.vision.models import classifier
 from quantizers import W4A8, Scheme, TensorScheme, XNNPACKQuantizer
 
 

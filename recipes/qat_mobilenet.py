@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from image_data import first, image_data
-from models import classifier
 from results import output_folder, write_result
 from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
 from quantflow.allocator import keep_freed_memory
 from quantflow.distributed import world_size
+from quantflow.vision.images import first, image_data
+from quantflow.vision.models import classifier
 from quantizers import XNNPACKQuantizer
 
 

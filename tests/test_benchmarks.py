@@ -14,7 +14,6 @@ from torchao.quantization.pt2e import MinMaxObserver, ObserverBase, PerChannelMi
 from torchvision import models
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 import accuracy
 import calibration
 import peers

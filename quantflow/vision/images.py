@@ -1,4 +1,4 @@
-"""Images for the recipes: a data set that a package ships, a torchvision one, an image folder or a ``labels.csv`` folder."""
+"""Images, for commands and recipes: what a package ships, torchvision's data sets, a folder a class, or a ``labels.csv``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from quantflow import QuantflowError
+from quantflow.errors import QuantflowError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,7 +23,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and held-out images, float32 [3, size, size] each with an integer label."""
+    """Images, float32 [3, size, size] each with an integer label.
+
+    Attributes:
+        train: To train and to calibrate on.
+        held_out: To score on.
+        classes: How many labels there are.
+    """
 
     train: Dataset
     held_out: Dataset
@@ -69,7 +75,7 @@ def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
     kind = getattr(datasets, name, None)
     if kind is None:
         remedy = "digits, an existing folder with one folder a class, or a data set of torchvision.datasets"
-        raise QuantflowError("recipe", "no such data", node=f"--data {name}", remedy=remedy)
+        raise QuantflowError("data", "no such data", node=f"--data {name}", remedy=remedy)
     try:
         by_split = "train" not in inspect.signature(kind).parameters
         parts: Sequence[dict[str, Any]] = (
@@ -79,7 +85,7 @@ def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
     except (AttributeError, TypeError, RuntimeError, OSError) as error:
         remedy = "put the files under --data-root by hand; it must be a classification data set with a test part"
         reason = f"can't be downloaded or read: {error}"
-        raise QuantflowError("recipe", reason, node=f"--data {name}", remedy=remedy) from error
+        raise QuantflowError("data", reason, node=f"--data {name}", remedy=remedy) from error
     return ImageData(train, held_out, len(train.classes))
 
 
@@ -91,7 +97,7 @@ def _from_folder(folder: Path, transform: Callable[[Any], torch.Tensor], seed: i
         both = datasets.ImageFolder(str(folder), transform)
     except FileNotFoundError as error:
         remedy = "one folder a class, with images in each"
-        raise QuantflowError("recipe", str(error), node=f"--data {folder}", remedy=remedy) from error
+        raise QuantflowError("data", str(error), node=f"--data {folder}", remedy=remedy) from error
     parts = random_split(both, [0.8, 0.2], torch.Generator().manual_seed(seed))
     return ImageData(parts[0], parts[1], len(both.classes))
 
@@ -113,7 +119,7 @@ class LabelledImages(Dataset):
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label
         except (OSError, UnidentifiedImageError) as error:
-            raise QuantflowError("recipe", str(error), node=str(path), remedy="remove or replace the file") from error
+            raise QuantflowError("data", str(error), node=str(path), remedy="remove or replace the file") from error
 
 
 def labelled_folder(folder: Path, transform: Callable[[Any], torch.Tensor]) -> Dataset:
@@ -125,7 +131,7 @@ def labelled_folder(folder: Path, transform: Callable[[Any], torch.Tensor]) -> D
     except (OSError, KeyError, ValueError) as error:
         remedy = "a folder with images and labels.csv (file,label), or one folder a class"
         reason = f"not a folder of labelled images: {type(error).__name__}: {error}"
-        raise QuantflowError("recipe", reason, node=str(folder), remedy=remedy) from error
+        raise QuantflowError("data", reason, node=str(folder), remedy=remedy) from error
 
 
 def first(dataset: Dataset, count: int | None) -> Dataset:

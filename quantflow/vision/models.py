@@ -1,4 +1,4 @@
-"""torchvision classifiers for the recipes, with weights by name or from a file."""
+"""torchvision classifiers, with weights by name or from a file, and exported programs from files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torchvision import models
 
-from quantflow import QuantflowError
+from quantflow.errors import QuantflowError
 
 
 def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module:
@@ -21,12 +22,12 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
             random initialisation. Layers whose shape differs because of ``classes`` start fresh.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, for an unknown model and for weights that are missing or another model's.
+        QuantflowError: at stage ``"model"``, for an unknown model and for weights that are missing or another model's.
     """
     if name not in models.list_models(models):
         close = ", ".join(m for m in models.list_models(models) if m.startswith(name.split("_")[0]))
         remedy = f"one of: {close}" if close else "a name of torchvision.models"
-        raise QuantflowError("recipe", "no such model in torchvision", node=f"--model {name}", remedy=remedy)
+        raise QuantflowError("model", "no such model in torchvision", node=f"--model {name}", remedy=remedy)
     state = None if weights is None else _state_dict(name, weights)
     model = models.get_model(name, weights=None, **({} if classes is None else {"num_classes": classes}))
     if state is None:
@@ -38,11 +39,34 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
     return model
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in the file ``path``.
+def read_program(path: Path, *, trust: bool) -> ExportedProgram:
+    """The exported program in the ``.pt2`` file ``path``.
+
+    Args:
+        path: What ``torch.export.save`` wrote.
+        trust: Whether it comes from someone trusted: opening such a file can run code that is in it.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, when it can't be read or holds none.
+        QuantflowError: at stage ``"model"``, when it is not trusted, or can't be read.
+    """
+    node = f"--model {path}"
+    if not path.is_file():
+        raise QuantflowError("model", "no such file", node=node, remedy="a file that torch.export.save wrote")
+    if not trust:
+        reason = "opening a .pt2 file can run code that is in it"
+        raise QuantflowError("model", reason, node=node, remedy="pass --trust if you know where it comes from")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        reason = f"can't be read as an exported program: {_first_line(error)}"
+        raise QuantflowError("model", reason, node=node, remedy="a file that torch.export.save wrote") from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the file ``path``, as ``torch.save`` or safetensors wrote it. Nothing in the file is run.
+
+    Raises:
+        QuantflowError: at stage ``"model"``, when it can't be read or holds none.
     """
     try:
         if path.suffix == ".safetensors":
@@ -52,14 +76,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         remedy = "check the path; the file is one that torch.save(model.state_dict(), path) wrote"
-        reason = f"can't be read as weights: {type(error).__name__}: {error}"
-        raise QuantflowError("recipe", reason, node=f"--weights {path}", remedy=remedy) from error
+        reason = f"can't be read as weights: {_first_line(error)}"
+        raise QuantflowError("model", reason, node=f"--weights {path}", remedy=remedy) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise QuantflowError(
-            "recipe", "holds no state dict", node=f"--weights {path}", remedy="save model.state_dict()"
-        )
+        raise QuantflowError("model", "holds no state dict", node=f"--weights {path}", remedy="save model.state_dict()")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
@@ -71,11 +97,11 @@ def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
     except KeyError as error:
         known = [w.name for w in models.get_model_weights(name)]
         remedy = f"a file, or one of {known}"
-        raise QuantflowError("recipe", "no such weights", node=f"--weights {weights}", remedy=remedy) from error
+        raise QuantflowError("model", "no such weights", node=f"--weights {weights}", remedy=remedy) from error
     except OSError as error:
         remedy = "download the file by hand and name it"
         raise QuantflowError(
-            "recipe", f"download failed: {error}", node=f"--weights {weights}", remedy=remedy
+            "model", f"download failed: {error}", node=f"--weights {weights}", remedy=remedy
         ) from error
 
 
@@ -83,7 +109,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str,
     """Give ``model`` the tensors of ``state``, named ``weights`` in errors.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, when they are another model's; the last layer's may be, with ``fresh_head``.
+        QuantflowError: at stage ``"model"``, when they are another model's; the last layer's may be, with ``fresh_head``.
     """
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
@@ -93,5 +119,5 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str,
     if len(misfits) > tolerated or len(fits) < len(own) // 2:
         remedy = "name the weights of this model"
         reason = f"the weights of another model: {len(misfits)} tensors do not fit, first {misfits[0]}"
-        raise QuantflowError("recipe", reason, node=f"--weights {weights}", remedy=remedy)
+        raise QuantflowError("model", reason, node=f"--weights {weights}", remedy=remedy)
     model.load_state_dict(fits, strict=False)

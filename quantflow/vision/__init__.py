@@ -1,0 +1,1 @@
+"""Image classifiers and images, for commands and recipes. Needs torchvision: ``pip install "quantflow[recipes]"``."""
