@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -82,7 +82,7 @@ def quantize(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     inputs: PickInputs | None = None,
-    recover: bool = True,
+    recover: Literal["auto"] | bool = "auto",
     max_drop: float | None = None,
     validation: Iterable[Any] | None = None,
     progress: bool = True,
@@ -99,7 +99,8 @@ def quantize(
         dynamic_batch: Calibrate with any batch size; False for models that can't be captured so.
         dynamic_shapes: Lower for varying shapes, as in ``torch.export``.
         inputs: Picks the inputs out of a calibration batch, where that is ambiguous.
-        recover: Win back what quantizing loses (:func:`quantflow.recover`), on a sample of ``data``.
+        recover: ``"auto"`` tries to win back what quantizing loses (:func:`quantflow.recover`), on a sample of ``data``, and
+            keeps what helps on examples held out; the report says what. False leaves it out.
         max_drop: The share of examples that a classifier may lose, 0 to 1, on the runtime: the fewest layers are left in
             float with which it holds, and the report says which. Where none hold, the best found comes with a warning.
         validation: Batches to judge the drop by; by default ``data``. With ``(inputs, target)`` the drop is that of
@@ -109,11 +110,13 @@ def quantize(
     Raises:
         QuantflowError: naming the stage that failed.
     """
+    if recover not in ("auto", True, False):
+        raise QuantflowError("recover", f"{recover!r} is no way to recover", node="recover", remedy='"auto" or False')
     quantizer = quantizer or default_quantizer(delegate)
     seconds: dict[str, float] = {}
     with _timed("export", seconds):
         graph = export(model, args, kwargs, dynamic_batch=dynamic_batch).module().eval()
-    job = _Job(graph, args, data, kwargs, delegate, dynamic_shapes, inputs, recover, progress, seconds)
+    job = _Job(graph, args, data, kwargs, delegate, dynamic_shapes, inputs, bool(recover), progress, seconds)
     if max_drop is None:
         result = job.build(quantizer)
     else:

@@ -169,3 +169,5 @@ def test_quantize_is_all_verbs_in_one():
     assert set(result.report.seconds) == {"export", "prepare", "calibrate", "recover", "convert", "lower"}
     with pytest.raises(qf.QuantflowError, match="abacus"):
         qf.quantize(model, (X[:1],), [X], delegate="abacus")
+    with pytest.raises(qf.QuantflowError, match="no way to recover"):
+        qf.quantize(model, (X[:1],), [X], recover="everything")
