@@ -94,8 +94,12 @@ def test_converts_to_what_was_trained(scheme):
     assert history.loss[-1] < history.loss[0]
     assert all(not torch.equal(p, scales[n]) for n, p in graph.named_parameters() if n in scales)
     with torch.no_grad():
-        trained, converted = graph(X), qf.convert(graph)(X)
-    assert (trained - converted).abs().max() <= 0.02 * trained.abs().max()
+        converted = qf.convert(graph)
+        off = (graph(X) - converted(X)).abs()
+    # The device's biases are in whole steps of int32, so a value now and then is rounded the other way.
+    step = [n.args[1] for n in converted.graph.nodes if "quantize_per_tensor" in str(n.target)][-1]
+    assert off.max() <= 1.001 * step
+    assert (off > 0.5 * step).float().mean() <= 0.1
 
 
 def test_starts_from_the_first_batch_and_follows_until_rounding_begins():
