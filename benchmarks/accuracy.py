@@ -35,7 +35,6 @@ from quantizers import W4A8, XNNPACKQuantizer
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from image_data import first, labelled_folder, preprocessing
 from models import classifier, load_weights, read_weights
-from scoring import accuracy, agreement, paired_drop, score, sqnr
 
 Images = list[torch.Tensor]  # batches, float32 [batch, 3, size, size]
 COLUMNS = ("model", "tool", "on", "top1", "drop", "agreement", "sqnr_db", "calibrate_s", "quantize_s", "bytes", "error")
@@ -167,18 +166,16 @@ def measure(name: str, weights: Path, options: argparse.Namespace) -> list[dict[
             row |= {"bytes": len(run.buffer)} if isinstance(run, qf.Program) else {}
             rows.append(row)
             runs[tool, stage] = run
-    outputs, targets = score(
-        {f"{tool} {stage}": run for (tool, stage), run in runs.items()}, validation, options.batch_size
-    )
-    reference = outputs["float PyTorch"]
+    stages = {f"{tool} {stage}": run for (tool, stage), run in runs.items()}
+    found = qf.verify(stages, DataLoader(validation, options.batch_size), latency_runs=0)
     for row in rows:
         if "error" in row:
             continue
-        output = outputs[f"{row['tool']} {row['on']}"]
-        row |= {"images": len(targets), "top1": accuracy(output, targets)}
-        if output is not reference:
-            row["drop"], row["drop_interval"] = paired_drop(reference, output, targets)
-            row["agreement"], row["sqnr_db"] = agreement(output, reference), sqnr(reference, output)
+        output = found[f"{row['tool']} {row['on']}"].output
+        row |= {"images": found.examples, "top1": round(output.top1 or 0.0, 6)}
+        if output.drop is not None:
+            row |= {"drop": round(output.drop, 3), "drop_interval": round(output.drop_interval or 0.0, 3)}
+            row |= {"agreement": round(output.agreement or 0.0, 6), "sqnr_db": round(output.sqnr_db or 0.0, 3)}
     return rows
 
 

@@ -27,7 +27,6 @@ from quantizers import INT8, W4A8, Scheme, XNNPACKQuantizer
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from image_data import digits, first
-from scoring import accuracy, agreement, score
 
 SCHEMES = {"W8A8": INT8, "W4A8": W4A8}
 METHODS = ("PTQ", "QAT", "QAT + distillation", "QAT + features", "QAT + LSQ")
@@ -86,14 +85,14 @@ def main() -> None:
             for method in tqdm(METHODS, desc=name, leave=False):
                 scheme = SCHEMES[name]
                 graphs[f"{name} {method}"] = quantized(method, scheme, teacher, loader, calibration, options.epochs)
-        outputs, targets = score(graphs, data.held_out, 50)
-        for name, output in outputs.items():
+        found = qf.verify(graphs, DataLoader(data.held_out, 50), metric=F.cross_entropy, latency_runs=0)
+        for stage in found.stages:
             row = {
-                "accuracy": accuracy(output, targets),
-                "cross_entropy": float(F.cross_entropy(output, targets)),
-                "agreement": agreement(output, outputs["float"]),
+                "accuracy": stage.output.top1 or 0.0,
+                "cross_entropy": stage.metric or 0.0,
+                "agreement": 1.0 if stage.output.agreement is None else stage.output.agreement,
             }
-            rows.setdefault(name, []).append(row)
+            rows.setdefault(stage.name, []).append(row)
         report(options, rows)
 
 

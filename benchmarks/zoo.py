@@ -2,9 +2,10 @@
 
     python benchmarks/zoo.py                            # one model a family
     python benchmarks/zoo.py --all --jobs 2             # every classification, segmentation and video model
-    python benchmarks/zoo.py --models mobilenet_v3_small efficientnet_b0 --stock
+    python benchmarks/zoo.py --models mobilenet_v3_small efficientnet_b0 --stock --recover
 
-Weights are random, batch norm statistics come from data (smooth random images), a head of zeros is given weights. Each model
+Weights are random, batch norm statistics come from data (crops of scikit-learn's two photographs), a head of zeros is given
+weights. PTQ is calibrated on 32 images, with ``--recover`` also recovered, and compared with float on eight others. Each model
 runs in a process of its own and writes its result at once; what is there already is not run again (``--fresh`` does). Figures
 named ``.pte`` ran on the ExecuTorch runtime. Prints a table and writes JSON and markdown.
 
@@ -54,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every classification, segmentation and video model")
     parser.add_argument("--modes", nargs="+", default=["float", "ptq", "qat"], choices=["float", "ptq", "qat"])
     parser.add_argument("--stock", action="store_true", help="also the stock quantizer and observers, simulated")
+    parser.add_argument(
+        "--recover", action="store_true", help="recover accuracy after calibration, as qf.quantize does"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--fresh", action="store_true", help="run again what is there already")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/zoo"))
@@ -64,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
     """The model ``name`` with statistics from data, and what makes a batch for it."""
     import torch
+    from sklearn.datasets import load_sample_images
     from torch import nn
     from torchvision import models
 
@@ -74,10 +79,19 @@ def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
     video = name in models.list_models(models.video)
     shape = (3, 8, 64, 64) if video else (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
 
+    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+
+    def crop() -> torch.Tensor:
+        photograph = photographs[int(torch.randint(len(photographs), ()))]
+        height, width = photograph.shape[1:]
+        side = int(torch.randint(48, height, ()))
+        top, left = (int(torch.randint(size - side + 1, ())) for size in (height, width))
+        piece = photograph[:, top : top + side, left : left + side]
+        return nn.functional.interpolate(piece[None], shape[-2:], mode="bilinear", antialias=True)[0]
+
     def batch(count: int) -> torch.Tensor:
-        coarse = torch.randn(count, 3, *(max(s // 8, 1) for s in shape[1:]))
-        smooth = nn.functional.interpolate(coarse, size=shape[1:], mode="trilinear" if video else "bilinear")
-        return smooth + 0.1 * torch.randn(count, *shape)
+        images = torch.stack([crop() for _ in range(count)]) * 4 - 2
+        return images if not video else torch.stack([images.roll(t, -1) for t in range(shape[1])], 2)  # it pans
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
@@ -87,8 +101,8 @@ def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
         norm.reset_running_stats()
         norm.train()
     with torch.no_grad():
-        for _ in range(2):
-            model(batch(4))
+        for _ in range(4):
+            model(batch(8))
         for module in model.modules():
             if isinstance(module, nn.Linear) and not module.weight.any():
                 nn.init.normal_(module.weight, std=0.02)  # ViT's head
@@ -97,7 +111,7 @@ def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
     return model.eval(), batch
 
 
-def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
+def run(name: str, modes: list[str], stock: bool, recover: bool) -> dict[str, Any]:
     """Everything about one model."""
     import torch
     from torch import nn
@@ -109,12 +123,13 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, batch = model_and_data(name)
     result: dict[str, Any] = {"model": name, "modes": {}}
-    x, calibration = batch(1), [batch(4) for _ in range(2)]
-    with torch.no_grad():
-        reference = first(model(x))
+    dynamic = not name.startswith("swin")  # its graph is for as many images as it was captured with
+    test, calibration = batch(8), [batch(8) for _ in range(4)]
+    x, calibration = test[:1], calibration if dynamic else [x for several in calibration for x in several.split(1)]
+    reference = one_by_one(model, test)
     if "qat" in modes and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         modes = [m for m in modes if m != "qat"]
-    captured = qf.export(model, (x,), dynamic_batch=not name.startswith("swin")).module()
+    captured = qf.export(model, (x,), dynamic_batch=dynamic).module()
     for mode in modes:
         row: dict[str, Any] = {"stage": "export", "seconds": {}}
         result["modes"][mode] = row
@@ -126,19 +141,21 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
                 clock("plan")
                 graph = qf.prepare(graph, XNNPACKQuantizer(), qat=mode == "qat")
                 clock("prepare")
-                qf.calibrate(graph, calibration if not name.startswith("swin") else [x], progress=False)
+                sample = qf.Sample()
+                qf.calibrate(graph, calibration, progress=False, sample=sample)
                 clock("calibrate")
+            if mode == "ptq" and recover:
+                graph = qf.recover(graph, sample, progress=False).graph
+                clock("recover")
             if mode == "qat":
                 step(graph, calibration[0])
                 clock("train")
-                with torch.no_grad():
-                    reference_of_mode = first(graph.eval()(x))
+                reference_of_mode = one_by_one(graph.eval(), test)
             if mode != "float":
                 graph = qf.convert(graph)
                 clock("convert")
                 row["int8"] = integer_share(graph)
-            with torch.no_grad():
-                output = first(graph(x))
+            output = one_by_one(graph, test)
             row["to_q_db"] = sqnr(reference_of_mode if mode == "qat" else reference, output)
             row["nodes"] = sum(n.op == "call_function" for n in graph.graph.nodes)
             edge = qf.export(graph, (x,)).to_core_aten().to_edge("xnnpack")
@@ -152,7 +169,7 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
                 outside=dict(delegation.portable),
                 floating=dict(delegation.floating),
                 bytes=len(program.buffer),
-                to_pte_db=sqnr(output, first(program(x))),
+                to_pte_db=sqnr(output[:1], first(program(x))),
                 ms=latency(program, x),
             )
             clock("run")
@@ -160,7 +177,7 @@ def run(name: str, modes: list[str], stock: bool) -> dict[str, Any]:
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:500]
     if stock:
-        result["stock_db"] = stock_sqnr(captured, calibration, x, reference)
+        result["stock_db"] = stock_sqnr(captured, calibration, test, reference)
     return result
 
 
@@ -189,6 +206,13 @@ def first(output: Any) -> Any:
     return next(iter(output.values())) if isinstance(output, dict) else output
 
 
+def one_by_one(graph: Any, images: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([first(graph(image)) for image in images.split(1)])
+
+
 def integer_share(graph: Any) -> float:
     from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, value
 
@@ -215,7 +239,7 @@ def integer_share(graph: Any) -> float:
 
 
 def sqnr(reference: Any, approximation: Any) -> float:
-    from quantflow.proof import signal_to_noise
+    from quantflow.metrics import signal_to_noise
 
     return round(min(signal_to_noise(reference, approximation), 999.0), 1)
 
@@ -229,20 +253,16 @@ def latency(program: Any, x: Any) -> float:
     return round(sorted(times)[3] * 1e3, 2)
 
 
-def stock_sqnr(captured: Any, calibration: list, x: Any, reference: Any) -> float:
+def stock_sqnr(captured: Any, calibration: list, test: Any, reference: Any) -> float:
     """The stock XNNPACK quantizer with its own observers, by stock prepare and convert."""
     import torch
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from peers import stock_calibrate, stock_prepared
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    config = stock.get_symmetric_quantization_config(is_per_channel=True)
-    exported = torch.export.export(captured.eval(), (calibration[0],)).module()
-    prepared = prepare_pt2e(exported, stock.XNNPACKQuantizer().set_global(config))
-    many = [torch.cat([x] * len(calibration[0])), *calibration]
+    prepared = stock_prepared(captured.eval(), calibration[:1])
+    stock_calibrate(prepared, calibration)
     with torch.no_grad():
-        for batch in many[1:]:
-            prepared(batch)
-        return sqnr(reference, first(convert_pt2e(prepared)(many[0]))[:1])
+        return sqnr(reference, first(convert_pt2e(prepared)(test)))
 
 
 def report(results: list[dict[str, Any]], output: Path) -> None:
@@ -279,7 +299,7 @@ def report(results: list[dict[str, Any]], output: Path) -> None:
 def main() -> None:
     options = parse_arguments()
     if options.one:
-        result = run(options.one, options.modes, options.stock)
+        result = run(options.one, options.modes, options.stock, options.recover)
         (options.output / f"{options.one}.json").write_text(json.dumps(result))
         return
     from tqdm import tqdm
@@ -291,7 +311,8 @@ def main() -> None:
         rooms = (models, models.segmentation, models.video)
         names = [n for room in rooms for n in models.list_models(room) if "quantized" not in n]
     options.output.mkdir(parents=True, exist_ok=True)
-    flags = ["--modes", *options.modes, "--output", str(options.output), *(["--stock"] if options.stock else [])]
+    switches = [f"--{name}" for name in ("stock", "recover") if getattr(options, name)]
+    flags = ["--modes", *options.modes, "--output", str(options.output), *switches]
 
     def one(name: str) -> None:
         path = options.output / f"{name}.json"

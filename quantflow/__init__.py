@@ -1,26 +1,63 @@
 """quantflow: from PyTorch to a quantized ExecuTorch program, proven on the runtime.
 
 One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
-:func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk.
+:func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
+:func:`verify` and :func:`inspect` for what came of it.
+
+A name is imported when it is first used: torch and torchao take seconds.
 """
 
-from quantflow.calibrate import calibrate
-from quantflow.convert import convert
-from quantflow.core_aten import CoreAten
-from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.evidence import Budget, Diagnosis, Sensitivities, diagnose, sensitivity
-from quantflow.export import export
-from quantflow.exported import Exported
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.graph_module import TrainableGraphModule
-from quantflow.learned_step_size import LearnedStepSize
-from quantflow.prepare import prepare
-from quantflow.program import Program, load
-from quantflow.quantize import Result, quantize
-from quantflow.recovery import Recovered, Sample, recover
-from quantflow.training import Checkpoints, Distillation, History, Schedule, train
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantflow.calibrate import calibrate
+    from quantflow.convert import convert
+    from quantflow.core_aten import CoreAten
+    from quantflow.errors import QuantflowError, QuantflowWarning
+    from quantflow.evidence.budget import Budget
+    from quantflow.evidence.diagnose import diagnose
+    from quantflow.evidence.diagnosis import Diagnosis
+    from quantflow.evidence.one_at_a_time import Sensitivities, sensitivity
+    from quantflow.export import export
+    from quantflow.exported import Exported
+    from quantflow.fake_quantize import FakeQuantize
+    from quantflow.graph_module import TrainableGraphModule
+    from quantflow.inspection import Inspection, inspect
+    from quantflow.learned_step_size import LearnedStepSize
+    from quantflow.prepare import prepare
+    from quantflow.program import Program, load
+    from quantflow.quantize import Result, quantize
+    from quantflow.recovery import Sample
+    from quantflow.recovery.recover import Recovered, recover
+    from quantflow.training import Checkpoints, Distillation, History, Schedule, train
+    from quantflow.verification.figures import Verification
+    from quantflow.verification.verify import verify
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "calibrate": ("calibrate",),
+    "convert": ("convert",),
+    "core_aten": ("CoreAten",),
+    "errors": ("QuantflowError", "QuantflowWarning"),
+    "evidence": ("Budget", "Diagnosis", "Sensitivities", "diagnose", "sensitivity"),
+    "export": ("export",),
+    "exported": ("Exported",),
+    "fake_quantize": ("FakeQuantize",),
+    "graph_module": ("TrainableGraphModule",),
+    "inspection": ("Inspection", "inspect"),
+    "learned_step_size": ("LearnedStepSize",),
+    "prepare": ("prepare",),
+    "program": ("Program", "load"),
+    "quantize": ("Result", "quantize"),
+    "recovery": ("Recovered", "Sample", "recover"),
+    "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
+    "verification": ("Verification", "verify"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Budget",
@@ -31,6 +68,7 @@ __all__ = [
     "Exported",
     "FakeQuantize",
     "History",
+    "Inspection",
     "LearnedStepSize",
     "Program",
     "QuantflowError",
@@ -41,14 +79,40 @@ __all__ = [
     "Schedule",
     "Sensitivities",
     "TrainableGraphModule",
+    "Verification",
     "calibrate",
     "convert",
     "diagnose",
     "export",
+    "inspect",
     "load",
     "prepare",
     "quantize",
     "recover",
     "sensitivity",
     "train",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Surface(types.ModuleType):
+    """Where a verb and its file share a name, importing the file does not hide the verb."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Surface

@@ -25,6 +25,9 @@ from quantflow.parameters import (
     unused_name,
 )
 
+OUTPUT_MOMENTS = (
+    "quantflow_output_moments"  # node.meta: mean and deviation of each channel of a layer's output, float64
+)
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -62,6 +65,15 @@ class NormedLayer:
         """The names of the norm's parameters and statistics, and its ``eps``: equal where the same norm is called."""
         tensors = (getattr(argument(self.norm, name), "target", None) for name in _STATISTICS)
         return (*map(str, tensors), str(argument(self.norm, "eps")))
+
+    def output_moments(self, module: GraphModule) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel that the norm puts out over its training data, float64."""
+        gamma, beta, _, var = (
+            None if (read := argument(self.norm, name)) is None else tensor_of(module, read).detach().double()
+            for name in _STATISTICS
+        )
+        std = torch.ones_like(var) if gamma is None else gamma.abs()  # type: ignore[arg-type]
+        return torch.zeros_like(std) if beta is None else beta.clone(), std
 
     def folded_bias(self, module: GraphModule) -> torch.Tensor:
         """The bias of the layer with the norm folded into it, float64, one a channel."""
@@ -165,7 +177,9 @@ def fold_into_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> None
 
 
 def _replace_norm(module: GraphModule, pair: NormedLayer, bias: str) -> None:
+    moments = pair.output_moments(module)
     set_argument(pair.layer, "bias", read_attribute(module, bias, pair.layer, pair.layer))
+    pair.layer.meta[OUTPUT_MOMENTS] = moments
     pair.norm.replace_all_uses_with(pair.layer)
     module.graph.erase_node(pair.norm)
 

@@ -45,11 +45,7 @@ def batches(
         QuantflowError: at ``stage``, naming the batch, when it does not fit the graph.
     """
     signature = Signature.of_graph(graph)
-    if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
-        remedy = "pass a DataLoader or a list of batches, as [x]"
-        raise QuantflowError(stage, f"{type(data).__name__} is no iterable of batches", node="data", remedy=remedy)
-    for index, raw in enumerate(data):
-        batch = _take_apart(raw, signature, inputs, stage, index)
+    for index, batch in enumerate(taken_apart(data, signature, stage=stage, inputs=inputs)):
         try:
             signature.flatten(batch.args, batch.kwargs, stage=stage)
         except QuantflowError as error:
@@ -58,6 +54,17 @@ def batches(
         if device is not None:
             batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
         yield batch
+
+
+def taken_apart(
+    data: Iterable[Any], signature: Signature, *, stage: str, inputs: PickInputs | None = None
+) -> Iterator[Batch]:
+    """The batches of ``data`` as inputs of what has ``signature``, and targets; nothing else is checked."""
+    if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
+        remedy = "pass a DataLoader or a list of batches, as [x]"
+        raise QuantflowError(stage, f"{type(data).__name__} is no iterable of batches", node="data", remedy=remedy)
+    for index, raw in enumerate(data):
+        yield _take_apart(raw, signature, inputs, stage, index)
 
 
 def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage: str, index: int) -> Batch:

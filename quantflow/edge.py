@@ -11,7 +11,8 @@ from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fast_lowering import run_fast
-from quantflow.program import SIGNATURE_METHOD, Program
+from quantflow.program import Program
+from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from quantflow.aten import layer
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph_module import TrainableGraphModule
+from quantflow.inference_mode import inference_mode
 from quantflow.inference_only import captured_as_inference
+from quantflow.layout import make_contiguous
 from quantflow.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -75,9 +76,10 @@ def export(
         positional, keyword, dynamic_shapes = _with_dynamic_batch(model, positional, keyword, dynamic_batch)
     training = model.training
     # Captured under no_grad, the whole program would be one opaque region.
-    with _inference_mode(model), torch.enable_grad():
+    with inference_mode(model), torch.enable_grad():
         try:
             program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
+            program = make_contiguous(program)
         except Exception as error:
             raise _why_not(model, positional, keyword, error) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
@@ -111,6 +113,7 @@ def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 
 def _take_in(program: ExportedProgram) -> Exported:
     """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
+    program = make_contiguous(program)
     captured_in_training = modes.training_literals(program.graph)
     if not captured_in_training:
         modes.mark_switched(program.graph)
@@ -170,21 +173,6 @@ def _with_dynamic_batch(
         raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
     return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
-
-
-@contextlib.contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; every submodule gets its own mode back."""
-    was = [(m, m.training) for m in model.modules()]
-    with contextlib.suppress(NotImplementedError):  # a graph of stock torch holds its mode on its nodes
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was:
-            if isinstance(module, TrainableGraphModule):
-                module.train(training)
-            module.training = training
 
 
 def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> None:

@@ -24,6 +24,8 @@ _KEPT_META = (
     "quantflow_switched",
     "quantflow_cumulative_average",
     "quantflow_tracking",
+    "quantflow_output_moments",
+    "quantflow_original",
 )
 
 

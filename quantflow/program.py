@@ -10,28 +10,12 @@ from typing import Any
 
 import torch
 
-from quantflow import runtime
+from quantflow import pte, runtime
 from quantflow.delegates.delegation import Delegation
 from quantflow.errors import QuantflowError
 from quantflow.files import write_atomically
+from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature import DynamicDim, Input, Signature
-
-# The constant method in which a program carries its signature (JSON).
-SIGNATURE_METHOD = "quantflow_signature"
-
-# The runtime names dtypes by their number in c10::ScalarType.
-_SCALAR_TYPES = {
-    0: "uint8",
-    1: "int8",
-    2: "int16",
-    3: "int32",
-    4: "int64",
-    5: "float16",
-    6: "float32",
-    7: "float64",
-    11: "bool",
-    15: "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -50,12 +34,19 @@ class Program:
 
     @classmethod
     def from_buffer(cls, buffer: bytes) -> Program:
-        """The program that ``buffer``, the bytes of a ``.pte``, holds."""
-        program = runtime.load_program(buffer)
-        if SIGNATURE_METHOD not in program.method_names:
-            return cls(buffer, _signature_from_runtime(program))
-        text = runtime.execute(runtime.load_method(program, SIGNATURE_METHOD), SIGNATURE_METHOD, [])[0]
-        return cls(buffer, Signature.from_json(text))
+        """The program that ``buffer``, the bytes of a ``.pte``, holds.
+
+        What is malformed is refused. What is made to crash the runtime does: look at it with :func:`quantflow.inspect` first.
+        """
+        contents = pte.read(buffer)
+        runtime.load_program(buffer)
+        if SIGNATURE_METHOD not in contents.methods:
+            return cls(buffer, _flat_signature(contents))
+        try:
+            return cls(buffer, Signature.from_json(contents.methods[SIGNATURE_METHOD].text or ""))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            reason = f"its signature can't be read: {type(error).__name__}: {error}"
+            raise QuantflowError("runtime", reason, node=SIGNATURE_METHOD, remedy="lower it again") from error
 
     @cached_property
     def _program(self) -> Any:
@@ -116,18 +107,12 @@ def load(path: str | os.PathLike[str]) -> Program:
         raise QuantflowError(error.stage, error.reason, node=str(path), remedy=error.remedy) from error
 
 
-def _signature_from_runtime(program: Any) -> Signature:
-    if "forward" not in program.method_names:
+def _flat_signature(contents: pte.Contents) -> Signature:
+    if "forward" not in contents.methods:
         return Signature(())
-    meta = program.metadata("forward")
     inputs = []
-    for i in range(meta.num_inputs()):
-        try:
-            tensor = meta.input_tensor_meta(i)
-        except RuntimeError:  # an input that is no tensor
-            inputs.append(Input(f"input_{i}"))
-            continue
-        # The runtime tells upper bounds only, not which dimensions may be smaller.
-        shape = tuple(DynamicDim(f"input_{i}_{j}", 0, size) for j, size in enumerate(tensor.sizes()))
-        inputs.append(Input(f"input_{i}", _SCALAR_TYPES.get(tensor.dtype(), "float32"), shape))
+    for i, given in enumerate(contents.methods["forward"].inputs):
+        # A file tells upper bounds only, not which dimensions may be smaller.
+        sizes = (DynamicDim(f"input_{i}_{j}", 0, size) for j, size in enumerate(given.shape))
+        inputs.append(Input(f"input_{i}", given.dtype, tuple(sizes if given.dynamic else given.shape)))
     return Signature(tuple(inputs))

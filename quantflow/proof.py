@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
+from quantflow.metrics import signal_to_noise
 from quantflow.observation import is_converted
 from quantflow.program import Program
 
@@ -43,17 +43,6 @@ def disagreement(program: Program, source: ExportedProgram) -> str:
         if not sqnr >= least:
             return f"output {index} agrees with the graph to {sqnr:.1f} dB only"
     return ""
-
-
-def signal_to_noise(reference: torch.Tensor, approximation: torch.Tensor) -> float:
-    """The signal to quantization noise ratio, dB; infinite for equal tensors."""
-    reference, approximation = reference.double(), approximation.double()
-    same = (reference == approximation) | (reference.isnan() & approximation.isnan())
-    if same.all():
-        return math.inf
-    noise = (reference - approximation)[~same].square().sum()
-    signal = reference[reference.isfinite()].square().sum()
-    return float(10 * torch.log10(signal / noise))
 
 
 def _floats(output: Any) -> list[torch.Tensor]:

@@ -6,9 +6,7 @@ import functools
 from typing import Any
 
 from quantflow.errors import QuantflowError
-
-# A .pte is a flatbuffer: a root offset, then this identifier.
-_IDENTIFIER = b"ET12"
+from quantflow.pte import check_header
 
 
 @functools.cache
@@ -26,8 +24,7 @@ def load_program(buffer: bytes) -> Any:
     Raises:
         QuantflowError: at stage ``"runtime"``, for bytes that are no whole program.
     """
-    if len(buffer) < 8 or buffer[4:6] != _IDENTIFIER[:2]:
-        raise QuantflowError("runtime", "not an ExecuTorch program", remedy="pass the bytes or path of a .pte file")
+    check_header(buffer)
     try:
         return _runtime().load_program(buffer)
     except RuntimeError as error:
@@ -60,3 +57,10 @@ def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
         raise QuantflowError(
             "runtime", f"execution failed: {error}", node=name, remedy="check the inputs against program.signature"
         ) from error
+
+
+def threads() -> int:
+    """How many threads the runtime computes with."""
+    from executorch.extension.pybindings import portable_lib
+
+    return int(portable_lib._threadpool_get_thread_count())

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 
 from quantflow.errors import QuantflowError
+from quantflow.spec_text import spec_is_plain
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,10 @@ def _dump_spec(spec: pytree.TreeSpec | None) -> str | None:
 
 
 def _load_spec(text: str | None) -> pytree.TreeSpec | None:
+    if text is None or not spec_is_plain(text):
+        return None
     try:
-        return None if text is None else pytree.treespec_loads(text)
+        return pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, KeyError):  # a container type that this process has not registered
         return None
 

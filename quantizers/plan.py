@@ -99,10 +99,12 @@ class Plan:
 
     @cached_property
     def islands(self) -> tuple[Decision, ...]:
-        """What stays in float between integers: behind some, and before others."""
+        """What stays in float between integers: behind some, and before others. Not so where integers are dynamic: these are
+        within an operator, and all that lies between operators is float.
+        """
         behind: set[Node] = set()
         before: set[Node] = set()
-        integer = {n for d in self.integer for n in d.nodes}
+        integer = {n for d in self.integer if d.scheme is not None and not d.scheme.activation.dynamic for n in d.nodes}
         nodes = list(self.decisions[0].node.graph.nodes) if self.decisions else []
         for node in nodes:
             if any(given in integer or given in behind for given in node.all_input_nodes):
@@ -232,8 +234,8 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
         return f"{rule.name} has no dynamic form"
     if rule.weight is not None and not is_constant(argument(decision.node, rule.weight)):
         return "its weight is computed, not constant"
-    if rule.weight is not None and (reason := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
-        return reason
+    if rule.weight is not None and (odd := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
+        return odd
     if rule.weight is not None and has_argument(decision.node, "bias"):
         bias = argument(decision.node, "bias")
         if bias is not None and not is_constant(bias):
@@ -245,7 +247,7 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
-    return next((reason for refuse in rule.refusals if (reason := refuse(decision.node))), "")
+    return next((said for refuse in rule.refusals if (said := refuse(decision.node))), "")
 
 
 def _ungrouped(weight: Node, group: int) -> str:

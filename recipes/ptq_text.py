@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from scoring import accuracy, agreement, latency_ms, output_folder, paired_drop, score, sqnr, write_result
+from results import output_folder, write_result
 from text_data import text_data
 from torch import nn
 from torch.nn import functional as F
@@ -117,23 +117,25 @@ def main() -> None:
     float_program = qf.export(graph, example).to_core_aten().to_edge("xnnpack").to_executorch()
 
     # All on the same held-out snippets; what is called .pte runs on the ExecuTorch runtime.
-    models = {"float": graph, "converted": result.graph, "pte": result.program}
-    outputs, targets = score(models, data.held_out, options.batch_size)
-    drop, interval = paired_drop(outputs["float"], outputs["pte"], targets)
-    snippet = data.held_out[0][0].unsqueeze(0)
+    stages = {"float": graph, "converted": result.graph, "pte": result.program, "float_pte": float_program}
+    found = qf.verify(stages, DataLoader(data.held_out, options.batch_size))
+    print(f"\n{found}")
+    pte, float_pte = found["pte"], found["float_pte"]
+    assert pte.latency is not None  # both ran
+    assert float_pte.latency is not None
     write_result(
         folder,
         {
-            "held_out_snippets": len(targets),
-            **{f"{name}_accuracy": accuracy(output, targets) for name, output in outputs.items()},
-            "drop_points": drop,
-            "drop_interval_95": interval,
-            "agreement_with_float": agreement(outputs["pte"], outputs["float"]),
-            "logit_sqnr_db": sqnr(outputs["float"], outputs["pte"]),
-            "float_bytes": len(float_program.buffer),
-            "pte_bytes": len(result.program.buffer),
-            "float_latency_ms": latency_ms(float_program, snippet),
-            "pte_latency_ms": latency_ms(result.program, snippet),
+            "held_out_snippets": found.examples,
+            **{f"{stage.name}_accuracy": stage.output.top1 for stage in found.stages},
+            "drop_points": pte.output.drop,
+            "drop_interval_95": pte.output.drop_interval,
+            "agreement_with_float": pte.output.agreement,
+            "logit_sqnr_db": pte.output.sqnr_db,
+            "float_bytes": float_pte.bytes,
+            "pte_bytes": pte.bytes,
+            "float_latency_ms": float_pte.latency.median_ms,
+            "pte_latency_ms": pte.latency.median_ms,
             "delegated_fraction": result.report.delegated_fraction,
             "seconds": round(time.perf_counter() - start, 1),
         },

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from image_data import first, image_data
 from models import classifier
-from scoring import accuracy, agreement, latency_ms, output_folder, score, write_result
+from results import output_folder, write_result
 from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
@@ -136,26 +136,30 @@ def main() -> None:
     float_program = lower(float_graph, example)
 
     # All on the same held-out images; what is called .pte runs on the ExecuTorch runtime.
-    models = {
+    stages = {
         "float": float_graph,
         "fake_quant": qat_graph,
         "converted": converted,
         "pte": program,
         "ptq_pte": ptq_program,
+        "float_pte": float_program,
     }
-    outputs, targets = score(models, data.held_out, options.batch_size)
-    image = data.held_out[0][0].unsqueeze(0)
+    found = qf.verify(stages, DataLoader(data.held_out, options.batch_size))
+    print(f"\n{found}")
+    pte, float_pte = found["pte"], found["float_pte"]
+    assert pte.latency is not None  # both ran
+    assert float_pte.latency is not None
     write_result(
         folder,
         {
             "model": options.model,
-            "held_out_images": len(targets),
-            **{f"{name}_accuracy": accuracy(output, targets) for name, output in outputs.items()},
-            "pte_agreement": agreement(outputs["pte"], outputs["converted"]),
-            "float_bytes": len(float_program.buffer),
-            "pte_bytes": len(program.buffer),
-            "float_latency_ms": latency_ms(float_program, image),
-            "pte_latency_ms": latency_ms(program, image),
+            "held_out_images": found.examples,
+            **{f"{stage.name}_accuracy": stage.output.top1 for stage in found.stages},
+            "pte_agreement": pte.output.step_agreement,
+            "float_bytes": float_pte.bytes,
+            "pte_bytes": pte.bytes,
+            "float_latency_ms": float_pte.latency.median_ms,
+            "pte_latency_ms": pte.latency.median_ms,
             "delegated_fraction": program.delegation.fraction if program.delegation else None,
             "seconds": round(time.perf_counter() - start, 1),
         },

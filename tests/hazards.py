@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.proof import signal_to_noise
+from quantflow.metrics import signal_to_noise
 from quantizers import W4A8, XNNPACKQuantizer
 
 

@@ -20,7 +20,6 @@ import calibration
 import peers
 from fresh_process import in_fresh_process, peak_growth
 from record import write_record
-from scoring import paired_drop
 
 import quantflow as qf
 
@@ -35,25 +34,6 @@ def test_peak_growth_sees_what_is_freed_again():
     size = 64 * 2**20
     assert size <= peak_growth(lambda: bytearray(b"1" * (size // 2)) * 2) < 4 * size
     assert peak_growth(lambda: None) < size / 16
-
-
-def test_paired_drop():
-    targets = torch.arange(200) % 10
-    right = nn.functional.one_hot(targets, 10).float()
-    wrong = right.clone()
-    wrong[:7] = wrong[:7].roll(1, dims=1)
-    assert paired_drop(right, right, targets) == (0.0, 0.0)
-    drop, interval = paired_drop(right, wrong, targets)
-    assert drop == 3.5
-    # Seven ones among zeros: the standard error of a share.
-    assert interval == pytest.approx(196 * (0.035 * 0.965 / 199) ** 0.5, abs=1e-3)
-    assert paired_drop(wrong, right, targets) == (-drop, interval)
-    # Errors of equal number on other images drop nothing, and are no certainty.
-    other = right.clone()
-    other[7:14] = other[7:14].roll(1, dims=1)
-    drop, interval = paired_drop(wrong, other, targets)
-    assert drop == 0
-    assert interval > 0
 
 
 def test_a_record_keeps_no_folders(tmp_path):

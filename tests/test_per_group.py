@@ -7,6 +7,8 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.observers import PerGroupMinMaxObserver
+from quantflow.recovery import correct_bias
+from quantflow.recovery.walk import outputs
 from quantizers import DYNAMIC_W4, Scheme, TensorScheme, XNNPACKQuantizer
 
 PER_CHANNEL = Scheme(
@@ -57,6 +59,22 @@ def test_groups_keep_what_one_scale_a_channel_loses():
     layer, x = uneven(), torch.randn(16, 128) / torch.logspace(-1.5, 0, 4).repeat_interleave(32)
     grouped, channels = (sqnr(layer(x).detach(), convert(layer, x, s)(x).detach()) for s in (DYNAMIC_W4, PER_CHANNEL))
     assert grouped > channels + 6
+
+
+def test_recovery_knows_the_groups():
+    model, x = nn.Sequential(uneven(), nn.ReLU(), nn.Linear(24, 32), nn.Linear(32, 5)), torch.randn(64, 128)
+    graph = qf.export(model.eval(), (x[:2],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(DYNAMIC_W4)), [x], progress=False)
+    with torch.no_grad():
+        ((simulated,),) = outputs(prepared, [(x,)], integers=True)
+        torch.testing.assert_close(simulated, qf.convert(prepared)(x), rtol=1e-4, atol=1e-5)
+        reference = model(x)
+        recovered = qf.convert(qf.recover(prepared, [x], progress=False).graph)
+        assert sqnr(reference, recovered(x)) >= sqnr(reference, simulated)
+        corrected = qf.convert(correct_bias(prepared, [x + 1], progress=False))
+        reference = model(x + 1)
+        before, after = ((g(x + 1) - reference).mean(0).abs().max() for g in (qf.convert(prepared), corrected))
+    assert after < 0.2 * before
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,6 @@ def test_quantize_is_all_verbs_in_one():
     assert result.report.delegated_fraction == 1.0
     assert "int8" in str(result.report)
     assert sqnr(model(X[:1]).detach(), result.program(X[:1])) > 15
-    assert set(result.report.seconds) == {"export", "prepare", "calibrate", "convert", "lower"}
+    assert set(result.report.seconds) == {"export", "prepare", "calibrate", "recover", "convert", "lower"}
     with pytest.raises(qf.QuantflowError, match="abacus"):
         qf.quantize(model, (X[:1],), [X], delegate="abacus")

@@ -18,7 +18,8 @@ from quantflow.evidence.reference import reference_values
 from quantflow.evidence.statistics import Sums
 from quantflow.evidence.twins import computes, converts, source, twins, vanishes
 from quantflow.parameters import is_constant
-from quantflow.recovery.walk import Values, attribute, evaluate
+from quantflow.recovery.originals import attribute
+from quantflow.recovery.walk import Values, evaluate
 
 _WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}

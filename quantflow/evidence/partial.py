@@ -11,7 +11,8 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, op
 from quantflow.observation import observer_of
-from quantflow.recovery.walk import Values, attribute, evaluate, float_outputs, quantized
+from quantflow.recovery.originals import attribute
+from quantflow.recovery.walk import Values, evaluate, float_outputs, quantized
 
 
 class PartialNetwork:

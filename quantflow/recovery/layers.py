@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import LINEARS, argument, aten, op, value
 from quantflow.observation import is_fake_quantizer, observer_of
+from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, reads_of, tensor_of
 from quantflow.qparams import PER_CHANNEL
 from quantflow.recovery.walk import has_grid
 
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
-_LARGEST = 4608  # features a group; solving grows with their cube
+_SOLVABLE = 4608  # features a group; solving grows with their cube
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Layer:
     def bias(self) -> Node | None:
         """What reads its bias, None where it has none."""
         return argument(self.node, "bias")
+
+    @property
+    def channel_axis(self) -> int:
+        """The dimension of the output (and of the input) that holds channels."""
+        return -1 if self._linear else 1
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as [groups, outputs a group, features a group]."""
@@ -97,12 +103,18 @@ class Layer:
         return op(self.node) in LINEARS
 
 
-def quantized_layers(graph: GraphModule) -> dict[Node, Layer]:
-    """The layers of a prepared graph that a solver can take, by node."""
+def quantized_layers(graph: GraphModule, *, solvable: bool = True) -> dict[Node, Layer]:
+    """The layers of a prepared graph by node: those whose weight can be solved for, or, without ``solvable``, all."""
     reads = reads_of(graph.graph)
     reads.update(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
     found = (_layer(node, graph, reads) for node in graph.graph.nodes)
-    return {layer.node: layer for layer in found if layer is not None}
+    return {layer.node: layer for layer in found if layer is not None and (not solvable or _is_solvable(layer, graph))}
+
+
+def _is_solvable(layer: Layer, graph: GraphModule) -> bool:
+    """Whether a solver can hold the layer's features, and knows its grid: one step an output, or one for all."""
+    features = tensor_of(graph, layer.weight.args[0])[0].numel()  # type: ignore[arg-type]
+    return features <= _SOLVABLE and not isinstance(layer.observer, PerGroupMinMaxObserver)
 
 
 def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
@@ -126,7 +138,7 @@ def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
         return None
     tensor = tensor_of(graph, weight.args[0])  # type: ignore[arg-type]
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
-    if tensor[0].numel() > _LARGEST or not tensor.is_floating_point():
+    if not tensor.is_floating_point():
         return None
     return Layer(node, weight, observer, groups, tuple(tensor.shape[2:]))
 

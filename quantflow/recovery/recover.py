@@ -13,17 +13,16 @@ import torch
 from torch.fx import GraphModule
 
 from quantflow.batches import PickInputs
-from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.errors import QuantflowWarning
 from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
-from quantflow.proof import signal_to_noise
+from quantflow.metrics import signal_to_noise
 from quantflow.recovery.compensation import compensate
+from quantflow.recovery.given import check_calibrated, draw, within_memory
+from quantflow.recovery.originals import restored
 from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
-from quantflow.recovery.walk import outputs, peak_bytes
-
-_MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
+from quantflow.recovery.walk import outputs
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,10 @@ def recover(
         QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, or a batch does not
             fit it.
     """
-    _check(graph)
+    check_calibrated(graph, "recover")
     current = adopt(graph).eval()
-    fit, judge = _parted(
-        current, data if isinstance(data, Sample) else Sample.drawn(current, data, stage="recover", inputs=inputs)
-    )
-    reference = outputs(current, judge, integers=False)
+    fit, judge = _parted(current, draw(current, data, stage="recover", inputs=inputs))
+    reference = outputs(restored(current), judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
 
     def attempt(name: str, make: Any) -> None:
@@ -110,18 +107,13 @@ def recover(
     return Recovered(current.train(graph.training), tuple(steps))
 
 
-def _parted(graph: GraphModule, sample: Sample) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
     """What to fit to, as much as memory holds, and every fourth batch to judge by; both the whole where there is but one."""
-    drawn = sample.batches()
-    if not drawn:
-        remedy = "pass at least one batch; a Sample is filled by qf.calibrate(graph, data, sample=sample)"
-        raise QuantflowError("recover", "there is no data", node="data", remedy=remedy)
-    held = max(2, int(_MEMORY / (2 * peak_bytes(graph, drawn[0]))))
     if len(drawn) == 1:
         return drawn, drawn
     every = min(4, len(drawn))
     fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
-    return fit[:held], drawn[every - 1 :: every]
+    return within_memory(graph, fit), drawn[every - 1 :: every]
 
 
 def _prices(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> Sensitivity | None:
@@ -142,17 +134,3 @@ def _sqnr(graph: GraphModule, judge: Sequence[Inputs], reference: list[list[torc
         ratios.append(signal_to_noise(torch.cat([t.flatten() for t in theirs]), torch.cat([t.flatten() for t in ours])))
     finite = [r for r in ratios if math.isfinite(r)]
     return sum(finite) / len(finite) if finite else math.inf
-
-
-def _check(graph: Any) -> None:
-    observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
-    if not observers:
-        remedy = "call qf.prepare(graph, quantizer) and qf.calibrate first"
-        raise QuantflowError("recover", "the graph was not prepared", node="graph", remedy=remedy)
-    for name, observer in observers.items():
-        if is_fake_quantizer(observer):
-            remedy = "recovery is for PTQ; a graph prepared with qat=True recovers by qf.train"
-            raise QuantflowError("recover", "the graph is prepared for training", node=name, remedy=remedy)
-        if not has_seen_data(observer):
-            remedy = "call qf.calibrate(graph, data) first"
-            raise QuantflowError("recover", "the graph was not calibrated", node=name, remedy=remedy)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from quantflow.observation import observer_of
 from quantflow.recovery.layers import Layer, quantized_layers
+from quantflow.recovery.originals import attribute, original
 from quantflow.recovery.sample import Inputs
-from quantflow.recovery.walk import Values, attribute, evaluate, float_outputs, has_grid, last_reads
+from quantflow.recovery.walk import Values, evaluate, float_outputs, has_grid, last_reads
 
 BINS = 1024
 ROWS = 256  # a layer's rows for each example
@@ -106,7 +107,7 @@ def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> A
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
         return x.detach().clone().requires_grad_() if floating else x
     if node.op == "get_attr":
-        return attribute(graph, node)
+        return original(node, attribute(graph, node))
     if node.op == "call_function":
         return evaluate(node, values)
     if observer_of(node, graph) is not None:

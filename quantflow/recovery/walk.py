@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
+from quantflow.biases import as_converted
 from quantflow.observation import observer_of, qparams_of
+from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.recovery.originals import attribute
 from quantflow.rounding import round_to_grid
 
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
@@ -63,6 +67,11 @@ def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
         return x
     else:
         scale, zero_point = qparams_of(observer)
+    if isinstance(observer, PerGroupMinMaxObserver):  # the groups of a weight are rows of their own
+        rows, scale, zero_point = x.reshape(-1, observer.group), scale.reshape(-1), zero_point.reshape(-1)
+        return round_to_grid(
+            rows, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, 0
+        ).reshape(x.shape)
     axis = int(observer.ch_axis) if observer.qscheme in PER_CHANNEL else 0
     if observer.qscheme not in PER_CHANNEL:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
@@ -75,50 +84,73 @@ def has_grid(observer: nn.Module) -> bool:
     return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
 
 
-@torch.no_grad()
+def steps(
+    graph: GraphModule, batch: tuple, *, integers: bool = False, known: Values | None = None
+) -> Iterator[tuple[Node, Values]]:
+    """Run ``graph`` on one batch: each node in turn, the ``output`` last, with the values that live then.
+
+    Args:
+        graph: A captured or prepared graph.
+        batch: Its flat inputs.
+        integers: Quantize what its observers will.
+        known: Values that need not be computed.
+    """
+    dead, given = last_reads(graph.graph), iter(batch)
+    values: Values = {}
+    for node in graph.graph.nodes:
+        if known is not None and node in known:
+            values[node] = known[node]
+        elif node.op != "output":
+            values[node] = _value(graph, node, values, given, integers)
+        yield node, values
+        for read in dead.get(node, ()):
+            values.pop(read, None)
+
+
+class Simulation:
+    """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
+
+    Observers learn nothing from it. Returns all that the graph returns, flat.
+    """
+
+    @torch.no_grad()
+    def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
+        self.graph, self.integers = graph, integers
+        self.constants = {
+            node: quantized(observer, tensor_of(graph, node.args[0]))
+            for node in graph.graph.nodes
+            if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
+        }
+        if integers:
+            self.constants |= as_converted(graph)
+
+    @torch.no_grad()
+    def __call__(self, *batch: Any) -> list[Any]:
+        result: list[Any] = []
+        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants):
+            if node.op == "output":
+                result = returned(node, values)
+        return result
+
+
 def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
     """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
-    dead = last_reads(graph.graph)
-    weights = {
-        node: quantized(observer, tensor_of(graph, node.args[0]))
-        for node in graph.graph.nodes
-        if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
-    }
-    found = []
-    for batch in batches:
-        given, result = iter(batch), []
-        values: Values = {}
-        for node in graph.graph.nodes:
-            if node.op == "output":
-                result = float_outputs(node, values)
-            elif node in weights:
-                values[node] = weights[node]
-            else:
-                values[node] = _value(graph, node, values, given, integers)
-            for read in dead.get(node, ()):
-                values.pop(read, None)
-        found.append(result)
-    return found
+    simulation = Simulation(graph, integers=integers)
+    return [_floats(simulation(*batch)) for batch in batches]
 
 
 @torch.no_grad()
 def peak_bytes(graph: GraphModule, batch: tuple) -> int:
     """The most memory that values of the float network take at one time for ``batch``."""
-    dead, given, most = last_reads(graph.graph), iter(batch), 1
-    values: Values = {}
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            break
-        values[node] = _value(graph, node, values, given, False)
-        if node.op != "get_attr":
+    most = 1
+    for node, values in steps(graph, batch):
+        if node.op not in ("get_attr", "output"):
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for n, t in values.items()
                 if isinstance(t, torch.Tensor) and n.op != "get_attr"
             }
             most = max(most, sum(storages.values()))
-        for read in dead.get(node, ()):
-            values.pop(read, None)
     return most
 
 
@@ -136,21 +168,15 @@ def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers:
     return quantized(observer, args[0]) if integers else args[0]
 
 
-def attribute(graph: GraphModule, node: Node) -> Any:
-    """What the ``get_attr`` node reads: a tensor, without its gradient, or a submodule."""
-    found = tensor_of(graph, node)
-    return found.detach() if isinstance(found, torch.Tensor) else found
+def returned(output: Node, values: Values) -> list[Any]:
+    """What the ``output`` node returns, flat."""
+    return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
 
 
 def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:
     """The float tensors among what the ``output`` node returns."""
-    returned: list[torch.Tensor] = []
+    return _floats(returned(output, values))
 
-    def keep(node: Node) -> Node:
-        value = values[node]
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            returned.append(value)
-        return node
 
-    map_arg(output.args, keep)
-    return returned
+def _floats(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

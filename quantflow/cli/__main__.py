@@ -1,0 +1,5 @@
+"""``python -m quantflow.cli``, for an environment whose scripts are not on the path."""
+
+from quantflow.cli import main
+
+main(prog_name="quantflow")

@@ -1,0 +1,38 @@
+"""The float network that a prepared graph was before recovery moved its weights: what every pass measures against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.parameters import set_tensor, tensor_of
+
+ORIGINAL = "quantflow_original"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
+
+
+def attribute(graph: GraphModule, read: Node) -> Any:
+    """What the ``get_attr`` node reads now: a tensor, without its gradient, or a submodule."""
+    found = tensor_of(graph, read)
+    return found.detach() if isinstance(found, torch.Tensor) else found
+
+
+def original(read: Node, now: Any) -> Any:
+    """What the ``get_attr`` node read before recovery, given what it reads ``now``."""
+    return read.meta[ORIGINAL].to(now.device) if ORIGINAL in read.meta else now
+
+
+def restored(graph: GraphModule) -> TrainableGraphModule:
+    """A copy of ``graph`` with every weight and bias as it was before recovery."""
+    before = adopt(graph)
+    for node in before.graph.nodes:
+        if ORIGINAL in node.meta:
+            set_tensor(before, str(node.target), original(node, attribute(before, node)).clone(), parameter=True)
+    return before
+
+
+def keep_original(read: Node, now: torch.Tensor) -> None:
+    """Remember what the ``get_attr`` node reads ``now``, unless an earlier pass did."""
+    read.meta.setdefault(ORIGINAL, now.detach())

@@ -1,0 +1,103 @@
+"""The float network and the integer network side by side, stopping at every layer: what corrections are fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+from quantflow.observation import observer_of
+from quantflow.recovery.layers import Layer
+from quantflow.recovery.originals import attribute, original
+from quantflow.recovery.sample import Inputs
+from quantflow.recovery.walk import Values, evaluate, last_reads, quantized
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The walk at a layer.
+
+    Attributes:
+        layer: The layer.
+        floats: For each batch, the values of the float network, the layer's output among them.
+        integers: For each batch, those of the integer network, the layer's quantized inputs and weight among them.
+    """
+
+    layer: Layer
+    floats: list[Values]
+    integers: list[Values]
+
+
+@torch.no_grad()
+def side_by_side(
+    graph: GraphModule, sample: Sequence[Inputs], layers: dict[Node, Layer], *, title: str, progress: bool
+) -> Iterator[Stop]:
+    """Walk ``graph`` as both networks, stopping at each of ``layers``.
+
+    At a stop the weight, its observer and the bias may be changed in ``graph``: the integer network goes on with what is there
+    then, the float network with the output that it has.
+
+    Args:
+        graph: A prepared and calibrated graph; the caller recompiles what it changed.
+        sample: Batches of flat inputs; all are held at once, in both networks.
+        layers: What :func:`quantflow.recovery.layers.quantized_layers` found.
+        title: Of the progress bar.
+        progress: Show it.
+    """
+    weights = {layer.weight for layer in layers.values()}
+    dead = last_reads(graph.graph)
+    floats: list[Values] = [{} for _ in sample]
+    integers: list[Values] = [{} for _ in sample]
+    given = [iter(batch) for batch in sample]
+    bar = tqdm(total=len(layers), desc=title, unit="layer", disable=not progress, leave=False)
+    for node in list(graph.graph.nodes):
+        if node.op == "output":
+            break
+        for batch, (reference, values) in enumerate(zip(floats, integers, strict=True)):
+            if node.op == "placeholder":
+                reference[node] = values[node] = next(given[batch])
+            elif node.op == "get_attr":
+                values[node] = attribute(graph, node)
+                reference[node] = original(node, values[node])
+            elif node in weights and batch:
+                reference[node], values[node] = floats[0][node], integers[0][node]
+            elif node.op == "call_module":
+                _call(graph, node, reference, values)
+            else:
+                same = all(reference[n] is values[n] for n in node.all_input_nodes)
+                reference[node] = evaluate(node, reference)
+                if node not in layers:
+                    values[node] = reference[node] if same else evaluate(node, values)
+        if node in layers:
+            yield Stop(layers[node], floats, integers)
+            _reread(graph, layers[node], integers)
+            bar.update()
+        for values in (*floats, *integers):
+            for read in dead.get(node, ()):
+                values.pop(read, None)
+    bar.close()
+
+
+def _call(graph: GraphModule, node: Node, reference: Values, values: Values) -> None:
+    observer = observer_of(node, graph)
+    if observer is None:
+        module = graph.get_submodule(str(node.target))
+        for env in (reference, values):
+            env[node] = module(*(env[n] for n in node.all_input_nodes))
+        return
+    observed: Node = node.args[0]  # type: ignore[assignment]
+    reference[node] = reference[observed]
+    values[node] = quantized(observer, values[observed])
+
+
+def _reread(graph: GraphModule, layer: Layer, integers: list[Values]) -> None:
+    """The layer's output in the integer network, of the weight and bias that ``graph`` has now."""
+    weight = quantized(observer_of(layer.weight, graph), attribute(graph, layer.weight.args[0]))  # type: ignore[arg-type]
+    for values in integers:
+        values[layer.weight] = weight
+        if layer.bias is not None:
+            values[layer.bias] = attribute(graph, layer.bias)
+        values[layer.node] = evaluate(layer.node, values)

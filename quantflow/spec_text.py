@@ -1,0 +1,45 @@
+"""Which serialised pytree specs are read: those that name nothing to import, since a program may come from anyone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_FACTORIES = {"list", "dict", "int", "float", "set"}
+
+
+def spec_is_plain(text: str) -> bool:
+    """Whether reading ``text`` with ``torch.utils._pytree.treespec_loads`` imports no module by name.
+
+    It does for keys that are enumerations, and for the factory of a ``defaultdict``: builtin factories are plain.
+    """
+    try:
+        _, spec = json.loads(text)
+        return _plain(spec)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _plain(spec: dict[str, Any]) -> bool:
+    context = spec["context"]
+    if spec["type"] == "collections.defaultdict":
+        factory = (context["default_factory_module"], context["default_factory_name"])
+        if factory[0] != "builtins" or factory[1] not in _FACTORIES:
+            return False
+    return not _names_enumeration(_unwrapped(context)) and all(_plain(child) for child in spec["children_spec"])
+
+
+def _unwrapped(context: Any) -> Any:
+    """A context is JSON inside JSON; the enumerations would be made while the inner one is read."""
+    if not isinstance(context, str):
+        return context
+    try:
+        return json.loads(context)
+    except ValueError:
+        return context
+
+
+def _names_enumeration(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "__enum__" in value or any(_names_enumeration(v) for v in value.values())
+    return isinstance(value, list) and any(_names_enumeration(v) for v in value)

@@ -1,0 +1,191 @@
+"""Programs that can't be trusted: whatever the bytes, an error that says so, no crash and nothing of theirs run."""
+
+import contextlib
+import json
+import pickle
+import random
+import sys
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import ConvNet, Structured, randomize_statistics
+
+import quantflow as qf
+from quantflow import pte
+from quantflow.cli import main
+from quantflow.pte.tables import Reader
+from quantflow.spec_text import spec_is_plain
+
+
+@pytest.fixture(scope="module")
+def portable():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    return qf.export(randomize_statistics(ConvNet()).eval(), (x,)).to_core_aten().to_edge(None).to_executorch()
+
+
+def test_what_is_read_is_what_the_runtime_says(portable):
+    model, x, y = Structured().eval(), torch.randn(2, 8), torch.randn(2, 4)
+    batch = torch.export.Dim("batch", max=6)
+    shapes = {"x": {0: batch}, "y": {0: batch}}
+    delegated = qf.export(model, (x,), {"y": y}, dynamic_shapes=shapes).to_core_aten().to_edge("xnnpack")
+    for program in (portable, delegated.to_executorch()):
+        contents = pte.read(program.buffer)
+        forward, meta = contents.methods["forward"], program._program.metadata("forward")
+        assert set(contents.methods) == set(program._program.method_names)
+        assert len(forward.inputs) == meta.num_inputs()
+        for i, given_ in enumerate(forward.inputs):
+            assert given_.shape == tuple(meta.input_tensor_meta(i).sizes())
+        assert [t.shape for t in forward.outputs] == [
+            tuple(meta.output_tensor_meta(i).sizes()) for i in range(meta.num_outputs())
+        ]
+        computed = (
+            program.delegation.portable.total() - program.delegation.portable["aten::view_copy"]
+        )  # a view in place
+        assert forward.kernels.total() == computed
+        assert forward.delegates.total() == program.delegation.calls
+        assert qf.Program.from_buffer(program.buffer).signature == program.signature
+    assert [t.dynamic for t in forward.inputs] == [True, True]
+
+
+def test_no_truncation_is_taken_for_a_program(portable, tmp_path):
+    whole = portable.buffer
+    for size in [*range(0, len(whole), 97), len(whole) - 1]:
+        with pytest.raises(qf.QuantflowError) as caught:
+            qf.inspect(whole[:size])
+        assert caught.value.stage == "runtime"
+    path = tmp_path / "cut.pte"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(qf.QuantflowError, match=r"cut\.pte"):
+        qf.load(path)
+
+
+@given(st.binary(max_size=400), st.booleans())
+def test_random_bytes_are_refused(content, headed):
+    buffer = b"\x08\x00\x00\x00ET12" + content if headed else content
+    with pytest.raises(qf.QuantflowError):
+        pte.read(buffer)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_damaged_programs_are_read_or_refused(portable, seed):
+    numbers, buffer = random.Random(seed), bytearray(portable.buffer)
+    for _ in range(numbers.choice([1, 4, 64])):
+        buffer[numbers.randrange(len(buffer))] = numbers.randrange(256)
+    with contextlib.suppress(qf.QuantflowError):
+        pte.read(bytes(buffer))
+
+
+def test_a_small_file_can_not_describe_a_huge_program():
+    """Vectors that all point at one table, level upon level: reading ends, by an error."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(0)
+    builder.StartObject(1)
+    instruction = builder.EndObject()
+    parts = [instruction] * 30_000
+    for field, fields in ((2, 3), (5, 9)):  # a chain of instructions, a plan of chains
+        builder.StartVector(4, len(parts), 4)
+        for part in parts:
+            builder.PrependUOffsetTRelative(part)
+        vector = builder.EndVector()
+        builder.StartObject(fields)
+        builder.PrependUOffsetTRelativeSlot(field, vector, 0)
+        parts = [builder.EndObject()] * (30_000 if field == 2 else 1)
+    builder.StartVector(4, 1, 4)
+    builder.PrependUOffsetTRelative(parts[0])
+    plans = builder.EndVector()
+    builder.StartObject(2)
+    builder.PrependUOffsetTRelativeSlot(1, plans, 0)
+    builder.Finish(builder.EndObject(), b"ET12")
+    with pytest.raises(qf.QuantflowError, match="more tables than a program has"):
+        pte.read(bytes(builder.Output()))
+
+
+class _Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_called_pte_is_not_opened(tmp_path, protocol):
+    path, canary = tmp_path / "model.pte", tmp_path / "canary"
+    path.write_bytes(pickle.dumps(_Canary(canary), protocol))
+    for look in (qf.load, qf.inspect):
+        with pytest.raises(qf.QuantflowError, match="not an ExecuTorch program"):
+            look(path)
+    result = CliRunner().invoke(main, ["inspect", str(path), "--json"])
+    assert result.exit_code == 3
+    assert not canary.exists()
+    torch.save({"a": 1}, path)
+    with pytest.raises(qf.QuantflowError, match="zip archive"):
+        qf.inspect(path)
+
+
+def test_what_crashes_the_runtime_is_told_here(portable, tmp_path):
+    """The file is well formed; only the runtime finds out that a number is none, and aborts."""
+    buffer = bytearray(portable.buffer)
+    for plan in Reader(bytes(buffer)).root().tables(1):
+        for value in plan.tables(2):
+            if value.number(0, "B") == 2:  # an integer ...
+                buffer[value._place(0)] = 1  # ... is nothing now
+    path = tmp_path / "hostile.pte"
+    path.write_bytes(buffer)
+    assert qf.inspect(path, load=False).methods[0].kernels
+    with pytest.raises(qf.QuantflowError, match=r"hostile\.pte: the runtime crashes on it: SIGABRT"):
+        qf.inspect(path)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_flipped_bytes_do_not_reach_this_process(portable, seed):
+    """What the runtime makes of damaged constants and tables is told, and that is all."""
+    numbers, buffer = random.Random(seed), bytearray(portable.buffer)
+    while True:  # as far as the reader in plain Python lets them pass
+        for _ in range(16):
+            buffer[numbers.randrange(40, len(buffer))] ^= 1 << numbers.randrange(8)
+        try:
+            pte.read(bytes(buffer))
+            break
+        except qf.QuantflowError:
+            buffer = bytearray(portable.buffer)
+    with contextlib.suppress(qf.QuantflowError):
+        assert qf.inspect(bytes(buffer)).refused is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "context"),
+    [
+        (
+            "collections.defaultdict",
+            {"default_factory_module": "os", "default_factory_name": "system", "dict_context": []},
+        ),
+        ("builtins.dict", json.dumps([{"__enum__": True, "fqn": "this:d", "name": "a"}])),
+        ("builtins.dict", '[{"\\u005f_enum__": true, "fqn": "this:d", "name": "a"}]'),
+    ],
+)
+def test_a_signature_imports_nothing(kind, context):
+    hostile = json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
+    text = json.dumps({"inputs": [], "in_spec": hostile, "out_spec": hostile})
+    from executorch.exir import to_edge
+
+    exported = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    program = to_edge(exported, constant_methods={pte.SIGNATURE_METHOD: text}).to_executorch()
+    assert qf.Program.from_buffer(program.buffer).signature.out_spec is None
+    assert "this" not in sys.modules
+
+
+def test_plain_structures_are_read():
+    from collections import OrderedDict, defaultdict, deque
+
+    nested = {"a": (1, [2]), "b": OrderedDict(c=deque([3])), "d": defaultdict(list, {"e": 4})}
+    text = pytree.treespec_dumps(pytree.tree_structure(nested))
+    assert spec_is_plain(text)
+    assert not spec_is_plain("[1]")
