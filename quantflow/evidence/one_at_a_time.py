@@ -18,7 +18,7 @@ from tqdm import tqdm
 from quantflow.batches import PickInputs
 from quantflow.evidence.layers import layers_of, observers_in
 from quantflow.evidence.partial import PartialNetwork
-from quantflow.evidence.statistics import decibel
+from quantflow.metrics import decibels
 from quantflow.recovery.given import check_calibrated, draw
 from quantflow.recovery.sample import Sample
 
@@ -90,8 +90,8 @@ def sensitivity(
     check_calibrated(prepared, "sensitivity")
     drawn = draw(prepared, data, stage="sensitivity", inputs=inputs)[:batches]
     layers, every = layers_of(prepared), frozenset(observers_in(prepared))
-    total = _Noise()
-    alone, others = ({layer.name: _Noise() for layer in layers} for _ in range(2))
+    total = OutputNoise()
+    alone, others = ({layer.name: OutputNoise() for layer in layers} for _ in range(2))
     bar = tqdm(total=len(drawn) * len(layers), desc="sensitivity", unit="layer", disable=not progress, leave=False)
     for batch in drawn:
         base = PartialNetwork(prepared, batch, ())
@@ -106,21 +106,26 @@ def sensitivity(
     return Sensitivities(total.sqnr, tuple(sorted(costs, key=lambda cost: cost.to_integers)))
 
 
-class _Noise:
+class OutputNoise:
     """Signal and noise of each output, summed over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[int, list[float]] = {}
 
     def add(self, exact: Collection[torch.Tensor], found: Collection[torch.Tensor]) -> None:
+        """Count the outputs of one batch, without and with noise."""
         for index, (ours, theirs) in enumerate(zip(exact, found, strict=True)):
             sums = self.sums.setdefault(index, [0.0, 0.0])
             sums[0] += float(ours.double().square().sum())
             sums[1] += float((theirs - ours).double().square().sum())
 
     @property
-    def sqnr(self) -> float:
-        """Of the mean over outputs, each in its own unit, dB."""
+    def mean(self) -> float:
+        """The noise of an output in units of its own power, the mean over outputs."""
         shares = [noise / signal for signal, noise in self.sums.values() if signal > 0]
-        mean = sum(shares) / len(shares) if shares else 0.0
-        return math.inf if mean == 0 else -decibel(mean)
+        return sum(shares) / len(shares) if shares else 0.0
+
+    @property
+    def sqnr(self) -> float:
+        """The same as signal to noise, dB."""
+        return decibels(1.0, self.mean)
