@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from quantflow.quantize import Result, quantize
     from quantflow.recovery import Sample
     from quantflow.recovery.recover import Recovered, recover
+    from quantflow.search.found import Found
+    from quantflow.search.search import search
     from quantflow.training import Checkpoints, Distillation, History, Schedule, train
     from quantflow.verification.figures import Verification
     from quantflow.verification.verify import verify
@@ -54,6 +56,7 @@ _HOMES = {
     "program": ("Program", "load"),
     "quantize": ("Result", "quantize"),
     "recovery": ("Recovered", "Sample", "recover"),
+    "search": ("Found", "search"),
     "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
     "verification": ("Verification", "verify"),
 }
@@ -67,6 +70,7 @@ __all__ = [
     "Distillation",
     "Exported",
     "FakeQuantize",
+    "Found",
     "History",
     "Inspection",
     "LearnedStepSize",
@@ -89,6 +93,7 @@ __all__ = [
     "prepare",
     "quantize",
     "recover",
+    "search",
     "sensitivity",
     "train",
     "verify",

@@ -38,6 +38,7 @@ class RuleQuantizer(Quantizer):
     rules: Sequence[Rule] = ()
     rewrites: Mapping[Any, Rewrite] = {}
     float_kernels: FloatKernels | None = None
+    precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # what a search chooses from
 
     def __init__(
         self,

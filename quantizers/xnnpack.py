@@ -16,7 +16,7 @@ from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, valu
 from quantizers.rewrites import REWRITES, Rewrite
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
-from quantizers.scheme import Scheme
+from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
 from quantizers.volumes import VOLUME_REWRITES
 from quantizers.xnnpack_float import XNNPACK_FLOAT
 
@@ -178,6 +178,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     rules = XNNPACK_RULES
     rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES}
     float_kernels = XNNPACK_FLOAT
+    precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """What XNNPACK would compute wrongly, or not load."""

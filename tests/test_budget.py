@@ -130,7 +130,7 @@ def test_partial_networks_are_float_and_integers_at_the_ends():
     none, whole = PartialNetwork(prepared, [x], ()), PartialNetwork(prepared, [x], every)
     with torch.no_grad():
         torch.testing.assert_close(none.returned[0], model(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(whole.returned[0], qf.convert(prepared)(x), rtol=1e-5, atol=1e-6)
+        assert sqnr(qf.convert(prepared)(x), whole.returned[0]) > 50  # biases are whole numbers there
     for layer in layers_of(prepared):
         for network, active in ((none, layer.observers), (whole, every - layer.observers)):
             again = PartialNetwork(prepared, [x], active).returned

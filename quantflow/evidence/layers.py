@@ -69,11 +69,16 @@ def still_quantized(graph: GraphModule, floating: Collection[str]) -> frozenset[
     kept = set()
     for node in observers_in(graph):
         near = set(node.users)
-        if not is_constant(node.args[0]):
+        if not _of_readers(node, graph):
             near.add(_behind_clamps(node.args[0]))
         if any(layer_name(n) in names for n in near if computes(n)):
             kept.add(node)
     return frozenset(kept)
+
+
+def _of_readers(node: Node, graph: GraphModule) -> bool:
+    """Whether an observer call belongs to what reads it: on a weight, or with a range taken at run time."""
+    return is_constant(node.args[0]) or bool(getattr(observer_of(node, graph), "is_dynamic", False))
 
 
 def _behind_clamps(node: Node) -> Node:  # type: ignore[return]

@@ -16,11 +16,10 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow.batches import PickInputs
-from quantflow.errors import QuantflowError
 from quantflow.evidence.layers import layers_of, observers_in
 from quantflow.evidence.partial import PartialNetwork
-from quantflow.evidence.statistics import decibel
-from quantflow.observation import has_seen_data, observers_of
+from quantflow.metrics import decibels
+from quantflow.recovery.given import check_calibrated, draw
 from quantflow.recovery.sample import Sample
 
 
@@ -71,7 +70,7 @@ def sensitivity(
     data: Sample | Iterable[Any],
     *,
     inputs: PickInputs | None = None,
-    examples: int = 32,
+    batches: int = 4,
     progress: bool = True,
 ) -> Sensitivities:
     """Quantize each layer alone, and all layers but it; measure the network's outputs each time, in simulation.
@@ -82,20 +81,17 @@ def sensitivity(
         prepared: A prepared and calibrated graph (PTQ), before :func:`quantflow.recover`, which writes rounded weights.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
-        examples: On how many examples to measure.
+        batches: On how many batches, of at most 8 examples each, to measure.
         progress: Show a progress bar.
 
     Raises:
         QuantflowError: at stage ``"sensitivity"``, when the graph is not prepared or not calibrated, or there is no data.
     """
-    _check(prepared)
-    sample = data if isinstance(data, Sample) else Sample.drawn(prepared, data, stage="sensitivity", inputs=inputs)
-    drawn = sample.batches(examples)
-    if not drawn:
-        raise QuantflowError("sensitivity", "there is no data", node="data", remedy="pass at least one batch")
+    check_calibrated(prepared, "sensitivity")
+    drawn = draw(prepared, data, stage="sensitivity", inputs=inputs)[:batches]
     layers, every = layers_of(prepared), frozenset(observers_in(prepared))
-    total = _Noise()
-    alone, others = ({layer.name: _Noise() for layer in layers} for _ in range(2))
+    total = OutputNoise()
+    alone, others = ({layer.name: OutputNoise() for layer in layers} for _ in range(2))
     bar = tqdm(total=len(drawn) * len(layers), desc="sensitivity", unit="layer", disable=not progress, leave=False)
     for batch in drawn:
         base = PartialNetwork(prepared, batch, ())
@@ -110,32 +106,26 @@ def sensitivity(
     return Sensitivities(total.sqnr, tuple(sorted(costs, key=lambda cost: cost.to_integers)))
 
 
-class _Noise:
+class OutputNoise:
     """Signal and noise of each output, summed over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[int, list[float]] = {}
 
     def add(self, exact: Collection[torch.Tensor], found: Collection[torch.Tensor]) -> None:
+        """Count the outputs of one batch, without and with noise."""
         for index, (ours, theirs) in enumerate(zip(exact, found, strict=True)):
             sums = self.sums.setdefault(index, [0.0, 0.0])
             sums[0] += float(ours.double().square().sum())
             sums[1] += float((theirs - ours).double().square().sum())
 
     @property
-    def sqnr(self) -> float:
-        """Of the mean over outputs, each in its own unit, dB."""
+    def mean(self) -> float:
+        """The noise of an output in units of its own power, the mean over outputs."""
         shares = [noise / signal for signal, noise in self.sums.values() if signal > 0]
-        mean = sum(shares) / len(shares) if shares else 0.0
-        return math.inf if mean == 0 else -decibel(mean)
+        return sum(shares) / len(shares) if shares else 0.0
 
-
-def _check(graph: Any) -> None:
-    observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
-    if not observers:
-        remedy = "call qf.prepare(graph, quantizer) and qf.calibrate first"
-        raise QuantflowError("sensitivity", "the graph was not prepared", node="graph", remedy=remedy)
-    for name, observer in observers.items():
-        if not has_seen_data(observer):
-            remedy = "call qf.calibrate(graph, data) first"
-            raise QuantflowError("sensitivity", "the graph was not calibrated", node=name, remedy=remedy)
+    @property
+    def sqnr(self) -> float:
+        """The same as signal to noise, dB."""
+        return decibels(1.0, self.mean)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch.fx import GraphModule
 
-from quantflow.batches import PickInputs, batches
 from quantflow.distributed import gathered, world_size
 from quantflow.errors import QuantflowError
 from quantflow.signature import DynamicDim, Input, Signature
@@ -34,15 +31,6 @@ class Sample:
         self._seen = 0
         self._cut: list[bool] = []  # which inputs hold one row for each example
         self._random = torch.Generator().manual_seed(0)
-
-    @classmethod
-    def drawn(cls, graph: GraphModule, data: Iterable[Any], *, stage: str, inputs: PickInputs | None = None) -> Sample:
-        """A sample of batches that fit ``graph``, on its device; ``stage`` is named in errors."""
-        sample, signature = cls(), Signature.of_graph(graph)
-        device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
-        for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
-            sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
-        return sample
 
     def add(self, flat: Sequence[Any], signature: Signature) -> None:
         """Draw from a batch of flat inputs of a graph with ``signature``."""

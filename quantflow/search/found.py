@@ -1,0 +1,79 @@
+"""What a search found: the precision of each layer, what was predicted and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantflow.errors import QuantflowError
+from quantflow.metrics import decibels
+from quantflow.quantize import Result
+from quantflow.search.choices import Choice, Table
+
+
+@dataclass(frozen=True)
+class Found:
+    """Mixed precision under a limit. ``print`` shows the table.
+
+    Attributes:
+        result: The program that was built, as :func:`quantflow.quantize` returns it.
+        chosen: The choice for each layer.
+        table: All choices, with what each was measured to cost.
+        frontier: The best choices for other sizes, the smallest first.
+    """
+
+    result: Result = field(repr=False)
+    chosen: tuple[Choice, ...]
+    table: Table = field(repr=False)
+    frontier: tuple[tuple[Choice, ...], ...] = field(repr=False)
+
+    def points(self) -> list[tuple[int, float]]:
+        """Predicted bytes and signal to noise, dB, along the frontier."""
+        totals = (self.table.total(chosen) for chosen in self.frontier)
+        return [(size, decibels(1.0, noise)) for noise, size, _ in totals]
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the frontier, and where this choice lies, to an image file; the ending says which kind.
+
+        Raises:
+            QuantflowError: at stage ``"search"``, without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            remedy = "pip install 'quantflow[plots]'"
+            raise QuantflowError("search", "pictures need matplotlib", node="plot", remedy=remedy) from error
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        points = [(size / 1000, sqnr) for size, sqnr in self.points() if math.isfinite(sqnr)]
+        axes.step(*zip(*points, strict=True), where="post", marker="o", label="best for its size")
+        noise, size, _ = self.table.total(self.chosen)
+        axes.plot([size / 1000], [decibels(1.0, noise)], marker="*", markersize=14, linestyle="", label="chosen")
+        axes.set_xlabel("predicted size of the .pte, kB")
+        axes.set_ylabel("predicted signal to noise, dB")
+        axes.legend()
+        figure.savefig(path)
+        return Path(path)
+
+    def to_json(self) -> str:
+        """The choices, the table and the frontier."""
+        noise, size, time = self.table.total(self.chosen)
+        record: dict[str, Any] = {
+            "precisions": {c.layer: c.precision for c in self.chosen},
+            "predicted": {"noise": noise, "bytes": size, "ms": time},
+            "bytes": len(self.result.program.buffer),
+            "table": asdict(self.table),
+            "frontier": [{c.layer: c.precision for c in chosen} for chosen in self.frontier],
+        }
+        return json.dumps(record, indent=2)
+
+    def __str__(self) -> str:
+        width = max(len(c.layer) for c in self.chosen)
+        lines = [f"{c.layer:<{width}}  {c.precision:<8}  {decibels(1.0, c.noise):>6.1f} dB" for c in self.chosen]
+        noise, size, time = self.table.total(self.chosen)
+        predicted = f"predicted: {decibels(1.0, noise):.1f} dB, {size:,} bytes, {time:.3f} ms"
+        return "\n".join([*lines, predicted, f"built: {len(self.result.program.buffer):,} bytes"])

@@ -1,0 +1,119 @@
+"""Measuring the choices: noise in simulation, size and latency by differences between real programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from quantflow import latency
+from quantflow.batches import PickInputs
+from quantflow.calibrate import calibrate
+from quantflow.convert import convert
+from quantflow.errors import QuantflowError
+from quantflow.evidence.layers import Within, layer_name, layers_of
+from quantflow.evidence.one_at_a_time import OutputNoise
+from quantflow.evidence.partial import PartialNetwork
+from quantflow.export import export
+from quantflow.prepare import prepare
+from quantflow.program import Program
+from quantflow.recovery.given import draw
+from quantflow.recovery.sample import Sample
+from quantflow.search.choices import Choice, Table
+
+_BATCHES = 4  # of at most 8 examples, to measure noise on
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched: the captured graph, example inputs, data and the quantizer."""
+
+    graph: GraphModule
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] | None
+    data: Iterable[Any]
+    quantizer: Any
+    delegate: Any
+    inputs: PickInputs | None
+
+    def calibrated(self, quantizer: Any) -> tuple[GraphModule, Sample]:
+        """The graph prepared by ``quantizer`` and calibrated, and a sample of the data."""
+        sample = Sample()
+        prepared = prepare(self.graph, quantizer)
+        return calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=False), sample
+
+    def program(self, quantizer: Any) -> Program:
+        """The program that ``quantizer`` leads to."""
+        converted = convert(self.calibrated(quantizer)[0])
+        return export(converted, self.args, self.kwargs).to_core_aten().to_edge(self.delegate).to_executorch()
+
+    def milliseconds(self, program: Program) -> float:
+        """The median of a call on the example inputs."""
+        threads = torch.get_num_threads()
+        return latency.measure(lambda: program(*self.args, **(self.kwargs or {})), rows=1, threads=threads).median_ms
+
+
+def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, progress: bool) -> Table:
+    """The table of ``precisions``, each a scheme or None for float, for every layer with a quantized weight.
+
+    Args:
+        subject: What is searched.
+        precisions: By name. A layer has those that its backend computes.
+        timed: Whether to measure latency; otherwise it is 0.
+        progress: Show a progress bar.
+    """
+    own = _weighted(subject)
+    layers = list(own)
+    possible = {name: _possible(subject, scheme, layers) for name, scheme in precisions.items()}
+    noises = {name: _noises(subject, scheme, possible[name]) for name, scheme in precisions.items()}
+    base = subject.program(subject.quantizer)
+    base_time = subject.milliseconds(base) if timed else 0.0
+    choices = []
+    pairs = [(layer, name) for layer in layers for name in precisions if layer in possible[name]]
+    for layer, name in tqdm(pairs, desc="search", unit="program", disable=not progress, leave=False):
+        if own[layer] == precisions[name]:  # that is the program which differences are taken from
+            choices.append(Choice(layer, name, noises[name][layer], 0, 0.0))
+            continue
+        program = subject.program(subject.quantizer.overriding([(Within(layer), precisions[name])]))
+        time = subject.milliseconds(program) - base_time if timed else 0.0
+        choices.append(Choice(layer, name, noises[name][layer], len(program.buffer) - len(base.buffer), time))
+    return Table(tuple(choices), len(base.buffer), base_time)
+
+
+def _weighted(subject: Subject) -> dict[str, Any]:
+    """The layers with a weight that the quantizer quantizes, in graph order, each with its scheme."""
+    integer = subject.quantizer.plan(subject.graph).integer
+    found = {layer_name(d.node): d.scheme for d in integer if d.rule is not None and d.rule.weight is not None}
+    if not found:
+        remedy = "print(quantizer.plan(graph)) tells why"
+        raise QuantflowError("search", "no layer with weights is quantized", node="quantizer", remedy=remedy)
+    return found
+
+
+def _possible(subject: Subject, scheme: Any, layers: Sequence[str]) -> list[str]:
+    """Those of ``layers`` that can have ``scheme``."""
+    if scheme is None:
+        return list(layers)
+    plan = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers]).plan(subject.graph)
+    weighted = [d for d in plan.decisions if d.rule is not None and d.rule.weight is not None]
+    refused = {layer_name(d.node) for d in weighted if d.scheme != scheme}
+    return [layer for layer in layers if layer not in refused]
+
+
+def _noises(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, float]:
+    """The noise at the outputs of each of ``layers`` alone in ``scheme``, in units of the outputs' power."""
+    if scheme is None or not layers:
+        return dict.fromkeys(layers, 0.0)
+    quantizer = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers])
+    prepared, sample = subject.calibrated(quantizer)
+    observers = {layer.name: layer.observers for layer in layers_of(prepared)}
+    noises = {layer: OutputNoise() for layer in layers}
+    for batch in draw(prepared, sample, stage="search")[:_BATCHES]:
+        base = PartialNetwork(prepared, batch, ())
+        for layer, noise in noises.items():
+            noise.add(base.returned, base.outputs(observers[layer]))
+    return {layer: noise.mean for layer, noise in noises.items()}

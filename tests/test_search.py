@@ -1,0 +1,148 @@
+"""The search: exact on its table, within its limit on the program, and each cost a measured one."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import quantflow as qf
+from quantflow.search.choices import Choice, Table
+from quantflow.search.solve import frontier, solve
+from quantizers import DYNAMIC_W4, INT8, XNNPACKQuantizer
+
+
+def random_table(seed, sites):
+    random = np.random.default_rng(seed)
+    choices = []
+    for site in range(sites):
+        size, noise = random.integers(1000, 50000), 10.0 ** random.uniform(-6, -2)
+        for name, share, factor in (("float", 3.0, 0.0), ("int8", 0.0, 1.0), ("4-bit weights", -0.5, 200.0)):
+            factor *= random.uniform(0.5, 2)
+            choices.append(Choice(f"l{site}", name, noise * factor, int(share * size), share * random.uniform(0.1, 1)))
+    return Table(tuple(choices), 400_000, 12.0)
+
+
+def brute_force(table, max_bytes, max_ms):
+    """The least noise over every combination."""
+    totals = [np.zeros(1), np.full(1, float(table.size)), np.full(1, table.time)]
+    for layer in table.layers:
+        mine = [c for c in table.choices if c.layer == layer]
+        columns = ([c.noise for c in mine], [c.size for c in mine], [c.time for c in mine])
+        totals = [np.add.outer(t, np.array(c)).ravel() for t, c in zip(totals, columns, strict=True)]
+    noise, size, time = totals
+    allowed = (size <= (max_bytes or np.inf)) & (time <= (max_ms or np.inf))
+    return noise[allowed].min() if allowed.any() else None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_solution_is_that_of_brute_force_on_twelve_layers(seed):
+    table = random_table(seed, 12)
+    sizes = [c.size for c in table.choices]
+    low, high = table.size + sum(s for s in sizes if s < 0), table.size + sum(s for s in sizes if s > 0)
+    for max_bytes, max_ms in ((low * 0.7 + high * 0.3, None), (high * 0.95, 14.0), (None, 11.5), (table.size, None)):
+        found = solve(table, max_bytes=max_bytes, max_ms=max_ms)
+        noise, size, time = table.total(found)
+        assert [c.layer for c in found] == list(table.layers)
+        assert size <= (max_bytes or np.inf)
+        assert time <= (max_ms or np.inf) + 1e-9
+        assert noise <= brute_force(table, max_bytes, max_ms) * 1.01
+
+
+def test_the_frontier_rises_and_nothing_lies_above_it():
+    table = random_table(7, 6)
+    points = [table.total(chosen) for chosen in frontier(table)]
+    assert len(points) > 3
+    for (more, small, _), (less, large, _) in itertools.pairwise(points):
+        assert small < large
+        assert more > less
+    for noise, size, _ in points:
+        assert brute_force(table, size, None) == pytest.approx(noise)
+
+
+def test_a_limit_out_of_reach_is_told():
+    with pytest.raises(qf.QuantflowError, match="the least are"):
+        solve(random_table(0, 4), max_bytes=10)
+
+
+class Mixed(nn.Module):
+    """A convolution, which has no 4-bit kernel, and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.first, self.second, self.head = nn.Linear(256, 128), nn.Linear(128, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+@pytest.fixture(scope="module")
+def found():
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(64, 2, 8, 8)
+    whole = qf.quantize(model, (x[:1],), x.split(16), recover=False, progress=False)
+    limit = len(whole.program.buffer) - 8000
+    return model, x, limit, qf.search(model, (x[:1],), x.split(16), max_bytes=limit, recover=False, progress=False)
+
+
+def test_the_program_keeps_the_limit_and_is_as_large_as_predicted(found):
+    model, x, limit, search = found
+    size = len(search.result.program.buffer)
+    assert size <= limit
+    assert search.table.total(search.chosen)[1] == pytest.approx(size, rel=0.02)
+    precisions = {c.layer: c.precision for c in search.chosen}
+    assert "4-bit weights" in precisions.values()
+    assert precisions["conv"] != "4-bit weights"
+    assert not any(c.layer == "conv" and c.precision == "4-bit weights" for c in search.table.choices)
+    with torch.no_grad():
+        assert torch.isfinite(search.result.program(x[:1]) - model(x[:1])).all()
+
+
+def test_the_choice_is_within_one_percent_of_brute_force(found):
+    _, _, limit, search = found
+    assert search.table.total(search.chosen)[0] <= brute_force(search.table, limit, None) * 1.01
+
+
+def test_costs_are_measured_ones(found):
+    _, _, _, search = found
+    cost = {(c.layer, c.precision): c for c in search.table.choices}
+    assert cost["first", "int8"].size == 0
+    assert cost["first", "float"].size == pytest.approx(256 * 128 * 3, rel=0.1)
+    assert cost["first", "4-bit weights"].size == pytest.approx(-256 * 128 / 2, rel=0.3)
+    assert cost["first", "float"].noise == 0 < cost["first", "int8"].noise < cost["first", "4-bit weights"].noise
+
+
+def test_it_prints_draws_and_writes_json(found, tmp_path):
+    _, _, _, search = found
+    assert "first" in str(search)
+    assert set(json.loads(search.to_json())["precisions"]) == {"conv", "first", "second", "head"}
+    with Image.open(search.plot(tmp_path / "pareto.png")) as image:
+        assert len(image.convert("L").getcolors(256)) > 2
+
+
+def test_latency_is_a_limit_too():
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(8, 32)
+    integers = {"int8": INT8, "4-bit weights": DYNAMIC_W4}
+    given = {"max_ms": 1000.0, "recover": False, "progress": False}
+    found = qf.search(model, (x[:1],), [x], precisions=integers, **given)
+    assert {c.precision for c in found.chosen} == {"int8"}
+    assert found.table.time > 0
+    with pytest.raises(qf.QuantflowError, match="the least are"):
+        solve(found.table, max_ms=-1.0)
+    with pytest.raises(qf.QuantflowError, match="float program keeps the limit"):
+        qf.search(model, (x[:1],), [x], precisions={"float": None}, **given)
+
+
+def test_bad_input_is_named():
+    model, x = nn.Linear(4, 2).eval(), torch.randn(8, 4)
+    with pytest.raises(qf.QuantflowError, match="no limit"):
+        qf.search(model, (x,), [x])
+    with pytest.raises(qf.QuantflowError, match="once only"):
+        qf.search(model, (x,), iter([x]), max_bytes=1)
+    with pytest.raises(qf.QuantflowError, match="no layer with weights"):
+        qf.search(model, (x,), [x], max_bytes=1, quantizer=XNNPACKQuantizer(skip=lambda node: True))
