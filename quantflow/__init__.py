@@ -2,7 +2,7 @@
 
 One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
 :func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
-:func:`verify` and :func:`inspect` for what came of it.
+:func:`verify`, :func:`diagnose`, :func:`sensitivity` and :func:`inspect` for what came of it.
 
 A name is imported when it is first used: torch and torchao take seconds.
 """
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from quantflow.convert import convert
     from quantflow.core_aten import CoreAten
     from quantflow.errors import QuantflowError, QuantflowWarning
+    from quantflow.evidence.budget import Budget
+    from quantflow.evidence.diagnose import diagnose
+    from quantflow.evidence.diagnosis import Diagnosis
+    from quantflow.evidence.one_at_a_time import Sensitivities, sensitivity
     from quantflow.export import export
     from quantflow.exported import Exported
     from quantflow.fake_quantize import FakeQuantize
@@ -39,6 +43,7 @@ _HOMES = {
     "convert": ("convert",),
     "core_aten": ("CoreAten",),
     "errors": ("QuantflowError", "QuantflowWarning"),
+    "evidence": ("Budget", "Diagnosis", "Sensitivities", "diagnose", "sensitivity"),
     "export": ("export",),
     "exported": ("Exported",),
     "fake_quantize": ("FakeQuantize",),
@@ -55,8 +60,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Budget",
     "Checkpoints",
     "CoreAten",
+    "Diagnosis",
     "Distillation",
     "Exported",
     "FakeQuantize",
@@ -70,16 +77,19 @@ __all__ = [
     "Result",
     "Sample",
     "Schedule",
+    "Sensitivities",
     "TrainableGraphModule",
     "Verification",
     "calibrate",
     "convert",
+    "diagnose",
     "export",
     "inspect",
     "load",
     "prepare",
     "quantize",
     "recover",
+    "sensitivity",
     "train",
     "verify",
 ]

@@ -10,20 +10,17 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the qu
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import (
-    CONVOLUTIONS,
     INFERENCE_IDENTITIES,
-    LINEARS,
-    TRANSPOSED_CONVOLUTIONS,
     argument,
     clamp_limits,
     has_argument,
     label,
     only_user,
     op,
-    set_argument,
     value,
 )
 from quantflow.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
+from quantflow.biases import round_biases, separate_biases
 from quantflow.errors import QuantflowError
 from quantflow.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.graph_module import TrainableGraphModule, adopt
@@ -35,7 +32,6 @@ from quantflow.parameters import (
     read_attribute,
     reads_of,
     set_tensor,
-    tensor_of,
     unused_name,
 )
 from quantflow.qparams import PER_CHANNEL, SYMMETRIC
@@ -70,11 +66,12 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
     with torch.no_grad():
         _convert_constants(converted)
         fold_batch_norm(converted)  # of the layers that stay in float
-        _separate_biases(converted)
+        separate_biases(converted)
         for node in list(converted.graph.nodes):
             observer = observer_of(node, converted)
             if observer is not None:
                 _write_activation(converted, node, observer)
+        round_biases(converted)
     converted.graph.eliminate_dead_code()
     drop_unused(converted)
     converted.graph.lint()
@@ -163,21 +160,6 @@ def _separate_by_norm(module: GraphModule, norms: dict[Node, NormedLayer]) -> No
                     calls[key] = module.graph.node_copy(node)
             if calls[key] is not node:
                 user.replace_input_with(node, calls[key])
-
-
-def _separate_biases(module: GraphModule) -> None:
-    """Give each layer a bias of its own: on the device it is int32, in steps of that layer's input and weight."""
-    seen: set[str] = set()
-    for node in module.graph.nodes:
-        bias = argument(node, "bias") if op(node) in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS else None
-        if not is_constant(bias):
-            continue
-        name = str(bias.target)
-        if name in seen:
-            name = unused_name(module, name)
-            set_tensor(module, name, tensor_of(module, bias).detach().clone(), parameter=True)
-            set_argument(node, "bias", read_attribute(module, name, node, bias))
-        seen.add(name)
 
 
 def _write_constant(module: GraphModule, node: Node, observer: nn.Module, constant: IntegerTensor) -> None:

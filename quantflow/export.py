@@ -19,6 +19,7 @@ from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.inference_mode import inference_mode
 from quantflow.inference_only import captured_as_inference
+from quantflow.layout import make_contiguous
 from quantflow.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -78,6 +79,7 @@ def export(
     with inference_mode(model), torch.enable_grad():
         try:
             program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
+            program = make_contiguous(program)
         except Exception as error:
             raise _why_not(model, positional, keyword, error) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
@@ -111,6 +113,7 @@ def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 
 def _take_in(program: ExportedProgram) -> Exported:
     """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
+    program = make_contiguous(program)
     captured_in_training = modes.training_literals(program.graph)
     if not captured_in_training:
         modes.mark_switched(program.graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -17,6 +17,10 @@ from quantflow.batches import PickInputs
 from quantflow.calibrate import calibrate
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.evidence import Budget, sensitivity
+from quantflow.evidence.budget import keep_within
+from quantflow.evidence.judge import Judge
+from quantflow.evidence.layers import Within
 from quantflow.export import export
 from quantflow.graph_module import TrainableGraphModule
 from quantflow.prepare import prepare
@@ -31,9 +35,10 @@ class Report:
     Attributes:
         plan: What the quantizer decided, node by node, where it is one that plans; else None.
         recovered: What recovery tried and kept; None where it was not asked for.
-        seconds: How long each stage took.
+        seconds: How long each stage took, in all.
         pte_bytes: Size of the program.
         delegated_fraction: Share of its operators that delegates run.
+        budget: How the accuracy budget was met; None where none was given.
     """
 
     plan: Any
@@ -41,11 +46,14 @@ class Report:
     seconds: dict[str, float]
     pte_bytes: int
     delegated_fraction: float
+    budget: Budget | None = None
 
     def __str__(self) -> str:
         timing = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines = [f"{self.pte_bytes:,} bytes, {self.delegated_fraction:.1%} of operators delegated", timing]
-        return "\n".join([*(str(part) for part in (self.plan, self.recovered) if part is not None), *lines])
+        return "\n".join(
+            [*(str(part) for part in (self.plan, self.recovered, self.budget) if part is not None), *lines]
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ def quantize(
     dynamic_shapes: Any = None,
     inputs: PickInputs | None = None,
     recover: bool = True,
+    max_drop: float | None = None,
+    validation: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> Result:
     """Post-training quantization of ``model``, from export to a program.
@@ -90,6 +100,10 @@ def quantize(
         dynamic_shapes: Lower for varying shapes, as in ``torch.export``.
         inputs: Picks the inputs out of a calibration batch, where that is ambiguous.
         recover: Win back what quantizing loses (:func:`quantflow.recover`), on a sample of ``data``.
+        max_drop: The share of examples that a classifier may lose, 0 to 1, on the runtime: the fewest layers are left in
+            float with which it holds, and the report says which. Where none hold, the best found comes with a warning.
+        validation: Batches to judge the drop by; by default ``data``. With ``(inputs, target)`` the drop is that of
+            accuracy; without targets, the share of examples that get another class than in float.
         progress: Show a progress bar.
 
     Raises:
@@ -99,31 +113,82 @@ def quantize(
     seconds: dict[str, float] = {}
     with _timed("export", seconds):
         graph = export(model, args, kwargs, dynamic_batch=dynamic_batch).module().eval()
-    with _timed("prepare", seconds):
-        plan = quantizer.plan(graph) if hasattr(quantizer, "plan") else None
-        prepared = prepare(graph, quantizer)
-    with _timed("calibrate", seconds):
-        sample = Sample()
-        calibrate(prepared, data, inputs=inputs, sample=sample if recover else None, progress=progress)
-    recovered = None
-    if recover:
-        with _timed("recover", seconds):
-            recovered = recovery.recover(prepared, sample, progress=progress)
-        prepared = recovered.graph
-    with _timed("convert", seconds):
-        converted = convert(prepared)
-    with _timed("lower", seconds):
-        exported = export(converted, args, kwargs, dynamic_shapes=dynamic_shapes)
-        program = exported.to_core_aten().to_edge(delegate).to_executorch()
-    fraction = program.delegation.fraction if program.delegation else 0.0
-    if delegate is not None and program.delegation and program.delegation.portable:
-        outside = ", ".join(program.delegation.portable)
+    job = _Job(graph, args, data, kwargs, delegate, dynamic_shapes, inputs, recover, progress, seconds)
+    if max_drop is None:
+        result = job.build(quantizer)
+    else:
+        result = _within_budget(job, quantizer, max_drop, data if validation is None else validation)
+    delegation = result.program.delegation
+    if delegate is not None and delegation and delegation.portable:
+        outside = ", ".join(delegation.portable)
         reason, remedy = (
             f"left to portable kernels: {outside}",
             "print(result.report) says what stays in float, and why",
         )
         warnings.warn(QuantflowWarning("edge", reason, remedy=remedy), stacklevel=2)
-    return Result(program, converted, Report(plan, recovered, seconds, len(program.buffer), fraction))
+    return result
+
+
+@dataclass
+class _Job:
+    """What is quantized, for whatever quantizer."""
+
+    graph: TrainableGraphModule
+    args: Sequence[Any]
+    data: Iterable[Any]
+    kwargs: Mapping[str, Any] | None
+    delegate: Any
+    dynamic_shapes: Any
+    inputs: PickInputs | None
+    recover: bool
+    progress: bool
+    seconds: dict[str, float]
+    calibrated: TrainableGraphModule | None = None  # of the last build, before recovery
+    sample: Sample = field(default_factory=Sample)
+
+    def build(self, quantizer: Quantizer) -> Result:
+        """From the captured graph to a program."""
+        with _timed("prepare", self.seconds):
+            plan = quantizer.plan(self.graph) if hasattr(quantizer, "plan") else None
+            prepared = prepare(self.graph, quantizer)
+        with _timed("calibrate", self.seconds):
+            self.sample = Sample()
+            calibrate(prepared, self.data, inputs=self.inputs, sample=self.sample, progress=self.progress)
+            self.calibrated = prepared
+        recovered = None
+        if self.recover:
+            with _timed("recover", self.seconds):
+                recovered = recovery.recover(prepared, self.sample, progress=self.progress)
+            prepared = recovered.graph
+        with _timed("convert", self.seconds):
+            converted = convert(prepared)
+        with _timed("lower", self.seconds):
+            exported = export(converted, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
+            program = exported.to_core_aten().to_edge(self.delegate).to_executorch()
+        fraction = program.delegation.fraction if program.delegation else 0.0
+        return Result(program, converted, Report(plan, recovered, self.seconds, len(program.buffer), fraction))
+
+
+def _within_budget(job: _Job, quantizer: Any, max_drop: float, validation: Iterable[Any]) -> Result:
+    if not hasattr(quantizer, "overriding"):
+        remedy = "pass one with overrides by layer, as XNNPACKQuantizer()"
+        reason = f"{type(quantizer).__name__} can't leave single layers in float"
+        raise QuantflowError("budget", reason, node="quantizer", remedy=remedy)
+    if not 0 <= max_drop <= 1:
+        raise QuantflowError("budget", f"{max_drop} is no share", node="max_drop", remedy="0.005 for half a point")
+    judge = Judge(job.graph, validation, job.inputs)
+    first = job.build(quantizer)
+    calibrated, sample = job.calibrated, job.sample
+    assert calibrated is not None
+    kept = keep_within(
+        max_drop,
+        judge,
+        first,
+        lambda names: job.build(quantizer.overriding([(Within(name), None) for name in names])),
+        calibrated,
+        lambda: sensitivity(calibrated, sample, progress=job.progress),
+    )
+    return replace(kept.built, report=replace(kept.built.report, budget=kept.budget))
 
 
 def default_quantizer(delegate: Any) -> Quantizer:
@@ -153,4 +218,4 @@ class _timed:  # noqa: N801  a context manager reads as a verb
         self.start = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        self.seconds[self.stage] = round(time.perf_counter() - self.start, 2)
+        self.seconds[self.stage] = round(self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start, 2)

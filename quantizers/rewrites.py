@@ -114,10 +114,12 @@ def silu(module: GraphModule, node: Node) -> Node | None:
 
 
 def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
-    """``(clamp(x, -3, 3) + 3)·(1/6)``: each step is exact on the grid of the one before."""
-    clamped = _call(node, aten.hardtanh.default, argument(node, "self"), -3.0, 3.0)
+    """``relu((clamp(x, -3 - 6/254, 3) + 3)·(1/6))``. From there to 3 are 255 steps of which 127 make 3, so the sum is exact;
+    with -3, each would lie halfway between two steps.
+    """
+    clamped = _call(node, aten.hardtanh.default, argument(node, "self"), -3.0 - 6 / 254, 3.0)
     shifted = _call(node, aten.add.Tensor, clamped, _constant(module, node, 3.0))
-    return _call(node, aten.mul.Tensor, shifted, _constant(module, node, 1 / 6))
+    return _call(node, aten.relu.default, _call(node, aten.mul.Tensor, shifted, _constant(module, node, 1 / 6)))
 
 
 def clamp(module: GraphModule, node: Node) -> Node | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
@@ -59,6 +59,12 @@ class RuleQuantizer(Quantizer):
                 raise QuantflowError("plan", reason, node=f"scheme {given}", remedy="another Scheme, as INT8")
         if rules is not None:
             self.rules = tuple(rules)
+
+    def overriding(self, overrides: Overrides) -> Self:
+        """This quantizer with more overrides, which win over those it has."""
+        other = copy.copy(self)
+        other.overrides = (*self.overrides, *overrides_from(overrides))
+        return other
 
     def plan(self, graph: GraphModule, *, qat: bool = False) -> Plan:
         """What will happen to each node of ``graph`` in PTQ (or QAT), and why not; changes nothing.

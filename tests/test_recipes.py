@@ -90,23 +90,32 @@ def test_qat_recipe(run):
 
 
 def test_ptq_recipe(run, images, tmp_path):
-    weights = tmp_path / "resnet18.pth"
-    torch.save(models.resnet18(num_classes=12).state_dict(), weights)
-    result, folder = run(
-        "ptq_imagenet",
-        model="resnet18",
-        weights=weights,
-        calibration=images,
-        validation=images,
-        image_size=32,
-        calibration_images=8,
-        batch_size=5,
-    )
+    torch.manual_seed(0)
+    weights = tmp_path / "squeezenet.pth"
+    torch.save(models.squeezenet1_1(num_classes=12).state_dict(), weights)
+    options = {
+        "model": "squeezenet1_1",
+        "weights": weights,
+        "calibration": images,
+        "validation": images,
+        "image_size": 32,
+        "calibration_images": 8,
+        "batch_size": 5,
+        "output": tmp_path / "run",
+    }
+    result, folder = run("ptq_imagenet", **options)
     assert result["calibration_images"] == 8
     assert result["validation_images"] == 12
     assert result["delegated_fraction"] == 1.0
     assert result["pte_sqnr_against_converted_db"] > 15
-    assert qf.load(folder / "model.pte")(torch.randn(1, 3, 32, 32)).shape == (1, 12)
+    program = (folder / "model.pte").read_bytes()
+    assert qf.Program.from_buffer(program)(torch.randn(1, 3, 32, 32)).shape == (1, 12)
+    run("ptq_imagenet", **options, resume=None)
+    assert (folder / "model.pte").read_bytes() == program
+    with pytest.raises(SystemExit, match="another network or observer"):
+        run("ptq_imagenet", **options, resume=None, skip="classifier.1")
+    with pytest.raises(SystemExit, match="Remedy"):
+        run("ptq_imagenet", **{**options, "output": tmp_path / "new"}, resume=None)
 
 
 TEXT = {"length": 36, "train_snippets": 200, "held_out_snippets": 20, "depth": 1, "epochs": 2}

@@ -46,6 +46,21 @@ LAYERS = [
 ]
 
 
+def test_a_sample_goes_on_from_its_state():
+    graph = qf.export(nn.Linear(3, 2), (torch.randn(1, 3),), dynamic_batch=True).module()
+    signature = Signature.of_graph(graph)
+    batches = [torch.randn(5, 3) for _ in range(8)]
+    whole, before, after = qf.Sample(7), qf.Sample(7), qf.Sample()
+    for i, x in enumerate(batches):
+        whole.add([x], signature)
+        if i == 4:
+            after.load_state_dict(before.state_dict())
+        (before if i < 4 else after).add([x], signature)
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(whole.batches(), after.batches(), strict=True))
+    with pytest.raises(qf.QuantflowError, match="not the state of a sample"):
+        after.load_state_dict({"weight": torch.zeros(3)})
+
+
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: str(v) if isinstance(v, nn.Module) else "")
 def test_a_layer_is_its_rows_times_its_matrices(layer, shape):
     x = torch.randn(shape)

@@ -398,3 +398,29 @@ def test_a_network_that_cancels_to_nothing_agrees():
     model, x = Behind(lambda y: y - y.mean((2, 3), keepdim=True)), torch.zeros(1, 4, 8, 8)
     model.conv = nn.Conv2d(4, 4, 1)
     qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_channels_last_models_and_examples_lower_right(foreign):
+    model = ConvNet().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    layouts = [p.stride() for p in model.parameters()]
+    exported = qf.export(torch.export.export(model, (x,)) if foreign else model, (x,))
+    assert [p.stride() for p in model.parameters()] == layouts
+    program = exported.to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    for given in (x, x.contiguous()):
+        torch.testing.assert_close(program(given), model(given).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_changed_within_a_model_lowers_right():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.conv(x.contiguous(memory_format=torch.channels_last)).contiguous().flatten(1)
+
+    model, x = Changing().eval(), torch.randn(2, 3, 8, 8)
+    program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-4, atol=1e-5)

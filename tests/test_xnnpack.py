@@ -110,9 +110,9 @@ def test_runs_in_integers_on_the_runtime(case):
     assert (delegation.fraction, delegation.calls, delegation.floating) == (1.0, 1, {}), str(delegation)
     program = edge.to_executorch(strict=True)
     expected = converted(x).detach()
-    # The device rounds the bias to int32 and a scale to float32: a step here and there.
+    # To the bit, but for leaky relu, whose kernel holds slopes in 1/256, and a tie that float32 breaks the other way.
     print(case, round(sqnr(expected, program(x)), 1), "dB")
-    assert sqnr(expected, program(x)) > 40
+    assert sqnr(expected, program(x)) > (40 if "leaky" in case else 55)
     assert sqnr(model(x).detach(), program(x)) > 20
 
 
@@ -161,3 +161,18 @@ def test_a_conv_that_is_quantized_with_two_users_runs_in_integers():
     assert program.delegation.calls == 1
     assert program.delegation.fraction == 1.0
     assert sqnr(converted(IMAGE).detach(), program(IMAGE)) > 30
+
+
+def test_a_converted_network_computes_as_its_program_does():
+    """With the device's own biases, roundings fall alike: what differs is rare enough not to grow through the layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6()) for _ in range(12))).eval()
+    for layer in model:
+        nn.init.kaiming_normal_(layer[0].weight)
+        nn.init.normal_(layer[0].bias)
+    x = 3 * torch.randn(1, 8, 24, 24)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    assert sqnr(converted(x), program(x)) > 55
+    assert sqnr(model(x), program(x)) < 40  # what quantizing itself costs

@@ -5,6 +5,7 @@ Passes over a graph, each a copy in, a copy out, for any torchao quantizer: over
 no choice of a person's and keeps what helps.
 """
 
+from quantflow.recovery.adaround import adaround
 from quantflow.recovery.bias_correction import correct_bias
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.equalization import equalize
@@ -19,6 +20,7 @@ __all__ = [
     "Sample",
     "Sensitivity",
     "Step",
+    "adaround",
     "compensate",
     "correct_bias",
     "equalize",

@@ -17,10 +17,9 @@ from quantflow.recovery.least_squares import correction
 from quantflow.recovery.moments import Moments
 from quantflow.recovery.paired_walk import Stop, side_by_side
 from quantflow.recovery.sample import Inputs
-from quantflow.recovery.sensitivity import ROWS, Sensitivity
+from quantflow.recovery.sensitivity import ROWS, Sensitivity, row_weights
 from quantflow.recovery.writing import Grid, add_to_bias, by_output, write_weight
 
-_FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may matter a little
 _SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
 _FINE = 64  # levels from which on shrinking a weight's range brings nothing
 
@@ -65,7 +64,7 @@ def _fit(graph: GraphModule, stop: Stop, prices: list[torch.Tensor] | None) -> N
         bias = 0.0 if layer.bias is None else values[layer.bias].reshape(layer.groups, 1, -1)
         residual = layer.outputs(y, index) - x @ matrices.transpose(1, 2) - bias
         shift = x.mean(1, keepdim=True) if shift is None else shift
-        moments = Moments.of(x, residual, _row_weights(prices, batch, x), shift)
+        moments = Moments.of(x, residual, row_weights(prices, batch, x.shape[:2], x), shift)
         half = halves[batch % 2]
         halves[batch % 2] = moments if half is None else half + moments
     first, second = halves
@@ -82,15 +81,6 @@ def _fit(graph: GraphModule, stop: Stop, prices: list[torch.Tensor] | None) -> N
     bias = whole.mean_r - whole.mean_x @ change.transpose(1, 2)
     write_weight(graph, layer, rounded, grid)
     add_to_bias(graph, layer, bias)
-
-
-def _row_weights(prices: list[torch.Tensor] | None, batch: int, x: torch.Tensor) -> torch.Tensor:
-    """The weight of each row, [groups, rows], about one on average."""
-    if prices is None or batch >= len(prices) or prices[batch].shape != x.shape[:2]:
-        return torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
-    mean = torch.cat(prices, 1).mean(1, keepdim=True)
-    weights = prices[batch] / mean.clamp(min=torch.finfo(mean.dtype).tiny)
-    return (weights.to(x) + _FLOOR) / (1 + _FLOOR)
 
 
 def _grid(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> Grid:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.fx import GraphModule
 
-from quantflow.batches import PickInputs, batches
+from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError
 from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.walk import peak_bytes
-from quantflow.signature import Signature
 
 _MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 
@@ -51,12 +49,7 @@ def draw(
     Raises:
         QuantflowError: at ``stage``, when a batch does not fit the graph or there is none.
     """
-    sample = data if isinstance(data, Sample) else Sample()
-    if not isinstance(data, Sample):
-        signature = Signature.of_graph(graph)
-        device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
-        for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
-            sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
+    sample = data if isinstance(data, Sample) else Sample.drawn(graph, data, stage=stage, inputs=inputs)
     if not len(sample):
         remedy = "pass at least one batch; a Sample is filled by qf.calibrate(graph, data, sample=sample)"
         raise QuantflowError(stage, "there is no data", node="data", remedy=remedy)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
+from torch.fx import GraphModule
 
+from quantflow.batches import PickInputs, batches
 from quantflow.distributed import gathered, world_size
+from quantflow.errors import QuantflowError
 from quantflow.signature import DynamicDim, Input, Signature
 
 Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
@@ -31,9 +35,18 @@ class Sample:
         self._cut: list[bool] = []  # which inputs hold one row for each example
         self._random = torch.Generator().manual_seed(0)
 
+    @classmethod
+    def drawn(cls, graph: GraphModule, data: Iterable[Any], *, stage: str, inputs: PickInputs | None = None) -> Sample:
+        """A sample of batches that fit ``graph``, on its device; ``stage`` is named in errors."""
+        sample, signature = cls(), Signature.of_graph(graph)
+        device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+        for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
+            sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
+        return sample
+
     def add(self, flat: Sequence[Any], signature: Signature) -> None:
         """Draw from a batch of flat inputs of a graph with ``signature``."""
-        self._cut = _cut(signature)
+        self._cut = cut_inputs(signature)
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
             kept = tuple(t[example : example + 1].clone() if by_example else t for t, by_example in paired)
@@ -64,6 +77,39 @@ class Sample:
                 kept.append(tuple(theirs[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in enumerate(ours)))
         self._kept = kept[: self.examples]
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was drawn so far, by name, and where the drawing stands: a sample that loads it goes on alike.
+
+        Raises:
+            QuantflowError: at stage ``"calibrate"``, for inputs that are no tensors.
+        """
+        kept = {f"kept.{i}.{j}": t for i, flat in enumerate(self._kept) for j, t in enumerate(flat)}
+        if odd := next((name for name, t in kept.items() if not _is(t)), None):
+            reason, remedy = (
+                "an input that is no tensor is not saved",
+                "calibrate and recover without saving in between",
+            )
+            raise QuantflowError("calibrate", reason, node=odd, remedy=remedy)
+        counts = {"examples": torch.tensor(self.examples), "seen": torch.tensor(self._seen)}
+        return {**kept, **counts, "cut": torch.tensor(self._cut), "random": self._random.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave.
+
+        Raises:
+            QuantflowError: at stage ``"calibrate"``, for a state that is not a sample's.
+        """
+        try:
+            cut = [bool(c) for c in state["cut"]]
+            count = sum(name.startswith("kept.") for name in state) // max(len(cut), 1)
+            kept = [tuple(state[f"kept.{i}.{j}"] for j in range(len(cut))) for i in range(count)]
+            examples, seen = int(state["examples"]), int(state["seen"])
+            self._random.set_state(state["random"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            remedy = "pass what Sample.state_dict() gave"
+            raise QuantflowError("calibrate", "not the state of a sample", node=str(error), remedy=remedy) from error
+        self.examples, self._seen, self._cut, self._kept = examples, seen, cut, kept
+
     def batches(self, most: int | None = None) -> tuple[Inputs, ...]:
         """At most ``most`` of the examples kept, shuffled, in batches of at most 8 that can run together."""
         order = torch.randperm(len(self._kept), generator=torch.Generator().manual_seed(0)).tolist()
@@ -86,7 +132,7 @@ class Sample:
         return len(self._kept)
 
 
-def _cut(signature: Signature) -> list[bool]:
+def cut_inputs(signature: Signature) -> list[bool]:
     """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else."""
     dims = [[(p, d.name) for p, d in enumerate(i.shape) if isinstance(d, DynamicDim)] for i in signature.inputs]
     batch = {name for found in dims for p, name in found if p == 0}

@@ -24,6 +24,7 @@ from quantflow.recovery.walk import Values, evaluate, float_outputs, has_grid, l
 
 BINS = 1024
 ROWS = 256  # a layer's rows for each example
+_FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may matter a little
 
 
 @dataclass
@@ -72,6 +73,24 @@ def sensitivity(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool 
     return found
 
 
+def row_weights(
+    prices: list[torch.Tensor] | None, batch: int, shape: Sequence[int], like: torch.Tensor
+) -> torch.Tensor:
+    """How much each of a layer's rows in a batch counts, [groups, rows], about one on average.
+
+    Args:
+        prices: Of the layer, one of :attr:`Sensitivity.rows`; without, all count alike, as where they do not fit ``shape``.
+        batch: The number of the batch.
+        shape: Groups and rows.
+        like: Tells dtype and device.
+    """
+    if prices is None or batch >= len(prices) or prices[batch].shape != tuple(shape):
+        return torch.ones(*shape, dtype=like.dtype, device=like.device)
+    mean = torch.cat(prices, 1).mean(1, keepdim=True)
+    weights = prices[batch] / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return (weights.to(like) + _FLOOR) / (1 + _FLOOR)
+
+
 def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: Sensitivity) -> None:
     dead = last_reads(graph.graph)
     given, returned = iter(batch), []
@@ -82,7 +101,7 @@ def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, numb
             if node.op == "output":
                 returned = float_outputs(node, values)
             else:
-                values[node] = _value(graph, node, values, given)
+                values[node] = float_value(graph, node, values, given)
             x = values.get(node)
             if isinstance(x, torch.Tensor) and x.requires_grad:
                 if node in layers:
@@ -95,12 +114,13 @@ def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, numb
                 values.pop(read, None)
         outputs = [y for y in returned if y.requires_grad]
         random = torch.Generator().manual_seed(number)
-        torch.autograd.backward(outputs, [_signs(y, random) for y in outputs])
+        torch.autograd.backward(outputs, [random_signs(y, random) for y in outputs])
     for observer, sums in moved.items():
         found.slopes[observer].sums.append(sums.float())
 
 
-def _value(graph: GraphModule, node: Node, values: dict[Node, Any], given: Any) -> Any:
+def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> Any:
+    """The value of ``node`` in the float network; what is given to the network requires a gradient."""
     if node.op == "placeholder":
         x = next(given)
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -114,8 +134,8 @@ def _value(graph: GraphModule, node: Node, values: dict[Node, Any], given: Any) 
     return graph.get_submodule(str(node.target))(*(values[a] for a in node.all_input_nodes))
 
 
-def _signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Random signs, of which every output gets its share whatever its unit."""
+def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Random signs for a gradient of the output ``y``, of which every output gets its share whatever its unit."""
     signs = torch.randint(0, 2, y.shape, generator=random).to(y) * 2 - 1
     return signs / y.detach().square().mean().sqrt().clamp(min=1e-12)
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
+from quantflow.biases import as_converted
 from quantflow.observation import observer_of, qparams_of
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.parameters import is_constant, tensor_of
@@ -115,16 +116,18 @@ class Simulation:
     @torch.no_grad()
     def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
         self.graph, self.integers = graph, integers
-        self.weights = {
+        self.constants = {
             node: quantized(observer, tensor_of(graph, node.args[0]))
             for node in graph.graph.nodes
             if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
         }
+        if integers:
+            self.constants |= as_converted(graph)
 
     @torch.no_grad()
     def __call__(self, *batch: Any) -> list[Any]:
         result: list[Any] = []
-        for node, values in steps(self.graph, batch, integers=self.integers, known=self.weights):
+        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants):
             if node.op == "output":
                 result = returned(node, values)
         return result

@@ -1,0 +1,141 @@
+"""The verb that says what each layer costs: one at a time to integers, and one at a time back to float.
+
+(Not the gradients by which recovery prices errors: those are in ``quantflow/recovery/sensitivity.py``.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from quantflow.batches import PickInputs
+from quantflow.errors import QuantflowError
+from quantflow.evidence.layers import layers_of, observers_in
+from quantflow.evidence.partial import PartialNetwork
+from quantflow.evidence.statistics import decibel
+from quantflow.observation import has_seen_data, observers_of
+from quantflow.recovery.sample import Sample
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What quantizing one layer, its weights and its outputs, does to the network's outputs.
+
+    Attributes:
+        layer: The name of the module, or of the node where there is no module.
+        to_integers: Signal to noise of the outputs with this layer alone quantized, dB.
+        to_float: Signal to noise of the outputs with all layers but this one quantized, dB.
+    """
+
+    layer: str
+    to_integers: float
+    to_float: float
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Of every quantized layer. ``print`` shows the table.
+
+    Attributes:
+        all_integers: Signal to noise of the outputs with every layer quantized, dB.
+        layers: The layers, the one first that costs most alone.
+    """
+
+    all_integers: float
+    layers: tuple[LayerCost, ...]
+
+    def to_json(self) -> str:
+        """All figures; a signal to noise of infinity as null."""
+        rows = [asdict(found) for found in self.layers]
+        finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
+        return json.dumps({"all_integers": self.all_integers, "layers": finite}, indent=2)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(found.layer) for found in self.layers))
+        lines = [f"{'layer':<{width}}  {'to integers dB':>14}  {'to float dB':>11}  {'gain dB':>7}"]
+        for found in self.layers:
+            gain = found.to_float - self.all_integers
+            lines.append(f"{found.layer:<{width}}  {found.to_integers:>14.1f}  {found.to_float:>11.1f}  {gain:>7.1f}")
+        return "\n".join([*lines, f"all in integers: {self.all_integers:.1f} dB"])
+
+
+def sensitivity(
+    prepared: GraphModule,
+    data: Sample | Iterable[Any],
+    *,
+    inputs: PickInputs | None = None,
+    examples: int = 32,
+    progress: bool = True,
+) -> Sensitivities:
+    """Quantize each layer alone, and all layers but it; measure the network's outputs each time, in simulation.
+
+    Only what lies behind the layer is computed again. A layer's inputs are quantized by the layer that makes them.
+
+    Args:
+        prepared: A prepared and calibrated graph (PTQ), before :func:`quantflow.recover`, which writes rounded weights.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        examples: On how many examples to measure.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"sensitivity"``, when the graph is not prepared or not calibrated, or there is no data.
+    """
+    _check(prepared)
+    sample = data if isinstance(data, Sample) else Sample.drawn(prepared, data, stage="sensitivity", inputs=inputs)
+    drawn = sample.batches(examples)
+    if not drawn:
+        raise QuantflowError("sensitivity", "there is no data", node="data", remedy="pass at least one batch")
+    layers, every = layers_of(prepared), frozenset(observers_in(prepared))
+    total = _Noise()
+    alone, others = ({layer.name: _Noise() for layer in layers} for _ in range(2))
+    bar = tqdm(total=len(drawn) * len(layers), desc="sensitivity", unit="layer", disable=not progress, leave=False)
+    for batch in drawn:
+        base = PartialNetwork(prepared, batch, ())
+        full = PartialNetwork(prepared, batch, every)
+        total.add(base.returned, full.returned)
+        for layer in layers:
+            alone[layer.name].add(base.returned, base.outputs(layer.observers))
+            others[layer.name].add(base.returned, full.outputs(every - layer.observers))
+            bar.update()
+    bar.close()
+    costs = (LayerCost(layer.name, alone[layer.name].sqnr, others[layer.name].sqnr) for layer in layers)
+    return Sensitivities(total.sqnr, tuple(sorted(costs, key=lambda cost: cost.to_integers)))
+
+
+class _Noise:
+    """Signal and noise of each output, summed over batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, list[float]] = {}
+
+    def add(self, exact: Collection[torch.Tensor], found: Collection[torch.Tensor]) -> None:
+        for index, (ours, theirs) in enumerate(zip(exact, found, strict=True)):
+            sums = self.sums.setdefault(index, [0.0, 0.0])
+            sums[0] += float(ours.double().square().sum())
+            sums[1] += float((theirs - ours).double().square().sum())
+
+    @property
+    def sqnr(self) -> float:
+        """Of the mean over outputs, each in its own unit, dB."""
+        shares = [noise / signal for signal, noise in self.sums.values() if signal > 0]
+        mean = sum(shares) / len(shares) if shares else 0.0
+        return math.inf if mean == 0 else -decibel(mean)
+
+
+def _check(graph: Any) -> None:
+    observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
+    if not observers:
+        remedy = "call qf.prepare(graph, quantizer) and qf.calibrate first"
+        raise QuantflowError("sensitivity", "the graph was not prepared", node="graph", remedy=remedy)
+    for name, observer in observers.items():
+        if not has_seen_data(observer):
+            remedy = "call qf.calibrate(graph, data) first"
+            raise QuantflowError("sensitivity", "the graph was not calibrated", node=name, remedy=remedy)

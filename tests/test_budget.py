@@ -1,0 +1,202 @@
+"""The accuracy budget: the layer that breaks it is the one that goes back to float, as measured on the runtime."""
+
+import pytest
+import torch
+from networks import ConvNet, randomize_statistics, sqnr
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models
+
+import quantflow as qf
+from quantflow.evidence.budget import _fewest, keep_within
+from quantflow.evidence.judge import Judge
+from quantflow.evidence.layers import layers_of, observers_in, still_quantized
+from quantflow.evidence.partial import PartialNetwork
+from quantflow.recovery.walk import outputs
+from quantizers import XNNPACKQuantizer
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 24)
+        self.planted = nn.Linear(24, 24)
+        self.third = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.planted(x))
+        return self.head(torch.relu(self.third(x)))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A network one of whose layers has in each row a weight that takes the levels of all others, and that nothing reads."""
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    with torch.no_grad():
+        model.first.weight[0] = 0
+        model.first.bias[0] = -1  # an input of the planted layer that is always zero
+        model.planted.weight[:, 0] = 300
+    x = torch.randn(200, 16)
+    return model, x, model(x).argmax(1)
+
+
+def test_the_planted_layer_is_the_one_reverted(planted):
+    model, x, labels = planted
+    data = list(zip(x.split(50), labels.split(50), strict=True))
+    result = qf.quantize(model, (x[:7],), data, recover=False, max_drop=0.02, progress=False)
+    budget = result.report.budget
+    assert [layer.layer for layer in budget.reverted] == ["planted"]
+    assert budget.labelled
+    assert budget.holds
+    assert "planted" in str(result.report)
+    assert budget.tried[0][0] == 0
+    assert budget.tried[0][1] > 0.02
+    with torch.no_grad():
+        classes = torch.cat([result.program(part).argmax(1) for part in x[:196].split(7)])
+    assert (classes != labels[:196]).float().mean() <= 0.03
+
+
+def test_nothing_is_reverted_where_the_budget_holds_already(planted):
+    _, x, _ = planted
+    result = qf.quantize(Classifier().eval(), (x[:50],), x.split(50), recover=False, max_drop=0.1, progress=False)
+    assert result.report.budget.reverted == ()
+    assert not result.report.budget.labelled
+    assert len(result.report.budget.tried) == 1
+
+
+def test_a_budget_out_of_reach_gives_the_best_found_and_says_so(planted):
+    _, x, _ = planted
+    model = Classifier().eval()
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    costs = qf.sensitivity(prepared, [x], progress=False)
+    program = qf.export(model, (x[:50],)).to_core_aten().to_edge().to_executorch()
+    built = type("Built", (), {"program": program})
+    judge = Judge(graph, [(x, torch.randint(6, (200,)))])
+    with pytest.warns(qf.QuantflowWarning, match="were allowed"):
+        kept = keep_within(-1.0, judge, built, lambda names: built, prepared, lambda: costs)
+    assert not kept.budget.holds
+    assert kept.budget.reverted == ()  # no more in float than brings something
+    assert max(count for count, _ in kept.budget.tried) == len(costs.layers) - 1
+
+
+def test_the_fewest_that_hold():
+    order = list("abcdefgh")
+    for needed in ({"a"}, {"c"}, {"b", "f"}, {"a", "d", "g"}):
+        assert set(_fewest(order, lambda names, needed=needed: needed <= set(names))) == needed
+
+
+def test_the_drop_is_the_same_in_any_order_of_the_data(planted):
+    model, x, labels = planted
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    program = qf.export(model, (x[:16],)).to_core_aten().to_edge().to_executorch()
+
+    class Shuffled:
+        def __iter__(self):
+            order = torch.randperm(len(x))
+            return iter(list(zip(x[order].split(33), (labels[order] + (order % 5 == 0)).split(33), strict=True)))
+
+    judge = Judge(graph, Shuffled())
+    assert judge.drop_on_runtime(program) == 0
+    assert judge.drop_of(lambda flat: [-graph(flat[0])]) > 0.5
+
+
+def test_still_quantized_is_what_a_quantizer_with_overrides_quantizes():
+    model, x = randomize_statistics(ConvNet()).eval(), torch.randn(4, 3, 16, 16)
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    for floating in (["stem"], ["head"], ["stem", "depthwise"], ["add"], ["depthwise", "add"]):
+        where = {name: (lambda node, name=name: node.name == name) if name == "add" else name for name in floating}
+        skipped = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(skip=list(where.values()))), [x], progress=False)
+        with torch.no_grad():
+            ours = PartialNetwork(prepared, [x], still_quantized(prepared, floating)).returned
+            (theirs,) = outputs(skipped, [(x,)], integers=True)
+        names = [
+            {str(n.args[0]) for n in calls} for calls in (still_quantized(prepared, floating), observers_in(skipped))
+        ]
+        assert names[0] == names[1]
+        assert sqnr(theirs[0], ours[0]) > 40  # a rounding may fall the other way
+
+
+def test_partial_networks_are_float_and_integers_at_the_ends():
+    model, x = randomize_statistics(ConvNet()).eval(), torch.randn(4, 3, 16, 16)
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    every = frozenset(observers_in(prepared))
+    none, whole = PartialNetwork(prepared, [x], ()), PartialNetwork(prepared, [x], every)
+    with torch.no_grad():
+        torch.testing.assert_close(none.returned[0], model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole.returned[0], qf.convert(prepared)(x), rtol=1e-5, atol=1e-6)
+    for layer in layers_of(prepared):
+        for network, active in ((none, layer.observers), (whole, every - layer.observers)):
+            again = PartialNetwork(prepared, [x], active).returned
+            assert torch.equal(network.outputs(active)[0], again[0])
+
+
+def test_sensitivity_names_the_planted_layer_both_ways(planted):
+    model, x, _ = planted
+    graph = qf.export(model, (x[:1],), dynamic_batch=True).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False)
+    found = qf.sensitivity(prepared, [x], progress=False)
+    assert found.layers[0].layer == "planted"
+    assert max(found.layers, key=lambda cost: cost.to_float).layer == "planted"
+    assert found.layers[0].to_integers < 20 < found.layers[0].to_float
+    assert all(cost.to_integers > 30 for cost in found.layers[1:])
+    assert "planted" in str(found).splitlines()[1]
+    assert '"planted"' in found.to_json()
+    with pytest.raises(qf.QuantflowError, match="not prepared"):
+        qf.sensitivity(graph, [x])
+    with pytest.raises(qf.QuantflowError, match="not calibrated"):
+        qf.sensitivity(qf.prepare(graph, XNNPACKQuantizer()), [x])
+
+
+def test_mobilenet_v3_meets_its_budget_with_few_layers_in_float():
+    digits = load_digits()
+    pixels = F.interpolate(torch.from_numpy(digits.images).float()[:, None] / 8 - 1, size=32, mode="bilinear")
+    images, labels = pixels.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target)
+    model = models.mobilenet_v3_small(num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=66)
+    for _ in range(3):
+        for index in torch.randperm(1397).split(64):
+            F.cross_entropy(model(images[index]), labels[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with (
+        torch.no_grad()
+    ):  # a layer with a weight in each row that takes the levels of all others, and that nothing reads
+        norm = model.features[12][1]
+        norm.weight[0], norm.bias[0] = 0, -10
+        model.classifier[0].weight[:, 0] = 20
+        accuracy = (model.eval()(images[1397:]).argmax(1) == labels[1397:]).float().mean()
+    assert accuracy > 0.7
+    held_out = list(zip(images[1397:].split(50), labels[1397:].split(50), strict=True))
+    data = images[:128].split(32)
+    result = qf.quantize(model, (images[:1],), data, recover=False, max_drop=0.005, validation=held_out, progress=False)
+    budget = result.report.budget
+    assert budget.holds
+    assert budget.drop <= 0.005
+    assert budget.tried[0][1] > 0.1
+    assert "classifier.0" in [layer.layer for layer in budget.reverted]
+    assert len(budget.reverted) <= 3
+
+
+def test_bad_input_is_named(planted):
+    model, x, labels = planted
+    quantize = {"recover": False, "max_drop": 0.01, "progress": False}
+    with pytest.raises(qf.QuantflowError, match="once only"):
+        qf.quantize(model, (x[:5],), iter([x]), **quantize)
+    with pytest.raises(qf.QuantflowError, match="no share"):
+        qf.quantize(model, (x[:5],), [x], **quantize | {"max_drop": 5})
+    with pytest.raises(qf.QuantflowError, match="no classes"):
+        qf.quantize(model, (x[:5],), [(x, labels.float())], **quantize)
+    with pytest.raises(qf.QuantflowError, match="scores"):
+        qf.quantize(nn.Sequential(model, nn.Unflatten(1, (2, 3))), (x[:5],), [x], **quantize)
