@@ -44,7 +44,7 @@ class Program:
             return cls(buffer, _flat_signature(contents))
         try:
             return cls(buffer, Signature.from_json(contents.methods[SIGNATURE_METHOD].text or ""))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             reason = f"its signature can't be read: {type(error).__name__}: {error}"
             raise QuantflowError("runtime", reason, node=SIGNATURE_METHOD, remedy="lower it again") from error
 

@@ -194,8 +194,8 @@ def _within_budget(job: _Job, quantizer: Any, max_drop: float, validation: Itera
     return replace(kept.built, report=replace(kept.built.report, budget=kept.budget))
 
 
-def default_quantizer(delegate: Any) -> Quantizer:
-    """A quantizer for the delegate of that name.
+def default_quantizer(delegate: Any, **settings: Any) -> Quantizer:
+    """A quantizer for the delegate of that name, made with ``settings``.
 
     Raises:
         QuantflowError: at stage ``"prepare"``, when none is registered under it.
@@ -208,7 +208,7 @@ def default_quantizer(delegate: Any) -> Quantizer:
             node="quantizer",
             remedy=f"pass quantizer=...; registered: {sorted(registered)}",
         )
-    return registered[delegate].load()()
+    return registered[delegate].load()(**settings)
 
 
 class _timed:  # noqa: N801  a context manager reads as a verb

@@ -18,6 +18,7 @@ import quantflow as qf
 from quantflow import pte
 from quantflow.cli import main
 from quantflow.pte.tables import Reader
+from quantflow.signature import Signature
 from quantflow.spec_text import spec_is_plain
 
 
@@ -180,6 +181,24 @@ def test_a_signature_imports_nothing(kind, context):
     program = to_edge(exported, constant_methods={pte.SIGNATURE_METHOD: text}).to_executorch()
     assert qf.Program.from_buffer(program.buffer).signature.out_spec is None
     assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "[]", '{"inputs": [{"name": 1}]}', '{"inputs": 3, "in_spec": null, "out_spec": null}']
+)
+def test_a_signature_that_can_not_be_read_is_told(text):
+    from executorch.exir import to_edge
+
+    exported = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    program = to_edge(exported, constant_methods={pte.SIGNATURE_METHOD: text}).to_executorch()
+    with pytest.raises(qf.QuantflowError, match="its signature can't be read"):
+        qf.Program.from_buffer(program.buffer)
+
+
+@pytest.mark.parametrize("spec", ["[" * 100_000, "3", '[1, {"type": null, "context": 5, "children_spec": [null]}]'])
+def test_a_structure_that_can_not_be_read_is_left_out(spec):
+    text = json.dumps({"inputs": [], "in_spec": spec, "out_spec": spec})
+    assert Signature.from_json(text).out_spec is None
 
 
 def test_plain_structures_are_read():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from quantflow.cli.exit_codes import CHECK_FAILED
 from quantflow.cli.output import json_option, show
 
 
@@ -17,4 +18,4 @@ def doctor(runtime: bool, as_json: bool) -> None:
     found = examine(runtime=runtime)
     show(found, as_json)
     if found.problems:
-        raise SystemExit(1)
+        raise SystemExit(CHECK_FAILED)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from quantflow.cli.exit_codes import CHECK_FAILED
 from quantflow.cli.output import json_option, show
 
 
@@ -24,4 +25,4 @@ def inspect(program: Path, load: bool, as_json: bool) -> None:
     found = look(program, load=load)
     show(found, as_json)
     if found.refused:
-        raise SystemExit(1)
+        raise SystemExit(CHECK_FAILED)

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import json
-import sys
+import warnings
 from typing import Any
 
 import click
 
 from quantflow import __version__
+from quantflow.cli.compare import compare
 from quantflow.cli.completion import completion
 from quantflow.cli.doctor import doctor
+from quantflow.cli.exit_codes import CAN_NOT
 from quantflow.cli.inspect import inspect
-from quantflow.errors import QuantflowError
-
-CHECK_FAILED, USAGE, CAN_NOT = 1, 2, 3
+from quantflow.cli.ptq import ptq
+from quantflow.cli.qat import qat
+from quantflow.cli.verify import verify
+from quantflow.errors import QuantflowError, QuantflowWarning
 
 
 class _Commands(click.Group):
     """A group that shows a :class:`QuantflowError` as a message, or as JSON where JSON was asked for."""
 
     def invoke(self, context: click.Context) -> Any:
+        as_json = "--json" in context.args
         try:
-            return super().invoke(context)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other packages
+                warnings.simplefilter("always", QuantflowWarning)
+                warnings.showwarning = _show_warning
+                return super().invoke(context)
         except QuantflowError as error:
-            if "--json" in sys.argv:
+            if as_json:
                 shown = {"stage": error.stage, "node": error.node, "reason": error.reason, "remedy": error.remedy}
                 click.echo(json.dumps({"error": shown}, indent=2))
             click.echo(f"error: {error}", err=True)
-            context.exit(CAN_NOT)
+        except ModuleNotFoundError as error:
+            click.echo(f"error: {error.name} is not installed: pip install 'quantflow[recipes]'", err=True)
+        context.exit(CAN_NOT)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """To the error stream, as errors are; the file and line would be those of this package."""
+    click.echo(f"warning: {message}", err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,5 +57,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, doctor, completion):
+for _command in (ptq, qat, verify, compare, inspect, doctor, completion):
     main.add_command(_command)

@@ -7,7 +7,14 @@ from typing import Any, Protocol
 
 import click
 
+from quantflow.cli.options import writable
+
 json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+output_option: Callable[..., Any] = click.option(
+    "--output", type=writable(".pte"), required=True, help="The .pte file to write."
+)
 
 
 class _Result(Protocol):

@@ -75,7 +75,7 @@ class Stage:
                 does not take, which is tried in a process of its own.
         """
         if isinstance(subject, (str, os.PathLike)):
-            return cls._of_program(name, _trusted(subject))
+            return cls._of_program(name, examined(subject))
         if isinstance(subject, Program):
             return cls._of_program(name, subject)
         if isinstance(subject, ExportedProgram):
@@ -159,8 +159,12 @@ class Stage:
         return next((t.device for t in tensors), None)
 
 
-def _trusted(path: str | os.PathLike[str]) -> Program:
-    """The program in the file ``path``, once it ran in a process of its own."""
+def examined(path: str | os.PathLike[str]) -> Program:
+    """The program in the file ``path``, which may come from anyone, once it ran on zeros in a process of its own.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, when it is no whole program, or the runtime does not take it.
+    """
     found = inspection.inspect(path)
     if found.refused:
         method, why = next(iter(found.refused.items()))

@@ -1,0 +1,59 @@
+"""The images that a command was told to learn from, to calibrate on and to score on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+
+from quantflow.signature import Signature
+from quantflow.vision import images
+
+
+@dataclass(frozen=True)
+class ChosenImages:
+    """The image options of the command line, by their names."""
+
+    data: str | None
+    data_root: Path
+    validation: Path | None
+    image_size: int | None
+    resize: bool
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    most: int | None
+    batch_size: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.image_size or (64 if self.data else 224)
+
+    def fitting(self, signature: Signature) -> ChosenImages:
+        """These, of the size that a program takes, unless another was asked for."""
+        shape = signature.inputs[0].shape if signature.inputs else ()
+        width = shape[3] if len(shape) == 4 else None
+        return self if self.image_size or not isinstance(width, int) else replace(self, image_size=width)
+
+    @cached_property
+    def to_learn(self) -> images.ImageData | None:
+        """The images of ``--data``."""
+        if self.data is None:
+            return None
+        return images.image_data(self.data, Path(self.data_root), self.size, self.seed)
+
+    def folder(self, path: Path) -> Dataset:
+        """The labelled images in the folder ``path``."""
+        mean, std = self.mean or images.IMAGENET_MEAN, self.std or images.IMAGENET_STD
+        return images.labelled_folder(path, images.preprocessing(self.size, resize=self.resize, mean=mean, std=std))
+
+    def to_score(self) -> DataLoader | None:
+        """The images of ``--validation``, or those held out of ``--data``; None where neither is named."""
+        if self.validation is not None:
+            return DataLoader(images.first(self.folder(self.validation), self.most), self.batch_size)
+        if self.to_learn is None:
+            return None
+        return DataLoader(images.first(self.to_learn.held_out, self.most), self.batch_size)

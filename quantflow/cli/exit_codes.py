@@ -1,0 +1,3 @@
+"""What the exit codes mean."""
+
+CHECK_FAILED, USAGE, CAN_NOT = 1, 2, 3

@@ -1,0 +1,137 @@
+"""The float model that a command starts from: with weights, from a file, or trained here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils.data import DataLoader, Dataset
+
+import quantflow as qf
+from quantflow.allocator import keep_freed_memory
+from quantflow.cli.chosen_images import ChosenImages
+from quantflow.errors import QuantflowError
+from quantflow.files import write_atomically
+from quantflow.signature import DynamicDim, Signature
+from quantflow.vision import images, models
+
+Network: TypeAlias = nn.Module | ExportedProgram
+_EPOCHS = 9  # of training from scratch, unless told otherwise
+
+
+def is_program(model: str) -> bool:
+    """Whether ``--model`` names a file, not a torchvision model."""
+    return model.endswith(".pt2")
+
+
+def read(model: str, weights: str | None, classes: int | None, *, trust: bool) -> Network:
+    """The model of ``--model``, in inference mode; ``classes`` as in :func:`quantflow.vision.models.classifier`.
+
+    Raises:
+        QuantflowError: at stage ``"model"``.
+    """
+    if not is_program(model):
+        return models.classifier(model, classes, weights).eval()
+    if weights is not None:
+        remedy = "name a torchvision model, or leave --weights out: the file holds its own"
+        raise QuantflowError("model", "weights for a .pt2 file", node=f"--weights {weights}", remedy=remedy)
+    return models.read_program(Path(model), trust=trust)
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model and what it takes.
+
+    Attributes:
+        network: The model.
+        example: Zeros, one image, or as many as an exported program of a fixed batch size was made for.
+        rows: The batch size that it is held to, None for any.
+    """
+
+    network: Network
+    example: tuple[torch.Tensor]
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, network: Network, size: int) -> FloatModel:
+        """``network`` for images of ``size`` pixels a side.
+
+        Raises:
+            QuantflowError: at stage ``"model"``, for a program that takes no batch of images, or those of another size.
+        """
+        if not isinstance(network, ExportedProgram):
+            return cls(network, (torch.zeros(1, 3, size, size),))
+        inputs = Signature.of_program(network).inputs
+        shape = inputs[0].shape if len(inputs) == 1 else ()
+        if len(shape) != 4 or shape[1] != 3:
+            reason = f"takes {', '.join(map(str, inputs))}, no batch of images"
+            raise QuantflowError("model", reason, node="--model", remedy="use qf.quantize(model, ...) in Python")
+        if not isinstance(shape[3], DynamicDim) and shape[3] != size:
+            reason, remedy = f"takes images of {shape[3]} pixels a side", f"--image-size {shape[3]}"
+            raise QuantflowError("model", reason, node="--model", remedy=remedy)
+        rows = shape[0] if isinstance(shape[0], int) else None
+        return cls(network, (torch.zeros(rows or 1, 3, size, size),), rows)
+
+    def calibration(self, dataset: Dataset, most: int, batch_size: int) -> DataLoader:
+        """The first ``most`` images of ``dataset``, in batches that it takes."""
+        return DataLoader(images.first(dataset, most), self.rows or batch_size, drop_last=self.rows is not None)
+
+
+def float_model(
+    model: str,
+    weights: str | None,
+    trust: bool,
+    chosen: ChosenImages,
+    *,
+    float_epochs: int | None,
+    lr: float,
+    save_float: Path | None,
+) -> FloatModel:
+    """The model of the command line, trained in float on ``--data`` where that is asked for, or where it has no weights.
+
+    Raises:
+        QuantflowError: at stage ``"model"`` where it can't be had; at ``"data"`` where there is nothing to train it on.
+    """
+    fresh = weights is None and not is_program(model)
+    epochs = float_epochs if float_epochs is not None else _EPOCHS if fresh else 0
+    if epochs and chosen.data is None:
+        remedy = "--weights FILE, or --data to train it on"
+        raise QuantflowError("data", "no weights, and nothing to train on", node=f"--model {model}", remedy=remedy)
+    data = chosen.to_learn
+    torch.manual_seed(chosen.seed)
+    network = read(model, weights, None if data is None else data.classes, trust=trust)
+    found = FloatModel.of(network, chosen.size)
+    if epochs and data is not None:
+        found = FloatModel(
+            _trained(found, loader_of(data.train, chosen.batch_size), epochs, lr, chosen.seed), found.example
+        )
+    if save_float is not None:
+        _save_weights(found.network, save_float)
+    return found
+
+
+def loader_of(dataset: Dataset, batch_size: int) -> DataLoader:
+    """Shuffled batches to train on, in an order that the training loop's seed gives."""
+    return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, generator=torch.Generator())
+
+
+def _trained(start: FloatModel, loader: DataLoader, epochs: int, lr: float, seed: int) -> qf.TrainableGraphModule:
+    keep_freed_memory()
+    graph = qf.export(start.network, start.example, dynamic_batch=True).module()
+    optimizer = torch.optim.SGD(graph.parameters(), lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
+    qf.train(graph, loader, epochs=epochs, optimizer=optimizer, scheduler=scheduler, seed=seed)
+    return graph.eval()
+
+
+def _save_weights(network: Network, path: Path) -> None:
+    """As safetensors, which whoever reads them need not trust."""
+    from safetensors.torch import save
+
+    state = network.state_dict if isinstance(network, ExportedProgram) else network.state_dict()
+    held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    write_atomically(path, save(held), stage="output")

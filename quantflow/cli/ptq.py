@@ -1,0 +1,80 @@
+"""``quantflow ptq``: post-training quantization of an image classifier to a ``.pte``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantflow.cli.options import COUNT, PATH, float_options, image_options, model_options
+from quantflow.cli.output import json_option, output_option, show
+from quantflow.errors import QuantflowError
+
+_EXAMPLES = (
+    "\b\nExamples:\n"
+    "  quantflow ptq --model mobilenet_v2 --weights w.pth --calibration calib/ --validation val/ --output model.pte\n"
+    "  quantflow ptq --model mobilenet_v2 --data digits --output model.pte    (no weights: trained in float first)\n"
+)
+
+
+@click.command(epilog=_EXAMPLES)
+@model_options(required=True)
+@click.option("--calibration", type=PATH, help="A folder to calibrate on. [default: the training part of --data]")
+@click.option("--calibration-images", type=COUNT, default=500, show_default=True)
+@image_options
+@float_options
+@click.option("--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated.")
+@click.option("--recover/--no-recover", default=True, help="Win back accuracy after calibration.")
+@click.option("--max-drop", type=click.FloatRange(0, 100), help="Leave layers in float until no more points are lost.")
+@output_option
+@json_option
+def ptq(
+    model: str,
+    weights: str | None,
+    trust: bool,
+    calibration: Path | None,
+    calibration_images: int,
+    float_epochs: int | None,
+    save_float: Path | None,
+    lr: float,
+    skip: tuple[str, ...],
+    recover: bool,
+    max_drop: float | None,
+    output: Path,
+    as_json: bool,
+    **images: Any,
+) -> None:
+    """Quantize an image classifier after training, lower it to XNNPACK, and score the .pte beside the float model."""
+    from quantflow import quantize, verify
+    from quantflow.cli.chosen_images import ChosenImages
+    from quantflow.cli.float_model import float_model
+    from quantflow.cli.made import Made
+    from quantflow.quantize import default_quantizer
+
+    chosen = ChosenImages(**images)
+    start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)
+    if calibration is not None:
+        shown = chosen.folder(calibration)
+    elif chosen.to_learn is not None:
+        shown = chosen.to_learn.train
+    else:
+        remedy = "--calibration FOLDER, or --data"
+        raise QuantflowError("data", "nothing to calibrate on", node="--calibration", remedy=remedy)
+    batches = start.calibration(shown, calibration_images, chosen.batch_size)
+    scored = chosen.to_score()
+    result = quantize(
+        start.network,
+        start.example,
+        batches,
+        quantizer=default_quantizer("xnnpack", skip=skip),
+        dynamic_batch=start.rows is None,
+        recover=recover,
+        max_drop=None if max_drop is None else max_drop / 100,
+        validation=scored,
+    )
+    result.program.save(output)
+    stages = {"float": start.network, "converted": result.graph, output.name: result.program}
+    figures = None if scored is None else verify(stages, scored)
+    report = result.report
+    show(Made(str(output), str(report), report.seconds, report.delegated_fraction, figures), as_json)

@@ -1,0 +1,81 @@
+"""``quantflow qat``: quantization-aware training of an image classifier to a ``.pte``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantflow.cli.options import COUNT, float_options, image_options, model_options
+from quantflow.cli.output import json_option, output_option, show
+from quantflow.errors import QuantflowError
+
+_EXAMPLES = (
+    "\b\nExamples:\n"
+    "  quantflow qat --model mobilenet_v2 --data digits --output model.pte\n"
+    "  quantflow qat --model resnet18 --weights resnet18.pth --data photos/ --image-size 224 --output model.pte\n"
+)
+
+
+@click.command(epilog=_EXAMPLES)
+@model_options(required=True)
+@image_options
+@float_options
+@click.option("--epochs", type=COUNT, default=3, show_default=True, help="Of quantization-aware training.")
+@click.option("--qat-lr", type=float, help="Its peak learning rate. [default: a tenth of --lr]")
+@click.option("--distill", is_flag=True, help="Learn from the float model's outputs as well.")
+@click.option("--calibration-images", type=COUNT, default=256, show_default=True, help="For the first ranges.")
+@click.option("--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated.")
+@output_option
+@json_option
+def qat(
+    model: str,
+    weights: str | None,
+    trust: bool,
+    float_epochs: int | None,
+    save_float: Path | None,
+    lr: float,
+    epochs: int,
+    qat_lr: float | None,
+    distill: bool,
+    calibration_images: int,
+    skip: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    **images: Any,
+) -> None:
+    """Train an image classifier with quantization, lower it to XNNPACK, and score the .pte beside the float model."""
+    import quantflow as qf
+    from quantflow.cli.chosen_images import ChosenImages
+    from quantflow.cli.float_model import float_model, loader_of
+    from quantflow.cli.made import Made
+    from quantflow.quantize import default_quantizer
+
+    start_time = time.perf_counter()
+    chosen = ChosenImages(**images)
+    if chosen.to_learn is None:
+        raise QuantflowError("data", "nothing to train on", node="--data", remedy="--data digits, or a folder")
+    data = chosen.to_learn.train
+    start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)
+    teacher = qf.export(start.network, start.example, dynamic_batch=start.rows is None).module().eval()
+    graph = qf.prepare(teacher, default_quantizer("xnnpack", skip=skip), qat=True)
+    qf.calibrate(graph, start.calibration(data, calibration_images, chosen.batch_size))
+    qf.train(
+        graph,
+        loader_of(data, start.rows or chosen.batch_size),
+        epochs=epochs,
+        lr=lr / 10 if qat_lr is None else qat_lr,
+        distill=qf.Distillation(teacher, weight=0.5) if distill else None,
+        seed=chosen.seed,
+    )
+    converted = qf.convert(graph)
+    program = qf.export(converted, start.example).to_core_aten().to_edge("xnnpack").to_executorch()
+    program.save(output)
+    stages = {"float": teacher, "fake-quantized": graph, "converted": converted, output.name: program}
+    scored = chosen.to_score()
+    figures = None if scored is None else qf.verify(stages, scored)
+    assert program.delegation is not None  # it was lowered here
+    seconds = {"all": round(time.perf_counter() - start_time, 1)}
+    show(Made(str(output), str(program.delegation), seconds, program.delegation.fraction, figures), as_json)

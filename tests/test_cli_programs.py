@@ -1,0 +1,199 @@
+"""The commands that make and measure programs, from end to end; hostile files end in errors and run nothing."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import quantflow as qf
+from quantflow.cli import main
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def figures(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a network for digits, as .pt2 for any batch, and what ``ptq`` made of it after three epochs."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)
+    )
+    torch.export.save(
+        qf.export(network.eval(), (torch.zeros(2, 3, 16, 16),), dynamic_batch=True).program, folder / "net.pt2"
+    )
+    arguments = [
+        "--model",
+        folder / "net.pt2",
+        "--trust",
+        "--data",
+        "digits",
+        "--image-size",
+        16,
+        "--lr",
+        0.1,
+        "--json",
+    ]
+    result = command(
+        "ptq",
+        *arguments,
+        "--float-epochs",
+        3,
+        "--output",
+        folder / "net.pte",
+        "--save-float",
+        folder / "net.safetensors",
+        "--json",
+    )
+    return folder, figures(result)
+
+
+def test_ptq_writes_what_it_scored(made):
+    folder, told = made
+    float_, converted, pte = told["verification"]["stages"]
+    assert (float_["kind"], converted["kind"], pte["kind"], pte["name"]) == ("float", "converted", ".pte", "net.pte")
+    assert float_["metric"] > 0.9
+    assert pte["outputs"][0]["agreement"] > 0.97
+    assert told["delegated_fraction"] == 1.0
+    assert pte["bytes"] == (folder / "net.pte").stat().st_size
+
+
+def test_verify_says_the_same_of_the_file(made):
+    folder, told = made
+    told_by_verify = figures(command("verify", folder / "net.pte", "--data", "digits", "--runs", 0, "--json"))
+    assert told_by_verify["stages"][0]["metric"] == told["verification"]["stages"][2]["metric"]
+    assert told_by_verify["examples"] == told["verification"]["examples"] == 450
+
+
+def test_verify_checks(made):
+    folder, _ = made
+    arguments = [
+        "verify",
+        folder / "net.pte",
+        "--model",
+        folder / "net.pt2",
+        "--trust",
+        "--data",
+        "digits",
+        "--runs",
+        0,
+    ]
+    result = command(*arguments, "--images", 60, "--min-agreement", 0.9)  # net.pt2 was never trained
+    assert result.exit_code == 1
+    assert "failed: " in result.stderr
+    assert "60 examples" in result.stdout
+
+
+def test_compare(made):
+    folder, _ = made
+    same = command("compare", folder / "net.pte", folder / "net.pte", "--min-sqnr", 60)
+    assert same.exit_code == 0, same.output
+    assert "the same calls" in same.stdout
+    other = folder / "float.pte"
+    float_ = qf.export(torch.export.load(folder / "net.pt2").module(), (torch.zeros(1, 3, 16, 16),))
+    float_.to_core_aten().to_edge(None).to_executorch().save(other)
+    result = command("compare", folder / "net.pte", other, "--min-sqnr", 60, "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told["calls"]["XnnpackBackend"] == [1, 0]
+    assert told["calls"]["aten::convolution.out"] == [0, 1]
+
+
+def test_qat(made):
+    folder, told = made
+    weights = qf.export(
+        torch.export.load(folder / "net.pt2").module(), (torch.zeros(2, 3, 16, 16),), dynamic_batch=True
+    )
+    graph = weights.module()
+    from safetensors.torch import load_file
+
+    graph.load_state_dict(load_file(folder / "net.safetensors"))
+    torch.export.save(
+        qf.export(graph, (torch.zeros(2, 3, 16, 16),), dynamic_batch=True).program, folder / "trained.pt2"
+    )
+    arguments = ["--model", folder / "trained.pt2", "--trust", "--data", "digits", "--image-size", 16]
+    result = command("qat", *arguments, "--epochs", 1, "--distill", "--output", folder / "qat.pte", "--json")
+    float_, fake, converted, pte = figures(result)["verification"]["stages"]
+    assert float_["metric"] == told["verification"]["stages"][0]["metric"]  # the weights that ptq saved
+    assert fake["kind"] == "fake-quantized"
+    assert converted["outputs"][0]["step_sqnr_db"] > 40
+    assert pte["metric"] > 0.9
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("ending", ["pth", "pt", "safetensors", "bin"])
+def test_a_hostile_checkpoint_runs_nothing(tmp_path, ending):
+    checkpoint, canary = tmp_path / f"weights.{ending}", tmp_path / "canary"
+    arguments = ["--data", "digits", "--output", tmp_path / "model.pte"]
+    for write in (
+        lambda: checkpoint.write_bytes(pickle.dumps(Canary(canary))),
+        lambda: torch.save(Canary(canary), checkpoint),
+    ):
+        write()
+        result = command("ptq", "--model", "resnet18", "--weights", checkpoint, *arguments)
+        assert result.exit_code == 3
+        assert "can't be read as weights" in result.stderr
+        assert "Remedy" in result.stderr
+        assert not canary.exists()
+    whole = checkpoint.read_bytes()
+    for size in (0, 7, len(whole) // 2, len(whole) - 1):
+        checkpoint.write_bytes(whole[:size])
+        assert command("ptq", "--model", "resnet18", "--weights", checkpoint, *arguments).exit_code == 3
+    torch.save({"a": torch.zeros(2), "b": "text"}, tmp_path / "other.pth")
+    result = command("ptq", "--model", "resnet18", "--weights", tmp_path / "other.pth", *arguments)
+    assert "holds no state dict" in result.stderr
+
+
+def test_a_program_that_is_not_trusted_is_not_opened(tmp_path):
+    program, canary = tmp_path / "model.pt2", tmp_path / "canary"
+    program.write_bytes(pickle.dumps(Canary(canary)))
+    arguments = ["ptq", "--model", program, "--data", "digits", "--output", tmp_path / "model.pte"]
+    result = command(*arguments)
+    assert result.exit_code == 3
+    assert "--trust" in result.stderr
+    assert not canary.exists()
+    program.write_bytes(b"no archive")
+    assert "can't be read as an exported program" in command(*arguments, "--trust").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["ptq", "--model", "resnet18", "--output", "model.onnx"], 2, "does not end in .pte"),
+        (["ptq", "--model", "resnet18", "--output", "missing/model.pte"], 2, "no folder that can be written to"),
+        (["ptq", "--model", "resnet18", "--output", "model.pte"], 3, "nothing to train on"),
+        (["ptq", "--model", "resnet99", "--data", "digits", "--output", "model.pte"], 3, "no such model"),
+        (["ptq", "--model", "resnet18", "--data", "missing", "--output", "model.pte"], 3, "no such data"),
+        (["qat", "--model", "resnet18", "--output", "model.pte"], 3, "nothing to train on"),
+        (["verify", "missing.pte"], 3, "can't read"),
+        (["verify", "missing.pte", "--model", "resnet18"], 3, "no weights to compare with"),
+        (["compare", "missing.pte", "missing.pte"], 3, "can't read"),
+        (["verify"], 2, "Missing argument"),
+    ],
+)
+def test_what_can_not_be_done_says_why(tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    if code == 3:
+        told = json.loads(command(*arguments, "--json").stdout)
+        assert words in told["error"]["reason"]
+    assert not list(tmp_path.iterdir())
