@@ -2,7 +2,7 @@
 
 One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
 :func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
-:func:`verify`, :func:`diagnose`, :func:`sensitivity` and :func:`inspect` for what came of it.
+:func:`verify`, :func:`diagnose`, :func:`sensitivity` and :func:`inspect` for what came of it, :func:`report` to show it.
 
 A name is imported when it is first used: torch and torchao take seconds.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quantflow.quantize import Result, quantize
     from quantflow.recovery import Sample
     from quantflow.recovery.recover import Recovered, recover
+    from quantflow.report.report import report
     from quantflow.search.found import Found
     from quantflow.search.search import search
     from quantflow.training import Checkpoints, Distillation, History, Schedule, train
@@ -56,6 +57,7 @@ _HOMES = {
     "program": ("Program", "load"),
     "quantize": ("Result", "quantize"),
     "recovery": ("Recovered", "Sample", "recover"),
+    "report": ("report",),
     "search": ("Found", "search"),
     "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
     "verification": ("Verification", "verify"),
@@ -93,6 +95,7 @@ __all__ = [
     "prepare",
     "quantize",
     "recover",
+    "report",
     "search",
     "sensitivity",
     "train",

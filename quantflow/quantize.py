@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,13 @@ class Report:
     pte_bytes: int
     delegated_fraction: float
     budget: Budget | None = None
+
+    def to_json(self) -> str:
+        """All of it, as a JSON object; what there is not, or can't be told in JSON, as null."""
+        parts = {"plan": self.plan, "recovered": self.recovered, "budget": self.budget}
+        told = {name: json.loads(part.to_json()) if hasattr(part, "to_json") else None for name, part in parts.items()}
+        sizes = {"pte_bytes": self.pte_bytes, "delegated_fraction": self.delegated_fraction}
+        return json.dumps({**sizes, "seconds": self.seconds, **told}, indent=2)
 
     def __str__(self) -> str:
         timing = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())

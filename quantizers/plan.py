@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from torch.fx import Graph, Node
@@ -23,6 +24,7 @@ from quantflow.aten import (
 from quantflow.batch_norm import normed_layer
 from quantflow.errors import QuantflowError
 from quantflow.parameters import is_constant
+from quantizers.fate import Fate
 from quantizers.forecast import Forecast, forecast
 from quantizers.kernels import FloatKernels
 from quantizers.override import Override
@@ -128,12 +130,29 @@ class Plan:
     def _readers(self) -> dict[Node, Decision]:
         return {d.node: d for d in self.integer}
 
+    @property
+    def fates(self) -> tuple[Fate, ...]:
+        """The decisions in plain words, for tables and reports."""
+        return tuple(
+            Fate(
+                layer(d.node),
+                d.node.name,
+                tuple(short_name(op(n)) for n in d.nodes),
+                str(d.scheme) if d.scheme is not None else None,
+                self.outside(d),
+                d.reason,
+            )
+            for d in self.decisions
+        )
+
+    def to_json(self) -> str:
+        """What becomes of each operator, and how often the delegate is called (null where not known), as a JSON object."""
+        return json.dumps({"operators": [asdict(fate) for fate in self.fates], "calls": self.calls}, indent=2)
+
     def __str__(self) -> str:
         rows = [("layer", "node", "operators", "becomes", "why not")]
-        for d in self.decisions:
-            fused = " + ".join(short_name(op(n)) for n in d.nodes)
-            kind = str(d.scheme or "float") + (", portable" if self.outside(d) else "")
-            rows.append((layer(d.node) or "-", d.node.name, fused, kind, d.reason))
+        for f in self.fates:
+            rows.append((f.layer or "-", f.node, " + ".join(f.operators), f.becomes, f.reason))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{len(self.integer)} of {len(self.decisions)} operators become integers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ class Delegation:
                 portable[_name(node)] += 1
         outside = tuple(n.name for n in edge.graph.nodes if _converts(n))
         return cls(calls, delegated, portable, floating, outside)
+
+    def to_json(self) -> str:
+        """All of it, as a JSON object."""
+        counts = {name: dict(getattr(self, name)) for name in ("delegated", "portable", "floating")}
+        held = {"calls": self.calls, "fraction": self.fraction, **counts}
+        return json.dumps({**held, "quantized_outside": list(self.quantized_outside)}, indent=2)
 
     def __str__(self) -> str:
         lines = [f"{self.fraction:.1%} of operators delegated, in {self.calls} calls"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Generic, Protocol, TypeVar
 
 from torch.fx import GraphModule
@@ -63,6 +64,10 @@ class Budget:
     def holds(self) -> bool:
         """Whether the drop is within the budget."""
         return self.drop <= self.max_drop
+
+    def to_json(self) -> str:
+        """All of it, as a JSON object."""
+        return json.dumps({"holds": self.holds, **asdict(self)}, indent=2)
 
     def __str__(self) -> str:
         what = "accuracy" if self.labelled else "agreement with float"

@@ -89,7 +89,8 @@ class Diagnosis:
         rows = [{name: _finite(figure) for name, figure in asdict(found).items()} for found in self.layers]
         return json.dumps({"layers": rows}, indent=2)
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        """The figures as they are shown: a row of headings, then one for each layer."""
         head = (
             "",
             "layer",
@@ -116,7 +117,11 @@ class Diagnosis:
                     *("-" if s is None else f"{s:.1%}" for s in shares),
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         worst = ", ".join(f"{c} ({sqnr:.1f} dB)" for c, sqnr in self.layers[0].worst_channels())
         return "\n".join([*table, f"worst channels of {self.layers[0].node}: {worst}"])

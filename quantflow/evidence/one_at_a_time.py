@@ -56,12 +56,21 @@ class Sensitivities:
         finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
         return json.dumps({"all_integers": self.all_integers, "layers": finite}, indent=2)
 
-    def __str__(self) -> str:
-        width = max(len("layer"), *(len(found.layer) for found in self.layers))
-        lines = [f"{'layer':<{width}}  {'to integers dB':>14}  {'to float dB':>11}  {'gain dB':>7}"]
+    def table(self) -> list[tuple[str, ...]]:
+        """The figures as they are shown: a row of headings, then one for each layer."""
+        rows: list[tuple[str, ...]] = [("layer", "to integers dB", "to float dB", "gain dB")]
         for found in self.layers:
-            gain = found.to_float - self.all_integers
-            lines.append(f"{found.layer:<{width}}  {found.to_integers:>14.1f}  {found.to_float:>11.1f}  {gain:>7.1f}")
+            figures = (found.to_integers, found.to_float, found.to_float - self.all_integers)
+            rows.append((found.layer, *(f"{figure:.1f}" for figure in figures)))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = []
+        for first, *others in rows:
+            aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+            lines.append("  ".join([f"{first:<{widths[0]}}", *aligned]))
         return "\n".join([*lines, f"all in integers: {self.all_integers:.1f} dB"])
 
 

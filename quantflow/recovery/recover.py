@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class Recovered:
 
     graph: TrainableGraphModule
     steps: tuple[Step, ...]
+
+    def to_json(self) -> str:
+        """What was tried, as a JSON object; a signal to noise of infinity as null."""
+        steps = [asdict(s) | {"sqnr": s.sqnr if math.isfinite(s.sqnr) else None} for s in self.steps]
+        return json.dumps({"steps": steps}, indent=2)
 
     def __str__(self) -> str:
         return "recovery\n" + "\n".join(f"  {step}" for step in self.steps)

@@ -93,16 +93,20 @@ class Verification:
         """All of it, as a JSON object; what is infinite or no number is its name, a string."""
         return json.dumps(_plain(asdict(self)), indent=2)
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """The figures as they are shown: a row of headings, then one for each output of each stage; no empty columns."""
         rows = [row for stage in self.stages for row in self._rows(stage)]
         shown = [c for c in rows[0] if any(row[c] for row in rows)]
-        width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in shown}
-        first, *others = shown
-        lines = [
-            "  ".join([f"{row[first]:<{width[first]}}", *(f"{row[c]:>{width[c]}}" for c in others)]).rstrip()
-            for row in ({c: c for c in shown}, *rows)
-        ]
-        return "\n".join([*lines, *self._notes()])
+        return [shown, *([row[c] for c in shown] for row in rows)]
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = []
+        for first, *others in rows:
+            aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+            lines.append("  ".join([f"{first:<{widths[0]}}", *aligned]).rstrip())
+        return "\n".join([*lines, *self.notes()])
 
     def _rows(self, stage: StageFigures) -> Iterable[dict[str, str]]:
         for index, figures in enumerate(stage.outputs):
@@ -130,7 +134,8 @@ class Verification:
     def _metric_shown(self) -> str:
         return "top-1" if self.metric in (None, "top-1") else str(self.metric)
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """On what, and how, the figures were measured."""
         against = f"agreement and SQNR against {self.stages[0].name}, step against the stage before"
         notes = [f"{self.examples} examples" + (f"; {against}" if len(self.stages) > 1 else "")]
         timed = [(stage.kind, stage.latency) for stage in self.stages if stage.latency is not None]
