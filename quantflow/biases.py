@@ -38,9 +38,8 @@ def separate_biases(module: GraphModule) -> None:
 def round_biases(module: GraphModule) -> None:
     """Round the bias of every layer of a converted graph whose input and weight are integers, in place."""
     for node, bias in _biases(module):
-        step = _step(module, node)
-        if step is not None:
-            exact = tensor_of(module, bias).detach()
+        step, exact = _step(module, node), tensor_of(module, bias).detach()
+        if step is not None and _fits(node, step, exact):
             set_tensor(module, str(bias.target), on_grid(exact, step).to(exact), parameter=True)
 
 
@@ -53,11 +52,16 @@ def as_converted(module: GraphModule) -> dict[Node, torch.Tensor]:
     """For what reads a bias in a prepared graph, the bias that the converted graph will have, where that is rounded."""
     found = {}
     for node, bias in _biases(module):
-        step = _observed_step(module, node)
-        if step is not None and len(bias.users) == 1:
-            exact = tensor_of(module, bias).detach()
+        step, exact = _observed_step(module, node), tensor_of(module, bias).detach()
+        if step is not None and len(bias.users) == 1 and _fits(node, step, exact):
             found[bias] = on_grid(exact, step.to(exact.device)).to(exact)
     return found
+
+
+def _fits(layer: Node, step: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether there is a step for each output (a transposed convolution in groups has scales of another kind)."""
+    grouped = op(layer) in TRANSPOSED_CONVOLUTIONS and argument(layer, "groups") != 1
+    return not step.ndim or (step.numel() == bias.numel() and not grouped)
 
 
 def _biases(module: GraphModule) -> list[tuple[Node, Node]]:

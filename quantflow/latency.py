@@ -42,10 +42,11 @@ def measure(call: Callable[[], Any], *, rows: int, threads: int, runs: int = 30,
         call: What to measure.
         rows: Examples in a call, to be told.
         threads: Threads it may use, to be told.
-        runs: Measured calls.
+        runs: Measured calls, 2 or more: fewer have no spread.
         warm_up: Calls before these.
     """
     times: list[float] = []
+    runs = max(runs, 2)
     begun = time.perf_counter()
     while len(times) < warm_up + runs:
         start = time.perf_counter()

@@ -187,6 +187,9 @@ def _within_budget(job: _Job, quantizer: Any, max_drop: float, validation: Itera
         raise QuantflowError("budget", reason, node="quantizer", remedy=remedy)
     if not 0 <= max_drop <= 1:
         raise QuantflowError("budget", f"{max_drop} is no share", node="max_drop", remedy="0.005 for half a point")
+    if iter(job.data) is job.data:
+        reason, remedy = "the data can be gone through once only", "pass a list of batches or a DataLoader"
+        raise QuantflowError("budget", reason, node="data", remedy=remedy)
     judge = Judge(job.graph, validation, job.inputs)
     first = job.build(quantizer)
     calibrated, sample = job.calibrated, job.sample

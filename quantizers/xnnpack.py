@@ -186,11 +186,16 @@ class XNNPACKQuantizer(RuleQuantizer):
             return "XNNPACK reads weights as symmetric, whatever their zero point"
         if scheme.activation.per_channel:
             return "XNNPACK has one scale for an activation"
-        if scheme.activation.bits != 8:
-            return "XNNPACK saturates activations at 8 bits only"
+        if scheme.activation.bits != 8 or scheme.activation.group:
+            return "XNNPACK saturates activations at 8 bits only, and has no groups for them"
         if group := scheme.weight.group:
-            fits = scheme.activation.dynamic and scheme.weight.bits == 4 and group % 32 == 0
-            return None if fits else "XNNPACK has groups for 4-bit weights with dynamic activations, of multiples of 32"
+            affine = scheme.activation.dynamic and not scheme.activation.symmetric
+            fits = affine and scheme.weight.bits == 4 and group % 32 == 0
+            return (
+                None
+                if fits
+                else "XNNPACK has groups of multiples of 32 for 4-bit weights with dynamic affine activations"
+            )
         if scheme.activation.dynamic and (scheme.activation.symmetric or not scheme.weight.per_channel):
             return "XNNPACK's dynamic int8 has affine activations and per-channel weights"
         return None

@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def save(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
     """What calibration observed and drew."""
     observed = {f"graph.{name}": tensor.clone() for name, tensor in observations(prepared).items()}
+    observed["weights"] = checksums(prepared)
     drawn = {f"sample.{name}": tensor.contiguous() for name, tensor in sample.state_dict().items()}
     write_atomically(path, safetensors.torch.save({**observed, **drawn}), stage="recipe")
 
@@ -72,6 +73,8 @@ def resume(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
     try:
         state = safetensors.torch.load(path.read_bytes())
         found = {name.removeprefix("graph."): state.pop(name) for name in list(state) if name.startswith("graph.")}
+        if not torch.equal(state.pop("weights", torch.empty(0)), checksums(prepared)):
+            raise ValueError("it is of other weights")
         if found.keys() != observations(prepared).keys():
             raise ValueError("it is of another network or observer")
         prepared.load_state_dict(found, strict=False)
@@ -85,6 +88,11 @@ def observations(prepared: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state of a prepared graph, but for its weights."""
     weights = dict(prepared.named_parameters())
     return {name: tensor for name, tensor in prepared.state_dict().items() if name not in weights}
+
+
+def checksums(prepared: torch.nn.Module) -> torch.Tensor:
+    """A number for each parameter."""
+    return torch.stack([parameter.detach().double().sum() for parameter in prepared.parameters()])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def output_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".writable", b"", stage="recipe").unlink()
+        write_atomically(path / ".writable", b"", stage="recipe").unlink(missing_ok=True)  # another process may have
     except (OSError, QuantflowError) as error:
         remedy = "name a folder that you can write to"
         raise QuantflowError("recipe", f"can't write: {error}", node=f"--output {path}", remedy=remedy) from error

@@ -1,5 +1,7 @@
 """The accuracy budget: the layer that breaks it is the one that goes back to float, as measured on the runtime."""
 
+import warnings
+
 import pytest
 import torch
 from networks import ConvNet, randomize_statistics, sqnr
@@ -152,6 +154,24 @@ def test_sensitivity_names_the_planted_layer_both_ways(planted):
         qf.sensitivity(graph, [x])
     with pytest.raises(qf.QuantflowError, match="not calibrated"):
         qf.sensitivity(qf.prepare(graph, XNNPACKQuantizer()), [x])
+
+
+def test_a_budget_that_nothing_meets_leaves_what_can_be_quantized():
+    """The last layer left may be one that only follows the integers of others."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)).eval()
+    data = [torch.randn(20, 3, 8, 8) for _ in range(2)]
+    wrong = [
+        (x, (model(x).argmax(1) + 1) % 5) for x in data
+    ]  # float is right nowhere; no drop at all, whatever is done
+    assert qf.quantize(model, (data[0][:1],), data, max_drop=0, validation=wrong, progress=False).report.budget.holds
+    close = [(x, model(x).argmax(1)) for x in (torch.randn(2000, 3, 8, 8),)]
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        budget = qf.quantize(
+            model, (data[0][:1],), data, max_drop=0, validation=close, recover=False, progress=False
+        ).report.budget
+    assert budget.drop >= 0
+    assert budget.tried[0][0] == 0
 
 
 def test_mobilenet_v3_meets_its_budget_with_few_layers_in_float():

@@ -82,6 +82,33 @@ def test_damaged_programs_are_read_or_refused(portable, seed):
         pte.read(bytes(buffer))
 
 
+@pytest.mark.parametrize(("name", "count", "words"), [("x" * 10_000, 5_000, "more tables"), ("x\x1b[2K", 1, "control")])
+def test_names_are_short_and_plain(name, count, words):
+    """Operators that all have one name, which is long, or writes on the terminal of who looks at it."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(0)
+    text = builder.CreateString(name)
+    builder.StartObject(2)
+    builder.PrependUOffsetTRelativeSlot(0, text, 0)
+    operator = builder.EndObject()
+    builder.StartVector(4, count, 4)
+    for _ in range(count):
+        builder.PrependUOffsetTRelative(operator)
+    operators = builder.EndVector()
+    builder.StartObject(9)
+    builder.PrependUOffsetTRelativeSlot(6, operators, 0)
+    plan = builder.EndObject()
+    builder.StartVector(4, 1, 4)
+    builder.PrependUOffsetTRelative(plan)
+    plans = builder.EndVector()
+    builder.StartObject(2)
+    builder.PrependUOffsetTRelativeSlot(1, plans, 0)
+    builder.Finish(builder.EndObject(), b"ET12")
+    with pytest.raises(qf.QuantflowError, match=words):
+        qf.inspect(bytes(builder.Output()), load=False)
+
+
 def test_a_small_file_can_not_describe_a_huge_program():
     """Vectors that all point at one table, level upon level: reading ends, by an error."""
     import flatbuffers

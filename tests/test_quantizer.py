@@ -138,3 +138,15 @@ def test_two_quantizers_do_not_share_state():
     first, second = XNNPACKQuantizer(skip=["head"]), XNNPACKQuantizer()
     assert len(first.plan(graph).integer) + 1 == len(second.plan(graph).integer)
     assert len(copy.deepcopy(first).plan(graph).integer) == len(first.plan(graph).integer)
+
+
+def test_biases_of_layers_with_scales_of_another_kind_stay_exact():
+    """A transposed convolution in groups has fewer scales than outputs."""
+    from quantflow.aten import aten
+
+    rule = Rule("transposed", frozenset({aten.conv_transpose2d.input}), weight="weight", weight_axis=1)
+    model, x = nn.ConvTranspose2d(4, 4, 3, groups=2).eval(), torch.randn(2, 4, 6, 6)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), RuleQuantizer(rules=(rule,)))
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    assert torch.equal(converted.get_parameter("bias"), model.bias)
+    assert (converted(x) - model(x)).abs().max() < 0.2

@@ -112,7 +112,10 @@ def test_ptq_recipe(run, images, tmp_path):
     assert qf.Program.from_buffer(program)(torch.randn(1, 3, 32, 32)).shape == (1, 12)
     run("ptq_imagenet", **options, resume=None)
     assert (folder / "model.pte").read_bytes() == program
-    with pytest.raises(SystemExit, match="another network or observer"):
+    torch.save(models.squeezenet1_1(num_classes=12).state_dict(), weights)
+    with pytest.raises(SystemExit, match="other weights"):
+        run("ptq_imagenet", **options, resume=None)
+    with pytest.raises(SystemExit, match=r"other weights|another network or observer"):
         run("ptq_imagenet", **options, resume=None, skip="classifier.1")
     with pytest.raises(SystemExit, match="Remedy"):
         run("ptq_imagenet", **{**options, "output": tmp_path / "new"}, resume=None)

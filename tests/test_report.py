@@ -201,7 +201,7 @@ def test_what_is_no_part_is_named(parts, tmp_path):
 
 def test_without_matplotlib_the_error_says_what_to_install(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(qf.QuantflowError, match=r"quantflow\[report\]"):
+    with pytest.raises(qf.QuantflowError, match=r"quantflow\[plots\]"):
         qf.report(tmp_path / "r.html", **parts)
     assert not list(tmp_path.iterdir())
 

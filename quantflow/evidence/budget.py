@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch.fx import GraphModule
 
-from quantflow.errors import QuantflowWarning
+from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.evidence.judge import Judge
 from quantflow.evidence.layers import observers_in, still_quantized
 from quantflow.evidence.one_at_a_time import Sensitivities
@@ -111,7 +111,12 @@ def keep_within(
     def measure(names: Sequence[str]) -> bool:
         key = tuple(names)
         if key not in tried:
-            built = build(key) if key else first
+            try:
+                built = build(key) if key else first
+            except QuantflowError as error:
+                if error.stage != "prepare":
+                    raise
+                return False  # what is left follows the integers of others, and there are none
             tried[key] = built, judge.drop_on_runtime(built.program)
         return tried[key][1] <= max_drop
 
@@ -121,8 +126,7 @@ def keep_within(
         order = [cost.layer for cost in costs.layers][:-1]  # with all of them, nothing would be quantized
         chosen = _fewest(order, lambda names: _simulated(prepared, judge, names) <= max_drop)
         # The runtime has the last word, and fewer may do there: a layer less to convert spares its neighbours' roundings too.
-        beginnings = (chosen[: 2**i] for i in range(len(chosen)) if 2**i < len(chosen))
-        if not any(map(measure, beginnings)) and not measure(chosen):
+        if not _fewer(chosen, measure) and not measure(chosen):
             _grow(order, chosen, measure)
     holding = [key for key, (_, drop) in tried.items() if drop <= max_drop]
     best = min(holding, key=len) if holding else min(tried, key=lambda key: (tried[key][1], len(key)))
@@ -150,6 +154,19 @@ def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> lis
         if holds(without):
             chosen = without
     return chosen
+
+
+def _fewer(chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> bool:
+    """Whether a beginning of ``chosen`` holds: one layer, twice as many each time, then as few of those as bisection finds."""
+    low, high = 0, 1
+    while high < len(chosen) and not measure(chosen[:high]):
+        low, high = high, 2 * high
+    if high >= len(chosen):
+        return False
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measure(chosen[:middle]) else (middle, high)
+    return True
 
 
 def _grow(order: Sequence[str], chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> None:

@@ -107,7 +107,11 @@ def read(buffer: bytes) -> Contents:
         raise QuantflowError("runtime", f"the program does not load: {error}", remedy=remedy) from error
     if not methods:
         raise QuantflowError("runtime", "the program does not load: it has no methods", remedy="lower it again")
-    return Contents(len(buffer), header.program_size, {m.name: m for m in methods})
+    named = {m.name: m for m in methods}
+    if len(named) != len(methods):
+        remedy = "the file was not made by executorch: lower it again"
+        raise QuantflowError("runtime", "the program does not load: two methods have one name", remedy=remedy)
+    return Contents(len(buffer), header.program_size, named)
 
 
 def _check_segments(root: Table, header: Header) -> None:
@@ -125,9 +129,9 @@ def _check_segments(root: Table, header: Header) -> None:
 
 def _method(plan: Table) -> Method:
     values = list(plan.tables(2))
-    operators = [(o.text(0), o.text(1)) for o in plan.tables(6)]
+    operators = [(o.name(0), o.name(1)) for o in plan.tables(6)]
     names = [f"{name}.{overload}" if overload else name for name, overload in operators]
-    backends = [d.text(0) for d in plan.tables(7)]
+    backends = [d.name(0) for d in plan.tables(7)]
     kernels, delegates = Counter[str](), Counter[str]()
     for chain in plan.tables(5):
         for instruction in chain.tables(2):
@@ -138,7 +142,7 @@ def _method(plan: Table) -> Method:
                 counted[_at(called, call.number(0, "i"))] += 1
     outputs = [_at(values, i) for i in plan.numbers(4, "i")]
     return Method(
-        plan.text(0),
+        plan.name(0),
         tuple(_tensor_type(_at(values, i)) for i in plan.numbers(3, "i")),
         tuple(_tensor_type(v) for v in outputs),
         kernels,

@@ -22,15 +22,19 @@ class Reader:
 
     def number(self, kind: str, position: int) -> int:
         """The number of the ``struct`` kind at ``position``."""
-        self.reads += 1
-        if self.reads > _MOST_READS_A_BYTE * len(self.buffer):
-            raise CorruptError("more tables than a program has")
+        self.spend(1)
         if position < 0:
             raise CorruptError("an offset points before the file")
         try:
             return struct.unpack_from("<" + kind, self.buffer, position)[0]
         except struct.error:
             raise CorruptError("an offset points behind the end") from None
+
+    def spend(self, reads: int) -> None:
+        """Count ``reads`` towards the most that a program takes."""
+        self.reads += reads
+        if self.reads > _MOST_READS_A_BYTE * len(self.buffer):
+            raise CorruptError("more tables than a program has")
 
     def root(self) -> Table:
         """The root table."""
@@ -67,10 +71,18 @@ class Table:
         start, length = self._vector(field)
         if start + length > len(self._reader.buffer):
             raise CorruptError("a string runs over the end")
+        self._reader.spend(length)  # many fields may point at one long string
         try:
             return self._reader.buffer[start : start + length].decode()
         except UnicodeDecodeError:
             raise CorruptError("a name is no text") from None
+
+    def name(self, field: int) -> str:
+        """A string to show to people: it writes nothing else on their terminal."""
+        text = self.text(field)
+        if text and not text.isprintable():
+            raise CorruptError("a name holds control characters")
+        return text
 
     def numbers(self, field: int, kind: str) -> list[int]:
         """A vector of numbers."""
