@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import quantflow as qf
+from quantflow.allocator import keep_freed_memory
 from quantflow.vision.images import first, labelled_folder, preprocessing
 from quantflow.vision.models import classifier, load_weights, read_weights
 from quantizers import W4A8, XNNPACKQuantizer
@@ -192,6 +193,7 @@ def cell(row: dict[str, Any], column: str) -> str:
 
 def main() -> None:
     options = parse_arguments()
+    keep_freed_memory()
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", qf.QuantflowWarning)
     rows: list[dict[str, Any]] = []

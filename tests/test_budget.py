@@ -16,7 +16,7 @@ from quantflow.evidence.judge import Judge
 from quantflow.evidence.layers import layers_of, observers_in, still_quantized
 from quantflow.evidence.partial import PartialNetwork
 from quantflow.recovery.walk import outputs
-from quantizers import XNNPACKQuantizer
+from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
 
 class Classifier(nn.Module):
@@ -220,3 +220,10 @@ def test_bad_input_is_named(planted):
         qf.quantize(model, (x[:5],), [(x, labels.float())], **quantize)
     with pytest.raises(qf.QuantflowError, match="scores"):
         qf.quantize(nn.Sequential(model, nn.Unflatten(1, (2, 3))), (x[:5],), [x], **quantize)
+
+
+def test_a_dynamic_input_is_charged_to_the_layer_that_reads_it():
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
+    prepared = qf.prepare(qf.export(model, (torch.randn(3, 8),)).module(), XNNPACKQuantizer(DYNAMIC_INT8))
+    found = {layer.name: len(layer.observers) for layer in layers_of(prepared)}
+    assert found == {"0": 2, "2": 2}

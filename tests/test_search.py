@@ -132,6 +132,8 @@ def test_latency_is_a_limit_too():
     found = qf.search(model, (x[:1],), [x], precisions=integers, **given)
     assert {c.precision for c in found.chosen} == {"int8"}
     assert found.table.time > 0
+    assert found.ms is not None
+    assert 0 < found.ms < 1000
     with pytest.raises(qf.QuantflowError, match="the least are"):
         solve(found.table, max_ms=-1.0)
     with pytest.raises(qf.QuantflowError, match="float program keeps the limit"):

@@ -49,7 +49,7 @@ def layers_of(graph: GraphModule) -> tuple[QuantizedLayer, ...]:
     """The quantized layers of a prepared graph, in graph order. A clamp belongs to the layer that it is fused with."""
     found: dict[str, set[Node]] = {n: set() for n in map(layer_name, filter(computes, graph.graph.nodes))}
     for node in observers_in(graph):
-        for owner in node.users if is_constant(node.args[0]) else [_behind_clamps(node.args[0])]:
+        for owner in node.users if _of_readers(node, graph) else [_behind_clamps(node.args[0])]:
             if computes(owner):
                 found[layer_name(owner)].add(node)
     return tuple(QuantizedLayer(name, frozenset(calls)) for name, calls in found.items() if calls)

@@ -24,12 +24,14 @@ class Found:
         chosen: The choice for each layer.
         table: All choices, with what each was measured to cost.
         frontier: The best choices for other sizes, the smallest first.
+        ms: The median of a call of the program, where latency was limited.
     """
 
     result: Result = field(repr=False)
     chosen: tuple[Choice, ...]
     table: Table = field(repr=False)
     frontier: tuple[tuple[Choice, ...], ...] = field(repr=False)
+    ms: float | None = None
 
     def points(self) -> list[tuple[int, float]]:
         """Predicted bytes and signal to noise, dB, along the frontier."""
@@ -66,6 +68,7 @@ class Found:
             "precisions": {c.layer: c.precision for c in self.chosen},
             "predicted": {"noise": noise, "bytes": size, "ms": time},
             "bytes": len(self.result.program.buffer),
+            "ms": self.ms,
             "table": asdict(self.table),
             "frontier": [{c.layer: c.precision for c in chosen} for chosen in self.frontier],
         }
@@ -76,4 +79,5 @@ class Found:
         lines = [f"{c.layer:<{width}}  {c.precision:<8}  {decibels(1.0, c.noise):>6.1f} dB" for c in self.chosen]
         noise, size, time = self.table.total(self.chosen)
         predicted = f"predicted: {decibels(1.0, noise):.1f} dB, {size:,} bytes, {time:.3f} ms"
-        return "\n".join([*lines, predicted, f"built: {len(self.result.program.buffer):,} bytes"])
+        built = f"built: {len(self.result.program.buffer):,} bytes"
+        return "\n".join([*lines, predicted, built if self.ms is None else f"{built}, {self.ms:.3f} ms"])

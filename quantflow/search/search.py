@@ -84,4 +84,8 @@ def search(
     if max_bytes is not None and size > max_bytes:
         reason = f"the program has {size:,} bytes; {table.total(chosen)[1]:,} were predicted and {max_bytes:,} allowed"
         warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_bytes"), stacklevel=2)
-    return Found(result, chosen, table, frontier(table))
+    time = None if max_ms is None else subject.milliseconds(result.program)
+    if max_ms is not None and time is not None and time > max_ms:
+        reason = f"a call takes {time:.2f} ms; {table.total(chosen)[2]:.2f} were predicted and {max_ms} allowed"
+        warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_ms"), stacklevel=2)
+    return Found(result, chosen, table, frontier(table), time)
