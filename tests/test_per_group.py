@@ -91,7 +91,7 @@ def test_what_xnnpack_lacks_is_refused(weight):
 
 
 def test_static_activations_are_refused():
-    with pytest.raises(qf.QuantflowError, match="dynamic activations"):
+    with pytest.raises(qf.QuantflowError, match="dynamic affine activations"):
         XNNPACKQuantizer(Scheme(weight=DYNAMIC_W4.weight))
 
 
