@@ -7,7 +7,7 @@ belongs to which operator; a quantizer names those that its backend needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,9 +99,12 @@ def _shape(node: Node) -> list[int] | None:
     batches than its example's); None where more than one varies.
     """
     val = value(node)
-    if val is None:
-        return None
-    sizes = [s if isinstance(s, int) else -1 for s in val.shape]
+    return None if val is None else _open(val.shape)
+
+
+def _open(shape: Sequence[int | torch.SymInt]) -> list[int] | None:
+    """``shape`` as :func:`_shape` has it."""
+    sizes = [s if isinstance(s, int) else -1 for s in shape]
     if -1 not in sizes and 0 not in sizes:
         sizes[:1] = [-1] * len(sizes[:1])
     return sizes if sizes.count(-1) <= 1 else None
@@ -160,18 +163,19 @@ def select(module: GraphModule, node: Node) -> Node | None:
 
 
 def split(module: GraphModule, node: Node) -> Node | None:
-    """Parts as slices, each for itself."""
-    dim, start = argument(node, "dim"), 0
+    """Parts as slices, each for itself; those of an ``unbind`` without the dimension."""
+    dim, start, drops = argument(node, "dim"), 0, op(node) is aten.unbind.int
     parts = node.meta.get("val")
     users = list(node.users)
-    if not isinstance(parts, (list, tuple)) or any(not isinstance(p.shape[dim], int) for p in parts):
+    if not isinstance(parts, (list, tuple)) or any(getattr(u.target, "__name__", "") != "getitem" for u in users):
         return None
-    if any(getattr(user.target, "__name__", "") != "getitem" for user in users):
+    if any((_shape(u) is None) if drops else not isinstance(value(u).shape[dim], int) for u in users):  # type: ignore[union-attr]
         return None
     for index, part in enumerate(parts):
-        end = start + part.shape[dim]
+        end = start + (1 if drops else part.shape[dim])
         for user in [u for u in users if u.args[1] == index]:
-            user.replace_all_uses_with(_call(user, aten.slice.Tensor, node.args[0], dim, start, end))
+            new = _call(user, aten.slice.Tensor, node.args[0], dim, start, end)
+            user.replace_all_uses_with(_call(user, aten.reshape.default, new, _shape(user)) if drops else new)
             module.graph.erase_node(user)
         start = end
     return node
@@ -288,8 +292,11 @@ REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys(_NUMBERED, same_padding),
     aten.avg_pool2d.default: average_pool,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),
-    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default), reshape),
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes), split),
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape),
+    **dict.fromkeys((aten.unsqueeze.default, aten.unflatten.int), reshape),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unbind.int), split
+    ),
     **dict.fromkeys(
         (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, *_TENSOR_FORM),
         scalar_operand,

@@ -37,6 +37,8 @@ FUNCTIONS = {
     "unsqueeze": lambda x: x.unsqueeze(0).unsqueeze(2),
     "split": lambda x: torch.cat([p * i for i, p in enumerate(x.split([3, 1, 4], 1), 1)], 1),
     "chunk": lambda x: x.chunk(3, 1)[2] - x.chunk(3, -1)[0].sum(),
+    "unbind": lambda x: torch.stack([p * i for i, p in enumerate(x.unbind(1), 1)]).sum(0) + x.unbind(-1)[2].sum(),
+    "unflatten": lambda x: x.unflatten(1, (2, 4)).flatten(2),
     "numbers": lambda x: 1 - (2 * x + 3 - 0.5) / 4 + x * 0.1,
     "integers stay": lambda x: x[:, : x.shape[1] // 2] * 2,
     "one tensor joined": lambda x: torch.cat([x], 1) * 2.0,
