@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -64,8 +65,12 @@ class Decision:
 
     def activations(self) -> list[Node]:
         """The nodes that feed the operator's activations."""
+        return self.operands(self.rule.inputs if self.rule else ())
+
+    def operands(self, names: Sequence[str]) -> list[Node]:
+        """The nodes that feed the arguments of these names, in the operator's schema."""
         found = []
-        for name in self.rule.inputs if self.rule else ():
+        for name in names:
             given = argument(self.node, name)
             found += list(given) if isinstance(given, (list, tuple)) else [given]
         return found
@@ -170,8 +175,10 @@ def make_plan(
     overrides: Sequence[Override],
     refuse: Refusal = lambda node: None,
     kernels: FloatKernels | None = None,
+    lacks: Mapping[Any, str] | None = None,
 ) -> Plan:
-    """Decide on every operator of ``graph``, and forecast what lowering makes of it where ``kernels`` are known.
+    """Decide on every operator of ``graph``, and forecast what lowering makes of it where ``kernels`` are known. ``lacks`` says
+    why operators have no rule.
 
     Raises:
         QuantflowError: at stage ``"plan"``, when an override matches nothing in the graph.
@@ -189,7 +196,11 @@ def make_plan(
             continue
         override = _override_for(node, overrides, matched)
         asked = override.scheme if override is not None else scheme
-        decision = _decide(node, by_op.get(op(node)), asked, override, integers, refuse)
+        if (rule := by_op.get(op(node))) is not None:
+            decision = _decide(node, rule, asked, override, integers, refuse)
+        else:
+            reason = (lacks or {}).get(op(node)) or f"no rule for {short_name(op(node))}"
+            decision = Decision((node,), None, None, reason, asked, override)
         decided.update(dict.fromkeys(decision.nodes, decision))
         if decision.scheme is not None and not decision.scheme.activation.dynamic:
             integers.add(decision.tail)
@@ -221,14 +232,12 @@ def _override_for(node: Node, overrides: Sequence[Override], matched: set[Overri
 
 def _decide(
     node: Node,
-    rule: Rule | None,
+    rule: Rule,
     asked: Scheme | None,
     override: Override | None,
     integers: set[Node],
     refuse: Refusal,
 ) -> Decision:
-    if rule is None:
-        return Decision((node,), None, None, f"no rule for {short_name(op(node))}", asked, override)
     candidate = Decision(_chain(node, rule), rule, asked, "", asked, override)
     if asked is None:
         reason = f"override: {override}" if override is not None else "no scheme given"
@@ -266,7 +275,8 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
-    return next((said for refuse in rule.refusals if (said := refuse(decision.node))), "")
+    refusals = rule.refusals if decision.override is not None else rule.refusals + rule.unless_asked
+    return next((said for refuse in refusals if (said := refuse(decision.node))), "")
 
 
 def _ungrouped(weight: Node, group: int) -> str:

@@ -7,11 +7,12 @@ belongs to which operator; a quantizer names those that its backend needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from quantflow.aten import (
@@ -44,11 +45,35 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
         if replacement is not node:
             node.replace_all_uses_with(replacement)
             module.graph.erase_node(node)
+            _lay_out_anew(replacement, value(node))
     if changed:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return module
+
+
+def _lay_out_anew(changed: Node, old: torch.Tensor | None) -> None:
+    """Give what reads ``changed``, which was ``old``, the strides that follow from its own. A view of what now lies otherwise
+    becomes a reshape.
+    """
+    ahead = [changed] if _lies_otherwise(value(changed), old) else []
+    while ahead:
+        for user in ahead.pop().users:
+            if user.op != "call_function" or value(user) is None:
+                continue
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            new = _computed(user, user.target, user.args, user.kwargs)
+            if _lies_otherwise(new, value(user)):
+                user.meta["val"] = new
+                ahead.append(user)
+
+
+def _lies_otherwise(new: torch.Tensor | None, old: torch.Tensor | None) -> bool:
+    if new is None or old is None or new.ndim != old.ndim:
+        return False
+    return not all(statically_known_true(m == n) for m, n in zip(new.stride(), old.stride(), strict=True))
 
 
 def _writes(node: Node) -> bool:
@@ -75,14 +100,22 @@ def _call(node: Node, target: Any, *args: Any) -> Node:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
-    values = map_arg(args, lambda n: n.meta["val"])
+    val = _computed(node, target, args)
+    if val is not None:
+        new.meta["val"] = val
+    return new
+
+
+def _computed(node: Node, target: Any, args: Any, kwargs: Any = None) -> Any:
+    """The fake result of ``target`` in the place of ``node``; None where nothing there has fake values."""
     mode = getattr(value(node), "fake_mode", None) or next(
         (n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
     )
-    if mode is not None:
-        with mode:
-            new.meta["val"] = target(*values)
-    return new
+    if mode is None:
+        return None
+    given, named = map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+    with mode:
+        return target(*given, **named)
 
 
 def _constant(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:
@@ -99,9 +132,12 @@ def _shape(node: Node) -> list[int] | None:
     batches than its example's); None where more than one varies.
     """
     val = value(node)
-    if val is None:
-        return None
-    sizes = [s if isinstance(s, int) else -1 for s in val.shape]
+    return None if val is None else _open(val.shape)
+
+
+def _open(shape: Sequence[int | torch.SymInt]) -> list[int] | None:
+    """``shape`` as :func:`_shape` has it."""
+    sizes = [s if isinstance(s, int) else -1 for s in shape]
     if -1 not in sizes and 0 not in sizes:
         sizes[:1] = [-1] * len(sizes[:1])
     return sizes if sizes.count(-1) <= 1 else None
@@ -160,18 +196,19 @@ def select(module: GraphModule, node: Node) -> Node | None:
 
 
 def split(module: GraphModule, node: Node) -> Node | None:
-    """Parts as slices, each for itself."""
-    dim, start = argument(node, "dim"), 0
+    """Parts as slices, each for itself; those of an ``unbind`` without the dimension."""
+    dim, start, drops = argument(node, "dim"), 0, op(node) is aten.unbind.int
     parts = node.meta.get("val")
     users = list(node.users)
-    if not isinstance(parts, (list, tuple)) or any(not isinstance(p.shape[dim], int) for p in parts):
+    if not isinstance(parts, (list, tuple)) or any(getattr(u.target, "__name__", "") != "getitem" for u in users):
         return None
-    if any(getattr(user.target, "__name__", "") != "getitem" for user in users):
+    if any((_shape(u) is None) if drops else not isinstance(value(u).shape[dim], int) for u in users):  # type: ignore[union-attr]
         return None
     for index, part in enumerate(parts):
-        end = start + part.shape[dim]
+        end = start + (1 if drops else part.shape[dim])
         for user in [u for u in users if u.args[1] == index]:
-            user.replace_all_uses_with(_call(user, aten.slice.Tensor, node.args[0], dim, start, end))
+            new = _call(user, aten.slice.Tensor, node.args[0], dim, start, end)
+            user.replace_all_uses_with(_call(user, aten.reshape.default, new, _shape(user)) if drops else new)
             module.graph.erase_node(user)
         start = end
     return node
@@ -288,8 +325,11 @@ REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys(_NUMBERED, same_padding),
     aten.avg_pool2d.default: average_pool,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),
-    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default), reshape),
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes), split),
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape),
+    **dict.fromkeys((aten.unsqueeze.default, aten.unflatten.int), reshape),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unbind.int), split
+    ),
     **dict.fromkeys(
         (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, *_TENSOR_FORM),
         scalar_operand,

@@ -22,6 +22,7 @@ class Rule:
         ops: The ATen operators it begins with. In-place forms count as their functional twins.
         inputs: The activations among its arguments, by their names in the operator's schema. An argument that is a list of
             tensors stands for each of them.
+        symmetric: Those of the inputs that the backend reads without a zero point: their grid is centred on zero.
         weight: The argument that is a constant weight, None where there is none.
         weight_axis: The dimension of the weight that holds output channels.
         batch_norm: Whether a batch norm behind it is folded into its weight.
@@ -32,11 +33,14 @@ class Rule:
         matters: The part of the input's range outside of which the output hardly changes (a sigmoid beyond ±8): the grid of
             an input that nothing else reads is kept to it.
         refusals: Checks on the node; the first that returns a reason keeps it in float.
+        unless_asked: Checks as those, for what the backend runs in integers but is better in float: an override that asks for
+            integers outweighs them.
     """
 
     name: str
     ops: frozenset[OpOverload]
     inputs: tuple[str, ...] = ("input",)
+    symmetric: tuple[str, ...] = ()
     weight: str | None = None
     weight_axis: int = 0
     batch_norm: bool = False
@@ -45,3 +49,4 @@ class Rule:
     dynamic: bool = False
     matters: tuple[float, float] | None = None
     refusals: tuple[Refusal, ...] = ()
+    unless_asked: tuple[Refusal, ...] = ()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, Self
 
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
-from quantflow.aten import INFERENCE_IDENTITIES, argument, op
+from quantflow.aten import argument
 from quantflow.batch_norm import norm_as_convolution
 from quantflow.errors import QuantflowError
 from quantizers.complaints import complain
@@ -20,6 +21,7 @@ from quantizers.plan import Decision, Plan, make_plan
 from quantizers.rewrites import Rewrite, rewrite
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme
+from quantizers.symmetry import quantized_edge, symmetric_grids
 
 
 class RuleQuantizer(Quantizer):
@@ -30,7 +32,8 @@ class RuleQuantizer(Quantizer):
         overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
         skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
         rules: The table; a subclass may have it as class attribute instead, with the ``rewrites`` that come before it and the
-            ``float_kernels`` for what no rule takes (None: plans do not tell delegate calls).
+            ``float_kernels`` for what no rule takes (None: plans do not tell delegate calls) and, for plans, what the backend
+            ``lacks``: why an operator has no rule.
         strict: Raise, where otherwise there would be a warning, for a layer that an override asks in integers and that stays in
             float, and for float between integers that leaves the delegate.
     """
@@ -39,6 +42,7 @@ class RuleQuantizer(Quantizer):
     rewrites: Mapping[Any, Rewrite] = {}
     float_kernels: FloatKernels | None = None
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # what a search chooses from
+    lacks: Mapping[Any, str] = {}
 
     def __init__(
         self,
@@ -85,7 +89,8 @@ class RuleQuantizer(Quantizer):
         return rewrite(model, self.rewrites)
 
     def _plan(self, graph: GraphModule) -> Plan:
-        return make_plan(graph.graph, self.rules, self.scheme, self.overrides, self.refuse_node, self.float_kernels)
+        asked = self.scheme, self.overrides
+        return make_plan(graph.graph, self.rules, *asked, self.refuse_node, self.float_kernels, self.lacks)
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """Why the backend can't compute in ``scheme``, None where it can. For subclasses."""
@@ -103,23 +108,25 @@ class RuleQuantizer(Quantizer):
         """
         plan = self._plan(model)
         complain(plan, strict=self.strict)
+        symmetric = symmetric_grids(plan)
         for decision in plan.integer:
-            _annotate(decision, plan.matters(decision))
+            _annotate(decision, plan.matters(decision), symmetric)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to do: the plan refuses what the backend can't run."""
 
 
-def _annotate(decision: Decision, matters: tuple[float, float] | None) -> None:
+def _annotate(decision: Decision, matters: tuple[float, float] | None, symmetric: Set[EdgeOrNode]) -> None:
     rule, scheme, node = decision.rule, decision.scheme, decision.node
     assert rule is not None
     assert scheme is not None
-    spec = scheme.activation.spec()
+    centred = replace(scheme.activation, symmetric=True)
     shared: SharedQuantizationSpec | None = None
     for given in decision.activations():
-        producer, consumer = _edge(given, node)
-        _annotation(consumer).input_qspec_map.setdefault(producer, spec)  # once, however often it is read
+        producer, consumer = edge = quantized_edge(given, node)
+        grid = centred if not symmetric.isdisjoint((edge, producer)) else scheme.activation
+        _annotation(consumer).input_qspec_map.setdefault(producer, grid.spec())  # once, however often it is read
         if rule.output != "shared":
             continue
         if shared is None:
@@ -132,7 +139,8 @@ def _annotate(decision: Decision, matters: tuple[float, float] | None) -> None:
     for member in decision.nodes:
         _annotation(member)._annotated = True
     if not scheme.activation.dynamic:
-        _annotation(decision.tail).output_qspec = shared or scheme.activation.spec(matters=matters)
+        grid = centred if decision.tail in symmetric else scheme.activation
+        _annotation(decision.tail).output_qspec = shared or grid.spec(matters=matters)
 
 
 def _annotation(node: Node) -> QuantizationAnnotation:
@@ -158,10 +166,3 @@ def _spec(edge: EdgeOrNode) -> QuantizationSpecBase | None:
     if isinstance(edge, tuple):
         return _annotation(edge[1]).input_qspec_map[edge[0]]
     return _annotation(edge).output_qspec
-
-
-def _edge(producer: Node, consumer: Node) -> tuple[Node, Node]:
-    """The edge on which to quantize an input: before what is the identity in inference, so that integers meet the layer."""
-    while op(producer) in INFERENCE_IDENTITIES:
-        producer, consumer = producer.args[0], producer  # type: ignore[assignment]
-    return producer, consumer

@@ -13,12 +13,14 @@ import torch
 from torch.fx import Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
+from quantizers.products import PRODUCT_REWRITES, near_softmax, no_batches
 from quantizers.rewrites import REWRITES, Rewrite
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
 from quantizers.volumes import VOLUME_REWRITES
 from quantizers.xnnpack_float import XNNPACK_FLOAT
+from quantizers.xnnpack_lacks import XNNPACK_LACKS
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
@@ -102,6 +104,30 @@ def _volume(node: Node) -> str | None:
     return "XNNPACK has two dimensions, and images can't stand for this: its weight is shared or computed, or its size varies"
 
 
+def _no_batches(node: Node) -> str | None:
+    """What :mod:`quantizers.products` has left."""
+    return no_batches(argument(node, "self"), argument(node, "other")) or "several of its sizes vary"
+
+
+def _scores(node: Node) -> str | None:
+    """Eight bits cost scores up to 10 dB (``benchmarks/attention.py``): a softmax weighs most what an observer cuts off."""
+    return (
+        "a softmax reads it, which is float and amplifies rounding" if near_softmax(node, lambda n: n.users) else None
+    )
+
+
+def _weights(node: Node) -> str | None:
+    """As :func:`_scores`: most weights are far below the greatest, and share its steps."""
+    reads = near_softmax(node, lambda n: n.all_input_nodes)
+    return "it reads the weights of a softmax, which is float and most of them small" if reads else None
+
+
+_PERMUTATIONS = frozenset(
+    {
+        *(aten.permute.default, aten.transpose.int, aten.mT.default),
+        *(aten.swapaxes.default, aten.swapdims.default, aten.movedim.int, aten.movedim.intlist),
+    }
+)
 _OVER_VOLUMES = frozenset({aten.conv3d.default, aten.conv3d.padding})
 
 XNNPACK_RULES = (
@@ -130,9 +156,25 @@ XNNPACK_RULES = (
         inputs=("self", "other"),
         clamps=CLAMPS,
         refusals=(_scaled_addend,),
+        unless_asked=(_scores,),
     ),
-    Rule("subtract", frozenset({aten.sub.Tensor}), ("self", "other"), clamps=CLAMPS, refusals=(_scaled_addend,)),
-    Rule("multiply", frozenset({aten.mul.Tensor}), ("self", "other"), clamps=CLAMPS),
+    Rule(
+        "subtract",
+        frozenset({aten.sub.Tensor}),
+        inputs=("self", "other"),
+        clamps=CLAMPS,
+        refusals=(_scaled_addend,),
+        unless_asked=(_scores,),
+    ),
+    Rule("multiply", frozenset({aten.mul.Tensor}), ("self", "other"), clamps=CLAMPS, unless_asked=(_scores,)),
+    Rule(
+        "product of batches",
+        frozenset({aten.bmm.default}),
+        inputs=("self", "mat2"),
+        symmetric=("mat2",),
+        unless_asked=(_scores, _weights),
+    ),
+    Rule("product", frozenset({aten.matmul.default}), ("self", "other"), refusals=(_no_batches,)),
     Rule("hardswish", frozenset({aten.hardswish.default}), ("self",), matters=(-3.0, math.inf)),
     Rule("sigmoid", frozenset({aten.sigmoid.default}), ("self",), matters=(-8.0, 8.0)),
     Rule("tanh", frozenset({aten.tanh.default}), ("self",), matters=(-4.0, 4.0)),
@@ -159,7 +201,7 @@ XNNPACK_RULES = (
         output="shared",
         refusals=(_high_rank,),
     ),
-    Rule("permute", frozenset({aten.permute.default, aten.transpose.int}), ("self",), output="shared"),
+    Rule("permute", _PERMUTATIONS, ("self",), output="shared"),
     Rule("copy", frozenset({aten.contiguous.default, aten.clone.default}), ("self",), output="shared"),
     Rule(
         "pad",
@@ -176,9 +218,10 @@ class XNNPACKQuantizer(RuleQuantizer):
     """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
 
     rules = XNNPACK_RULES
-    rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES}
+    rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
+    lacks = XNNPACK_LACKS
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """What XNNPACK would compute wrongly, or not load."""

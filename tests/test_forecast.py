@@ -90,7 +90,7 @@ SMALL = {
     "mish": (Around(F.mish), 2, 1),
     "power": (Around(lambda y: y**2), 1, 1),
     "third power": (Around(lambda y: y**3), 2, 1),
-    "matmul": (Around(lambda y: y @ y.transpose(2, 3)), 2, 1),
+    "matmul": (Around(lambda y: y @ y.transpose(2, 3)), 1, 0),
     "global pool of channels that lie last": (
         Around(lambda y: F.adaptive_avg_pool2d(F.layer_norm(y.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2), 1)),
         2,

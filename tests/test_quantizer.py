@@ -59,10 +59,11 @@ def test_plan_says_why_not():
     graph = qf.export(Gaps(), (torch.randn(1, 3, 8, 8), torch.randn(1))).module()
     plan = XNNPACKQuantizer().plan(graph)
     reasons = {d.node.name: d.reason for d in plan.floating}
-    assert "no rule" in reasons["avg_pool2d"]
+    assert "without a ceiling" in reasons["avg_pool2d"]
     assert "alpha" in reasons["add"]
     assert any(d.rule.name == "multiply" for d in plan.integer)  # by a constant
-    assert "no rule" in reasons["sin"]
+    assert "float only" in reasons["sin"]
+    assert "no rule" in {d.node.name: d.reason for d in RuleQuantizer().plan(graph).floating}["sin"]
 
 
 @pytest.mark.parametrize("where", ["head", "he*", nn.Linear, lambda n: n.target is aten.linear.default])

@@ -34,7 +34,31 @@ class SqueezeExcite(nn.Module):
         return self.out(self.block(F.hardswish(self.conv(x))))
 
 
+class Pair(nn.Module):
+    """A function of two layers' outputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(16, 16), nn.Linear(16, 16), function
+
+    def forward(self, x):
+        return self.function(self.first(x), self.second(x))
+
+
+class Constant(nn.Module):
+    """A layer's output times a batch of matrices, and such times it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.before, self.behind = (nn.Parameter(torch.randn(3, *sizes)) for sizes in ((7, 10), (16, 5)))
+
+    def forward(self, x):
+        return torch.bmm(self.before, torch.bmm(self.layer(x), self.behind))
+
+
 IMAGE = torch.randn(2, 3, 12, 12)
+TOKENS, HEADS = torch.randn(3, 10, 16), torch.randn(2, 4, 10, 16)
 
 CASES = {
     "conv2d": (nn.Conv2d(3, 8, 3), IMAGE),
@@ -87,6 +111,23 @@ CASES = {
     "prelu": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8)), IMAGE),
     "abs": (Function(torch.abs), IMAGE),
     "batch norm alone": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)), IMAGE),
+    "bmm": (Pair(lambda a, b: torch.bmm(a, b.transpose(1, 2))), TOKENS),
+    "bmm of one tensor": (Pair(lambda a, b: torch.bmm(a, a.transpose(1, 2))), TOKENS),
+    "bmm by what lies on one side": (Pair(lambda a, b: torch.bmm(a, F.relu(b).transpose(1, 2))), TOKENS),
+    "bmm by what others read": (
+        Pair(lambda a, b: torch.cat([torch.bmm(a.transpose(1, 2), F.relu(b)), F.relu(b).view(3, 16, -1) * 2], 2)),
+        TOKENS,
+    ),
+    "bmm by a constant": (Constant(), TOKENS),
+    "matmul of rank 4": (Pair(lambda a, b: a @ b.transpose(-2, -1)), HEADS),
+    "matmul of rank 5": (Pair(lambda a, b: a.unsqueeze(1) @ b.unsqueeze(1).mT), HEADS),
+    "matmul of a projection's parts": (
+        Function(lambda y: (lambda a, b: a @ b.mT)(*y.unflatten(1, (2, 4)).unbind(1))),
+        IMAGE,
+    ),
+    "swapaxes": (Function(lambda y: y.swapaxes(1, 2).movedim(1, 3)), IMAGE),
+    "unflatten": (Function(lambda y: y.unflatten(1, (2, 4))), IMAGE),
+    "unbind": (Function(lambda y: torch.cat(y.unbind(1), 1)), IMAGE),
     "squeeze and excite": (SqueezeExcite(), IMAGE),
     "clamp on its own": (Function(lambda y: F.hardtanh(y.permute(0, 2, 3, 1), -0.2, 0.3)), IMAGE),
     "convnet": (ConvNet(), torch.randn(2, 3, 16, 16)),
