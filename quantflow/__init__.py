@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from quantflow.evidence.one_at_a_time import Sensitivities, sensitivity
     from quantflow.export import export
     from quantflow.exported import Exported
-    from quantflow.fake_quantize import FakeQuantize
-    from quantflow.graph_module import TrainableGraphModule
-    from quantflow.inspection import Inspection, inspect
-    from quantflow.learned_step_size import LearnedStepSize
+    from quantflow.graph.graph_module import TrainableGraphModule
+    from quantflow.grid.fake_quantize import FakeQuantize
+    from quantflow.grid.learned_step_size import LearnedStepSize
+    from quantflow.inspection.inspect import Inspection, inspect
     from quantflow.prepare import prepare
     from quantflow.program import Program, load
     from quantflow.quantize import Result, quantize
@@ -49,10 +49,10 @@ _HOMES = {
     "evidence": ("Budget", "Diagnosis", "Sensitivities", "diagnose", "sensitivity"),
     "export": ("export",),
     "exported": ("Exported",),
-    "fake_quantize": ("FakeQuantize",),
-    "graph_module": ("TrainableGraphModule",),
-    "inspection": ("Inspection", "inspect"),
-    "learned_step_size": ("LearnedStepSize",),
+    "graph.graph_module": ("TrainableGraphModule",),
+    "grid.fake_quantize": ("FakeQuantize",),
+    "grid.learned_step_size": ("LearnedStepSize",),
+    "inspection.inspect": ("Inspection", "inspect"),
     "prepare": ("prepare",),
     "program": ("Program", "load"),
     "quantize": ("Result", "quantize"),

@@ -15,7 +15,7 @@ from quantflow.errors import QuantflowError
 from quantflow.evidence.comparison import Comparison
 from quantflow.evidence.diagnosis import Diagnosis
 from quantflow.evidence.reference import reference_graph
-from quantflow.observation import is_converted, observers_of
+from quantflow.observers.observation import is_converted, observers_of
 from quantflow.signature import Signature
 
 

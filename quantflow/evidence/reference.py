@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.errors import QuantflowError
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.observation import is_converted, observers_of
+from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.observers.observation import is_converted, observers_of
 from quantflow.recovery.sensitivity import float_value, random_signs
 from quantflow.recovery.walk import Values, float_outputs
 

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from quantflow.aten import clamp_limits, label, only_user
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.observation import qparams_of
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery.given import check_calibrated, draw, within_memory
 from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.learned_rounding import Rows, learn_rounding
