@@ -32,7 +32,7 @@ from quantflow.observation import is_converted, is_fake_quantizer, observer_of, 
 from quantflow.program import Program
 from quantflow.recovery.walk import Simulation, has_grid
 from quantflow.signature import Input, Signature
-from quantflow.verification.rows import in_rows, rows_taken
+from quantflow.verification.rows import in_rows
 
 FLOAT, OBSERVED, FAKE_QUANTIZED, CONVERTED, PTE = "float", "observed", "fake-quantized", "converted", ".pte"
 
@@ -136,7 +136,7 @@ class Stage:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             with torch.no_grad():
-                return in_rows(self.run, rows_taken(self.signature), args, kwargs)
+                return in_rows(self.run, self.signature, args, kwargs)
         except QuantflowError as error:
             where = self.name + (f", {error.node}" if error.node else "")
             raise QuantflowError(error.stage, error.reason, node=where, remedy=error.remedy) from error
