@@ -165,12 +165,21 @@ def examined(path: str | os.PathLike[str]) -> Program:
     Raises:
         QuantflowError: at stage ``"runtime"``, when it is no whole program, or the runtime does not take it.
     """
-    found = inspection.inspect(path)
+    buffer = inspection.file_bytes(path)  # once: the file may be another one by the time that it was examined
+    found = inspection.inspect_bytes(buffer, str(path))
     if found.refused:
         method, why = next(iter(found.refused.items()))
         remedy = "`quantflow inspect` says what it holds; `quantflow doctor` what this runtime has"
         raise QuantflowError("runtime", f"{method} does not run: {why}", node=str(path), remedy=remedy)
-    return Program.from_buffer(inspection.file_bytes(path))
+    if "forward" in found.not_run:
+        reason = f"forward was loaded, not run: {found.not_run['forward']}"
+        warnings.warn(
+            QuantflowWarning("runtime", reason, node=str(path), remedy="run it only if you trust it"), stacklevel=2
+        )
+    try:
+        return Program.from_buffer(buffer)
+    except QuantflowError as error:
+        raise QuantflowError(error.stage, error.reason, node=str(path), remedy=error.remedy) from error
 
 
 def _warn_of_what_stays_float(name: str, graph: GraphModule) -> None:
