@@ -81,7 +81,7 @@ def export(
             program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
             program = make_contiguous(program)
         except Exception as error:
-            raise _why_not(model, positional, keyword, error) from error
+            raise _why_not(model, positional, keyword, error, dynamic_batch=bool(dynamic_batch)) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
         return _take_in(program)  # its mode is what its nodes say
     modes.mark_switched(program.graph)
@@ -187,7 +187,9 @@ def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> Non
             node.meta[modes.CUMULATIVE] = True
 
 
-def _why_not(model: nn.Module, args: tuple, kwargs: dict[str, Any], error: Exception) -> QuantflowError:
+def _why_not(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], error: Exception, *, dynamic_batch: bool
+) -> QuantflowError:
     """The error of a model that can't be traced, or of one that does not even run on the example inputs."""
     name = type(model).__name__
     try:
@@ -196,11 +198,13 @@ def _why_not(model: nn.Module, args: tuple, kwargs: dict[str, Any], error: Excep
     except Exception as eager:
         reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
         return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
+    remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
+    if dynamic_batch and "marked batch as dynamic" in str(error):
+        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed"
     return QuantflowError(
         "export",
         f"torch.export could not trace {name}: {_first_lines(error)}",
-        remedy="make the data-dependent part static (torch.cond, torch._check), or export a submodule; "
-        "no quantization is involved at this stage",
+        remedy=f"{remedy}; no quantization is involved at this stage",
     )
 
 

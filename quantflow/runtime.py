@@ -10,7 +10,8 @@ from quantflow.inspection.pte import check_header
 
 
 @functools.cache
-def _runtime() -> Any:
+def start() -> Any:
+    """The runtime, with all of its kernels."""
     # Loading the runtime alone leaves the undelegated quantize and dequantize operators without kernels.
     import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
@@ -26,7 +27,7 @@ def load_program(buffer: bytes) -> Any:
     """
     check_header(buffer)
     try:
-        return _runtime().load_program(buffer)
+        return start().load_program(buffer)
     except RuntimeError as error:
         raise QuantflowError(
             "runtime",

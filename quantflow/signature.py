@@ -86,13 +86,14 @@ class Signature:
         Raises:
             QuantflowError: at ``stage``, when the structure, count, dtype or shape differs from the signature.
         """
-        flat = self._flatten_structure(args, kwargs, stage)
+        flat = self.leaves(args, kwargs, stage=stage)
         sizes: dict[str, int] = {}
         for declared, given in zip(self.inputs, flat, strict=True):
             _check(declared, given, sizes, stage)
         return flat
 
-    def _flatten_structure(self, args: Sequence[Any], kwargs: Mapping[str, Any], stage: str) -> list[Any]:
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:
+        """As :meth:`flatten`, of any shapes and dtypes: only structure and count are checked."""
         if self.in_spec is None:
             names = [i.name for i in self.inputs][len(args) :]
             if sorted(names) != sorted(kwargs) and kwargs:
@@ -119,6 +120,13 @@ class Signature:
                 remedy="pass every input, in the structure used at export",
             )
         return flat
+
+    def call(self, flat: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
+        """Positional and keyword inputs out of flat ones; by position where the structure is unknown."""
+        if self.in_spec is None:
+            return tuple(flat), {}
+        args, kwargs = pytree.tree_unflatten(list(flat), self.in_spec)
+        return tuple(args), kwargs
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """``outputs`` in the model's own structure; where that is unknown, one output alone or a tuple."""

@@ -57,18 +57,15 @@ class RuleQuantizer(Quantizer):
         self.scheme, self.strict = scheme, strict
         skip = [skip] if isinstance(skip, (str, type)) or callable(skip) else skip
         self.overrides = (*overrides_from(overrides), *overrides_from([(where, None) for where in skip]))
-        for given in (scheme, *(override.scheme for override in self.overrides)):
-            if given is not None and not isinstance(given, Scheme):
-                raise QuantflowError("plan", f"{given!r} is no Scheme", node="scheme", remedy="INT8, W4A8, Scheme(...)")
-            if given is not None and (reason := self.refuse_scheme(given)):
-                raise QuantflowError("plan", reason, node=f"scheme {given}", remedy="another Scheme, as INT8")
+        self._check(scheme, *(override.scheme for override in self.overrides))
         if rules is not None:
             self.rules = tuple(rules)
 
     def overriding(self, overrides: Overrides) -> Self:
         """This quantizer with more overrides, which win over those it has."""
-        other = copy.copy(self)
-        other.overrides = (*self.overrides, *overrides_from(overrides))
+        other, more = copy.copy(self), overrides_from(overrides)
+        self._check(*(override.scheme for override in more))
+        other.overrides = (*self.overrides, *more)
         return other
 
     def plan(self, graph: GraphModule, *, qat: bool = False) -> Plan:
@@ -87,6 +84,13 @@ class RuleQuantizer(Quantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Write operators that the backend lacks as others that it has, exact in float."""
         return rewrite(model, self.rewrites)
+
+    def _check(self, *schemes: Scheme | None) -> None:
+        for given in schemes:
+            if given is not None and not isinstance(given, Scheme):
+                raise QuantflowError("plan", f"{given!r} is no Scheme", node="scheme", remedy="INT8, W4A8, Scheme(...)")
+            if given is not None and (reason := self.refuse_scheme(given)):
+                raise QuantflowError("plan", reason, node=f"scheme {given}", remedy="another Scheme, as INT8")
 
     def _plan(self, graph: GraphModule) -> Plan:
         asked = self.scheme, self.overrides

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 import quantflow as qf
@@ -67,3 +68,9 @@ def test_completion(shell):
     result = CliRunner().invoke(main, ["completion", shell])
     assert result.exit_code == 0
     assert "_QUANTFLOW_COMPLETE" in result.output
+
+
+def test_commands_and_options_are_completed():
+    complete = BashComplete(main, {}, "quantflow", "_QUANTFLOW_COMPLETE")
+    assert [found.value for found in complete.get_completions([], "sens")] == ["sensitivity"]
+    assert "--report" in [found.value for found in complete.get_completions(["ptq"], "--re")]

@@ -10,6 +10,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.cli import main
+from quantflow.cli.compare import Differences
 
 
 def command(*arguments):
@@ -53,7 +54,8 @@ def made(tmp_path_factory):
         folder / "net.pte",
         "--save-float",
         folder / "net.safetensors",
-        "--json",
+        "--report",
+        folder / "report.html",
     )
     return folder, figures(result)
 
@@ -68,9 +70,36 @@ def test_ptq_writes_what_it_scored(made):
     assert pte["bytes"] == (folder / "net.pte").stat().st_size
 
 
-def test_verify_says_the_same_of_the_file(made):
+def test_ptq_writes_a_page_of_what_it_found(made):
     folder, told = made
-    told_by_verify = figures(command("verify", folder / "net.pte", "--data", "digits", "--runs", 0, "--json"))
+    page, figures_ = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
+    assert page.startswith("<!doctype html>")
+    assert f"{told['verification']['stages'][2]['metric']:.2%}" in page
+    assert {"quantization", "program", "verification"} <= set(figures_)
+    assert figures_["verification"] == told["verification"]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_sensitivity(made):
+    folder, _ = made
+    arguments = ["sensitivity", "--model", folder / "net.pt2", "--trust", "--data", "digits", "--image-size", 16]
+    told = figures(command(*arguments, "--batches", 2, "--json"))
+    assert {layer["layer"] for layer in told["layers"]} == {"0", "3", "4"}
+    costs = [layer["to_integers"] for layer in told["layers"]]
+    assert costs == sorted(costs)
+    assert all(told["all_integers"] < cost for cost in costs)
+    skipped = command(*arguments, "--batches", 1, "--skip", "4")
+    assert skipped.exit_code == 0, skipped.output
+    assert [line.split()[0] for line in skipped.stdout.splitlines()] == ["layer", "0", "3", "all"]
+
+
+def test_verify_says_the_same_of_the_file(made, tmp_path):
+    folder, told = made
+    page = tmp_path / "page.html"
+    arguments = ["verify", folder / "net.pte", "--data", "digits", "--runs", 0, "--report", page, "--json"]
+    told_by_verify = figures(command(*arguments))
+    assert "net.pte" in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["verification"] == told_by_verify
     assert told_by_verify["stages"][0]["metric"] == told["verification"]["stages"][2]["metric"]
     assert told_by_verify["examples"] == told["verification"]["examples"] == 450
 
@@ -96,9 +125,6 @@ def test_verify_checks(made):
 
 def test_compare(made):
     folder, _ = made
-    same = command("compare", folder / "net.pte", folder / "net.pte", "--min-sqnr", 60)
-    assert same.exit_code == 0, same.output
-    assert "the same calls" in same.stdout
     other = folder / "float.pte"
     float_ = qf.export(torch.export.load(folder / "net.pt2").module(), (torch.zeros(1, 3, 16, 16),))
     float_.to_core_aten().to_edge(None).to_executorch().save(other)
@@ -107,6 +133,10 @@ def test_compare(made):
     told = json.loads(result.stdout)
     assert told["calls"]["XnnpackBackend"] == [1, 0]
     assert told["calls"]["aten::convolution.out"] == [0, 1]
+    program = qf.load(folder / "net.pte")
+    same = Differences.of(qf.verify({"first": program, "second": program}, [torch.randn(1, 3, 16, 16)], progress=False))
+    assert same.calls == {}
+    assert "the same calls" in str(same)
 
 
 def test_qat(made):
@@ -186,6 +216,9 @@ def test_a_program_that_is_not_trusted_is_not_opened(tmp_path):
         (["verify", "missing.pte", "--model", "resnet18"], 3, "no weights to compare with"),
         (["compare", "missing.pte", "missing.pte"], 3, "can't read"),
         (["verify"], 2, "Missing argument"),
+        (["verify", "missing.pte", "--report", "page.pdf"], 2, "does not end in .html"),
+        (["sensitivity", "--model", "resnet18"], 3, "nothing to train on"),
+        (["sensitivity", "--model", "missing.pt2", "--trust"], 3, "no such file"),
     ],
 )
 def test_what_can_not_be_done_says_why(tmp_path, monkeypatch, arguments, code, words):

@@ -4,6 +4,8 @@ import contextlib
 import json
 import pickle
 import random
+import struct
+import subprocess
 import sys
 
 import pytest
@@ -16,10 +18,13 @@ from networks import ConvNet, Structured, randomize_statistics
 
 import quantflow as qf
 from quantflow.cli import main
+from quantflow.inspection import inspect as inspection
 from quantflow.inspection import pte
+from quantflow.inspection.bounds import too_much
 from quantflow.inspection.pte.tables import Reader
 from quantflow.signature import Signature
 from quantflow.spec_text import spec_is_plain
+from quantflow.verification import examined
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +175,103 @@ def test_what_crashes_the_runtime_is_told_here(portable, tmp_path):
     assert qf.inspect(path, load=False).methods[0].kernels
     with pytest.raises(qf.QuantflowError, match=r"hostile\.pte: the runtime crashes on it: SIGABRT"):
         qf.inspect(path)
+
+
+def hostile(program, change):
+    """The bytes of ``program`` after ``change(buffer, plan)`` wrote into them, by the plan of ``forward``."""
+    buffer = bytearray(program.buffer)
+    plans = {plan.name(0): plan for plan in Reader(bytes(buffer)).root().tables(1)}
+    change(buffer, plans["forward"])
+    return bytes(buffer)
+
+
+def test_what_asks_for_too_much_is_not_tried(portable):
+    def plan_of_terabytes(buffer, plan):
+        struct.pack_into("<q", buffer, plan._vector(8)[0] + 8, 5 * 2**40)
+
+    def plan_below_zero(buffer, plan):
+        struct.pack_into("<q", buffer, plan._vector(8)[0] + 8, -(2**40))
+
+    def input_of_exabytes(buffer, plan):
+        tensor = list(plan.tables(2))[plan.numbers(3, "i")[0]].table(1)
+        struct.pack_into("<4i", buffer, tensor._vector(2)[0], *[2**15] * 4)
+
+    found = qf.inspect(hostile(portable, plan_of_terabytes))
+    words = "its memory plan asks for 5,497,558,138,880 bytes, this machine has"
+    assert words in found.refused["forward"]
+    assert set(found.refused) == set(found.contents.methods)
+    for change, words in (
+        (plan_below_zero, "negative"),
+        (input_of_exabytes, "ask for 4,611,686,018,427,387,904 bytes"),
+    ):
+        assert words in too_much(pte.read(hostile(portable, change)).methods["forward"])
+
+
+def test_what_never_ends_is_stopped(portable):
+    """One of its instructions jumps to itself as long as a value is false, which it is."""
+
+    def jump(buffer, plan):
+        instructions = list(next(plan.tables(5)).tables(2))
+        index, call = next((i, c.table(1)) for i, c in enumerate(instructions) if c.table(1)._place(0))
+        read = {place for before in instructions[:index] for place in before.table(1).numbers(1, "i")}
+        integers = [(i, v) for i, v in enumerate(plan.tables(2)) if v.number(0, "B") == 2 and i not in read]
+        place, value = integers[-1]
+        buffer[value._place(0)] = 3  # an integer is a boolean now ...
+        if (held := value.table(1)._place(0)) is not None:
+            buffer[held] = 0  # ... which is false
+        buffer[instructions[index]._place(0)] = 3  # a call of a kernel is a jump now, by that value, to itself
+        struct.pack_into("<i", buffer, call._place(0), place)
+        struct.pack_into("<i", buffer, call._place(1), index)
+
+    with pytest.raises(qf.QuantflowError, match=r"no end after 0\.5 s"):
+        qf.inspect(hostile(portable, jump), seconds=0.5)
+
+
+def test_memory_is_bounded():
+    code = "from quantflow.inspection.bounds import limit_memory; limit_memory(100, 100); bytearray(2**40)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MemoryError" in done.stderr
+    code = "from quantflow.inspection.bounds import limit_memory; limit_memory(100, 100); bytearray(2**28)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def input_that_is_none(buffer, plan):
+    """The program is given an integer in place of its tensor."""
+    index = next(i for i, value in enumerate(plan.tables(2)) if value.number(0, "B") == 2)
+    struct.pack_into("<i", buffer, plan._vector(3)[0], index)
+
+
+def test_what_was_only_loaded_is_told(portable):
+    found = qf.inspect(hostile(portable, input_that_is_none))
+    assert found.refused == {}
+    assert found.not_run == {"forward": "input 0 is no tensor"}
+    assert "loaded, not run: input 0 is no tensor" in str(found)
+    assert json.loads(found.to_json())["not_run"] == found.not_run
+
+
+def test_what_was_examined_is_what_is_given(portable, tmp_path, monkeypatch):
+    """The file is another one as soon as it was read."""
+    path, read, buffer = tmp_path / "model.pte", inspection.file_bytes, hostile(portable, input_that_is_none)
+
+    def exchange(name):
+        whole = read(name)
+        path.write_bytes(portable.buffer)
+        return whole
+
+    path.write_bytes(buffer)
+    monkeypatch.setattr(inspection, "file_bytes", exchange)
+    with pytest.warns(qf.QuantflowWarning, match=r"model\.pte: forward was loaded, not run"):
+        assert examined(path).buffer == buffer
+
+
+def test_what_is_no_file_of_a_fit_size_is_not_read(tmp_path):
+    with pytest.raises(qf.QuantflowError, match="a device"):
+        qf.inspect("/dev/zero")
+    huge = tmp_path / "huge.pte"
+    with open(huge, "wb") as file:
+        file.truncate(2**43)  # takes no place on the disk
+    with pytest.raises(qf.QuantflowError, match=r"huge\.pte: can't read: 8,796,093,022,208 bytes"):
+        qf.inspect(huge)
 
 
 @pytest.mark.parametrize("seed", range(2))

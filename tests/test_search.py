@@ -148,3 +148,34 @@ def test_bad_input_is_named():
         qf.search(model, (x,), iter([x]), max_bytes=1)
     with pytest.raises(qf.QuantflowError, match="no layer with weights"):
         qf.search(model, (x,), [x], max_bytes=1, quantizer=XNNPACKQuantizer(skip=lambda node: True))
+
+
+def test_one_layer_is_searched():
+    model, x = nn.Linear(64, 64).eval(), torch.randn(8, 64)
+    given = {"precisions": {"float": None, "int8": INT8}, "recover": False, "progress": False}
+    found = qf.search(model, (x[:1],), [x], max_bytes=12_000, **given)
+    assert [c.precision for c in found.chosen] == ["int8"]
+    assert len(found.result.program.buffer) <= 12_000
+    assert solve(found.table, max_bytes=100_000)[0].precision == "float"
+    with pytest.raises(qf.QuantflowError, match="the float program keeps the limit"):
+        qf.search(model, (x[:1],), [x], max_bytes=100_000, **given)
+
+
+def test_precisions_that_fit_no_layer():
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).eval(), torch.randn(8, 2, 8, 8)
+    given = {"max_bytes": 100_000, "recover": False, "progress": False}
+    with pytest.warns(qf.QuantflowWarning, match="4-bit: no layer can have it"):
+        found = qf.search(model, (x[:1],), [x], precisions={"int8": INT8, "4-bit": DYNAMIC_W4}, **given)
+    assert [(c.layer, c.precision) for c in found.chosen] == [("0", "int8")]
+    with pytest.raises(qf.QuantflowError, match=r"0: it can have none of the precisions: no 4-bit, convolution has no"):
+        qf.search(model, (x[:1],), [x], precisions={"4-bit": DYNAMIC_W4}, **given)
+    for precisions, words in (
+        ({}, "no precisions"),
+        (["int8"], "no precisions"),
+        ({"a": "int8"}, "'int8' is no Scheme"),
+    ):
+        with pytest.raises(qf.QuantflowError, match=words):
+            qf.search(model, (x[:1],), [x], precisions=precisions, **given)
+    relu = nn.Sequential(nn.ReLU()).eval()
+    with pytest.raises(qf.QuantflowError, match="no layer with weights"):
+        qf.search(relu, (x[:1],), [x], **given)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
+from quantflow.errors import QuantflowError
 from quantflow.signature import Signature
 from quantflow.vision import images
 
@@ -49,6 +50,19 @@ class ChosenImages:
         """The labelled images in the folder ``path``."""
         mean, std = self.mean or images.IMAGENET_MEAN, self.std or images.IMAGENET_STD
         return images.labelled_folder(path, images.preprocessing(self.size, resize=self.resize, mean=mean, std=std))
+
+    def to_calibrate(self, folder: Path | None) -> Dataset:
+        """The images in ``folder``, or those of ``--data`` that are not held out.
+
+        Raises:
+            QuantflowError: at stage ``"data"``, where neither is named.
+        """
+        if folder is not None:
+            return self.folder(folder)
+        if self.to_learn is None:
+            remedy = "--calibration FOLDER, or --data"
+            raise QuantflowError("data", "nothing to calibrate on", node="--calibration", remedy=remedy)
+        return self.to_learn.train
 
     def to_score(self) -> DataLoader | None:
         """The images of ``--validation``, or those held out of ``--data``; None where neither is named."""

@@ -76,8 +76,8 @@ class FloatModel:
         rows = shape[0] if isinstance(shape[0], int) else None
         return cls(network, (torch.zeros(rows or 1, 3, size, size),), rows)
 
-    def calibration(self, dataset: Dataset, most: int, batch_size: int) -> DataLoader:
-        """The first ``most`` images of ``dataset``, in batches that it takes."""
+    def calibration(self, dataset: Dataset, most: int | None, batch_size: int) -> DataLoader:
+        """The first ``most`` images of ``dataset``, or all, in batches that it takes."""
         return DataLoader(images.first(dataset, most), self.rows or batch_size, drop_last=self.rows is not None)
 
 

@@ -16,6 +16,7 @@ from quantflow.cli.exit_codes import CAN_NOT
 from quantflow.cli.inspect import inspect
 from quantflow.cli.ptq import ptq
 from quantflow.cli.qat import qat
+from quantflow.cli.sensitivity import sensitivity
 from quantflow.cli.verify import verify
 from quantflow.errors import QuantflowError, QuantflowWarning
 
@@ -57,5 +58,5 @@ def main() -> None:
     """
 
 
-for _command in (ptq, qat, verify, compare, inspect, doctor, completion):
+for _command in (ptq, qat, verify, sensitivity, compare, inspect, doctor, completion):
     main.add_command(_command)

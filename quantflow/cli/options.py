@@ -51,6 +51,15 @@ def model_options(*, required: bool) -> Callable[[C], C]:
     )
 
 
+calibration_options = options(
+    click.option("--calibration", type=PATH, help="A folder to calibrate on. [default: the training part of --data]"),
+    click.option("--calibration-images", type=COUNT, default=500, show_default=True),
+)
+
+skip_option: Callable[..., Any] = click.option(
+    "--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated."
+)
+
 image_options = options(
     click.option("--data", help="digits, an image folder, or a torchvision data set by name."),
     click.option("--data-root", type=PATH, default="data", help="Where torchvision data sets are kept."),

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
 from quantflow.cli.options import writable
+from quantflow.errors import QuantflowError
 
 json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 output_option: Callable[..., Any] = click.option(
     "--output", type=writable(".pte"), required=True, help="The .pte file to write."
+)
+
+
+def _can_draw(context: click.Context, parameter: click.Parameter, page: Path | None) -> Path | None:
+    """Before anything is computed: a page without its pictures is none."""
+    if page is not None and find_spec("matplotlib") is None:
+        remedy = "pip install 'quantflow[plots]'"
+        raise QuantflowError("report", "its pictures need matplotlib", node=f"--report {page}", remedy=remedy)
+    return page
+
+
+report_option: Callable[..., Any] = click.option(
+    "--report", "page", type=writable(".html"), callback=_can_draw, help="Also a page of results, .json beside it."
 )
 
 

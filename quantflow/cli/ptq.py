@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from quantflow.cli.options import COUNT, PATH, float_options, image_options, model_options
-from quantflow.cli.output import json_option, output_option, show
-from quantflow.errors import QuantflowError
+from quantflow.cli.options import calibration_options, float_options, image_options, model_options, skip_option
+from quantflow.cli.output import json_option, output_option, report_option, show
 
 _EXAMPLES = (
     "\b\nExamples:\n"
@@ -20,14 +19,14 @@ _EXAMPLES = (
 
 @click.command(epilog=_EXAMPLES)
 @model_options(required=True)
-@click.option("--calibration", type=PATH, help="A folder to calibrate on. [default: the training part of --data]")
-@click.option("--calibration-images", type=COUNT, default=500, show_default=True)
+@calibration_options
 @image_options
 @float_options
-@click.option("--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated.")
+@skip_option
 @click.option("--recover/--no-recover", default=True, help="Win back accuracy after calibration.")
 @click.option("--max-drop", type=click.FloatRange(0, 100), help="Leave layers in float until no more points are lost.")
 @output_option
+@report_option
 @json_option
 def ptq(
     model: str,
@@ -42,11 +41,13 @@ def ptq(
     recover: bool,
     max_drop: float | None,
     output: Path,
+    page: Path | None,
     as_json: bool,
     **images: Any,
 ) -> None:
     """Quantize an image classifier after training, lower it to XNNPACK, and score the .pte beside the float model."""
     from quantflow import quantize, verify
+    from quantflow import report as write_report
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model
     from quantflow.cli.made import Made
@@ -54,13 +55,7 @@ def ptq(
 
     chosen = ChosenImages(**images)
     start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)
-    if calibration is not None:
-        shown = chosen.folder(calibration)
-    elif chosen.to_learn is not None:
-        shown = chosen.to_learn.train
-    else:
-        remedy = "--calibration FOLDER, or --data"
-        raise QuantflowError("data", "nothing to calibrate on", node="--calibration", remedy=remedy)
+    shown = chosen.to_calibrate(calibration)
     batches = start.calibration(shown, calibration_images, chosen.batch_size)
     scored = chosen.to_score()
     result = quantize(
@@ -76,5 +71,7 @@ def ptq(
     result.program.save(output)
     stages = {"float": start.network, "converted": result.graph, output.name: result.program}
     figures = None if scored is None else verify(stages, scored)
+    if page is not None:
+        write_report(page, title=model, result=result, verification=figures)
     report = result.report
     show(Made(str(output), str(report), report.seconds, report.delegated_fraction, figures), as_json)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quantflow.cli.options import COUNT, float_options, image_options, model_options
+from quantflow.cli.options import COUNT, float_options, image_options, model_options, skip_option
 from quantflow.cli.output import json_option, output_option, show
 from quantflow.errors import QuantflowError
 
@@ -27,7 +27,7 @@ _EXAMPLES = (
 @click.option("--qat-lr", type=float, help="Its peak learning rate. [default: a tenth of --lr]")
 @click.option("--distill", is_flag=True, help="Learn from the float model's outputs as well.")
 @click.option("--calibration-images", type=COUNT, default=256, show_default=True, help="For the first ranges.")
-@click.option("--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated.")
+@skip_option
 @output_option
 @json_option
 def qat(

@@ -9,7 +9,7 @@ import click
 
 from quantflow.cli.exit_codes import CHECK_FAILED
 from quantflow.cli.options import PATH, image_options, model_options
-from quantflow.cli.output import json_option, show
+from quantflow.cli.output import json_option, report_option, show
 from quantflow.errors import QuantflowError
 
 _NOISE = 16  # batches
@@ -27,6 +27,7 @@ _EXAMPLES = (
 @click.option("--runs", type=click.IntRange(0), default=30, show_default=True, help="Timed calls; 0 for no latency.")
 @click.option("--max-drop", type=float, help="Exit code 1 where a program loses more points of accuracy.")
 @click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit code 1 where one agrees on less.")
+@report_option
 @json_option
 def verify(
     programs: tuple[Path, ...],
@@ -36,6 +37,7 @@ def verify(
     runs: int,
     max_drop: float | None,
     min_agreement: float | None,
+    page: Path | None,
     as_json: bool,
     **images: Any,
 ) -> None:
@@ -62,6 +64,9 @@ def verify(
         click.echo("no --data or --validation: noise, which tells no accuracy", err=True)
     data = random_batches(signature, _NOISE, chosen.seed) if scored is None else scored
     found = qf.verify({**first, **loaded}, data, latency_runs=runs)
+    if page is not None:
+        only = loaded[str(programs[0])] if len(programs) == 1 else None
+        qf.report(page, title=", ".join(path.name for path in programs), program=only, verification=found)
     show(found, as_json)
     failed = []
     for stage in found.stages[1:]:

@@ -52,9 +52,9 @@ class Sensitivities:
 
     def to_json(self) -> str:
         """All figures; a signal to noise of infinity as null."""
-        rows = [asdict(found) for found in self.layers]
+        rows = [{"all_integers": self.all_integers}, *(asdict(found) for found in self.layers)]
         finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
-        return json.dumps({"all_integers": self.all_integers, "layers": finite}, indent=2)
+        return json.dumps({**finite[0], "layers": finite[1:]}, indent=2)
 
     def table(self) -> list[tuple[str, ...]]:
         """The figures as they are shown: a row of headings, then one for each layer."""

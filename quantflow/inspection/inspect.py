@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
+import stat
+from dataclasses import dataclass, field
 
 from quantflow.errors import QuantflowError
+from quantflow.inspection.bounds import memory
 from quantflow.inspection.pte import SIGNATURE_METHOD, Contents, Method, read
 from quantflow.inspection.quarantine import in_quarantine
 
@@ -21,11 +22,13 @@ class Inspection:
         contents: Its methods, operators, delegates and memory.
         refused: By method, why the runtime does not load it or run it on zeros; empty where all is well, None where it was
             not tried.
+        not_run: By method, why one that loads was not run: no inputs can be made for it.
     """
 
     name: str
     contents: Contents
     refused: dict[str, str] | None
+    not_run: dict[str, str] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -51,7 +54,8 @@ class Inspection:
             for method in self.methods
         ]
         held = {"name": self.name, "bytes": self.contents.size, "program_bytes": self.contents.program_size}
-        return json.dumps({**held, "signature": self.ours, "methods": methods, "refused": self.refused}, indent=2)
+        tried = {"refused": self.refused, "not_run": self.not_run}
+        return json.dumps({**held, "signature": self.ours, "methods": methods, **tried}, indent=2)
 
     def __str__(self) -> str:
         inside = self.contents.program_size
@@ -60,9 +64,15 @@ class Inspection:
         for method in self.methods:
             lines += _describe(method)
             if self.refused is not None:
-                why = self.refused.get(method.name, "")
-                lines.append(f"    runtime   {'does not take it: ' + why if why else 'loads and runs it on zeros'}")
+                lines.append(f"    runtime   {self._tried(method.name)}")
         return "\n".join(lines)
+
+    def _tried(self, method: str) -> str:
+        if self.refused and method in self.refused:
+            return f"does not take it: {self.refused[method]}"
+        if method in self.not_run:
+            return f"loaded, not run: {self.not_run[method]}"
+        return "loads and runs it on zeros"
 
 
 def _describe(method: Method) -> list[str]:
@@ -75,34 +85,50 @@ def _describe(method: Method) -> list[str]:
     return [*lines, f"    memory    {planned} bytes planned"] if planned else lines
 
 
-def inspect(source: str | os.PathLike[str] | bytes, *, load: bool = True) -> Inspection:
+def inspect(source: str | os.PathLike[str] | bytes, *, load: bool = True, seconds: float = 300.0) -> Inspection:
     """What a ``.pte`` holds. Its bytes are read in plain Python, and loaded only in a process of their own.
 
     Args:
         source: A path, or the bytes of a ``.pte``.
-        load: Also load each method and run it on zeros, in that process; False only reads.
+        load: Also load each method and run it on zeros, in that process, within the memory that a program of its size and plan
+            needs; False only reads.
+        seconds: How long that may take.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, for what can't be read, is no whole program, or crashes the runtime.
+        QuantflowError: at stage ``"runtime"``, for what can't be read, is no whole program, crashes the runtime or does
+            not end.
     """
-    name, buffer = ("<bytes>", source) if isinstance(source, bytes) else (str(source), file_bytes(source))
+    if isinstance(source, bytes):
+        return inspect_bytes(source, "<bytes>", load=load, seconds=seconds)
+    return inspect_bytes(file_bytes(source), str(source), load=load, seconds=seconds)
+
+
+def inspect_bytes(buffer: bytes, name: str, *, load: bool = True, seconds: float = 300.0) -> Inspection:
+    """As :func:`inspect`, of the bytes of a ``.pte`` that is called ``name``."""
     try:
         contents = read(buffer)
     except QuantflowError as error:
         raise QuantflowError(error.stage, error.reason, node=name, remedy=error.remedy) from error
     if not load:
         return Inspection(name, contents, None)
-    found = in_quarantine("loads", buffer, node=name)
-    return Inspection(name, contents, {method: why for method, why in found.items() if why})
+    return Inspection(name, contents, **in_quarantine("loads", buffer, node=name, seconds=seconds))
 
 
 def file_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of the file ``path``.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, when it can't be read.
+        QuantflowError: at stage ``"runtime"``, when it can't be read, is a device, or does not fit into memory.
     """
+    remedy = "name a .pte file"
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise QuantflowError("runtime", f"can't read: {error}", node=str(path), remedy="name a .pte file") from error
+        with open(path, "rb") as file:
+            kind = os.fstat(file.fileno())
+            if stat.S_ISCHR(kind.st_mode) or stat.S_ISBLK(kind.st_mode):
+                raise QuantflowError("runtime", "can't read: a device", node=str(path), remedy=remedy)
+            if kind.st_size > memory():
+                reason = f"can't read: {kind.st_size:,} bytes, more than this machine has memory"
+                raise QuantflowError("runtime", reason, node=str(path), remedy=remedy)
+            return file.read()
+    except (OSError, MemoryError) as error:
+        raise QuantflowError("runtime", f"can't read: {error}", node=str(path), remedy=remedy) from error

@@ -11,6 +11,8 @@ from typing import Any
 
 from quantflow.errors import QuantflowError
 
+_START = 120.0  # seconds for imports, on a machine that is busy
+
 
 def in_quarantine(task: str, payload: bytes = b"", *, node: str | None = None, seconds: float = 300.0) -> Any:
     """What ``task`` of :mod:`quantflow.inspection.examiner` says of ``payload``, in a new interpreter.
@@ -19,25 +21,27 @@ def in_quarantine(task: str, payload: bytes = b"", *, node: str | None = None, s
         task: The name of the task.
         payload: Its input.
         node: The file to name in errors.
-        seconds: How long it may take.
+        seconds: How long it may take once it has started.
 
     Raises:
         QuantflowError: at stage ``"runtime"``, when the process crashes or does not end; that of the task, when it fails.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    command = [sys.executable, "-P", "-m", "quantflow.inspection.examiner", task]
+    command = [sys.executable, "-P", "-m", "quantflow.inspection.examiner", task, str(seconds)]
     remedy = "the file is damaged or hostile: do not load it; lower the model again"
     try:
         done = subprocess.run(
             command,
             input=payload,
             capture_output=True,
-            timeout=seconds,
+            timeout=seconds + _START,
             env={**os.environ, "PYTHONPATH": path},
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise QuantflowError("runtime", f"no end after {seconds:.0f} s", node=node, remedy=remedy) from error
+        raise QuantflowError("runtime", f"no end after {seconds:g} s", node=node, remedy=remedy) from error
+    if done.returncode == -signal.SIGALRM:
+        raise QuantflowError("runtime", f"no end after {seconds:g} s", node=node, remedy=remedy)
     try:
         answer = json.loads(done.stdout)
     except ValueError:

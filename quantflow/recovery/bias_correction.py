@@ -15,6 +15,7 @@ from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers.observation import observer_of
+from quantflow.recovery.channel_ranges import rows_of_channels
 from quantflow.recovery.expectation import expectations
 from quantflow.recovery.given import check_calibrated, draw, within_memory
 from quantflow.recovery.layers import Layer, quantized_layers
@@ -85,7 +86,7 @@ def _mean_error(stop: Stop) -> torch.Tensor:
     count = 0
     for reference, values in zip(stop.floats, stop.integers, strict=True):
         error = reference[stop.layer.node] - evaluate(stop.layer.node, values)
-        by_channel = error.movedim(stop.layer.channel_axis, -1).flatten(0, -2)
+        by_channel = rows_of_channels(error, stop.layer.channel_axis)
         total = total + by_channel.double().sum(0)
         count += len(by_channel)
     return total / count

@@ -141,8 +141,11 @@ class _Finder:
         if len(tensors) != 2 or len(node.args) < 2:
             return False
         first, second = (self._place(n) for n in tensors)
-        shapes = [tuple(n.meta["val"].shape) for n in tensors]
-        return (first.axis, first.repeat) == (second.axis, second.repeat) and shapes[0][1:] == shapes[1][1:]
+        examples = min(
+            first.axis, 1
+        )  # the dimensions before it: there are none where a linear layer reads features alone
+        shapes = [tuple(n.meta["val"].shape)[examples:] for n in tensors]
+        return (first.axis, first.repeat) == (second.axis, second.repeat) and shapes[0] == shapes[1]
 
     def _join(self, node: Node, tensors: list[Node]) -> None:
         kept, other = (self.group_of[n] for n in tensors)

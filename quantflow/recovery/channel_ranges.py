@@ -24,6 +24,11 @@ def channel_ranges(graph: GraphModule, axes: Mapping[Node, int], sample: Iterabl
     for batch in sample:
         for node, values in steps(graph, batch):
             if node in axes:
-                largest = values[node].movedim(axes[node], -1).flatten(0, -2).abs().amax(0).double()
+                largest = rows_of_channels(values[node], axes[node]).abs().amax(0).double()
                 found[node] = torch.maximum(found[node], largest) if node in found else largest
     return found
+
+
+def rows_of_channels(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """``x`` as [rows, channels], the channels those of dimension ``axis``; a single row where it has no other dimension."""
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])

@@ -9,7 +9,7 @@ import torch
 
 from quantflow.distributed import gathered, world_size
 from quantflow.errors import QuantflowError
-from quantflow.signature import DynamicDim, Input, Signature
+from quantflow.signature import DynamicDim, Signature
 
 Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
 
@@ -121,18 +121,17 @@ class Sample:
 
 
 def cut_inputs(signature: Signature) -> list[bool]:
-    """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else."""
+    """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else.
+
+    None is where one example alone is no batch that the signature takes.
+    """
     dims = [[(p, d.name) for p, d in enumerate(i.shape) if isinstance(d, DynamicDim)] for i in signature.inputs]
     batch = {name for found in dims for p, name in found if p == 0}
     elsewhere = {name for found in dims for p, name in found if p != 0}
-    if len(batch) != 1 or batch & elsewhere or any(_least(i) > 1 for i in signature.inputs):
+    least = max((i.shape[0].min for i in signature.inputs if i.shape and isinstance(i.shape[0], DynamicDim)), default=1)
+    if len(batch) != 1 or batch & elsewhere or least > 1:
         return [False] * len(dims)
     return [any(p == 0 for p, _ in found) for found in dims]
-
-
-def _least(declared: Input) -> int:
-    first = declared.shape[0] if declared.shape else 1
-    return first.min if isinstance(first, DynamicDim) else 1
 
 
 def _is(value: Any) -> TypeGuard[torch.Tensor]:

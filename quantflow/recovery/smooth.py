@@ -100,7 +100,7 @@ def _seams(module: GraphModule) -> list[_Seam]:
 
 def _can_be_divided(module: GraphModule, node: Node, reads: Mapping[str, int]) -> bool:
     output = value(node)
-    if output is None or output.ndim < 2:
+    if output is None:
         return False
     if op(node) in LINEARS:
         return is_scalable(module, node, reads)

@@ -47,8 +47,9 @@ class Subject:
         return calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=False), sample
 
     def program(self, quantizer: Any) -> Program:
-        """The program that ``quantizer`` leads to."""
-        converted = convert(self.calibrated(quantizer)[0])
+        """The program that ``quantizer`` leads to; a float one where it quantizes nothing."""
+        integer = bool(quantizer.plan(self.graph).integer)
+        converted = convert(self.calibrated(quantizer)[0]) if integer else self.graph
         return export(converted, self.args, self.kwargs).to_core_aten().to_edge(self.delegate).to_executorch()
 
     def milliseconds(self, program: Program) -> float:
@@ -68,7 +69,13 @@ def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, pr
     """
     own = _weighted(subject)
     layers = list(own)
-    possible = {name: _possible(subject, scheme, layers) for name, scheme in precisions.items()}
+    refused = {name: _refused(subject, scheme, layers) for name, scheme in precisions.items()}
+    possible = {name: [layer for layer in layers if layer not in why] for name, why in refused.items()}
+    for layer in layers:
+        if all(layer in why for why in refused.values()):
+            reason = "; ".join(f"no {name}, {why[layer]}" for name, why in refused.items())
+            remedy = '"float": None as one more precision, or skip=[...] the layer in the quantizer'
+            raise QuantflowError("search", f"it can have none of the precisions: {reason}", node=layer, remedy=remedy)
     noises = {name: _noises(subject, scheme, possible[name]) for name, scheme in precisions.items()}
     base = subject.program(subject.quantizer)
     base_time = subject.milliseconds(base) if timed else 0.0
@@ -94,14 +101,13 @@ def _weighted(subject: Subject) -> dict[str, Any]:
     return found
 
 
-def _possible(subject: Subject, scheme: Any, layers: Sequence[str]) -> list[str]:
-    """Those of ``layers`` that can have ``scheme``."""
+def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, str]:
+    """Those of ``layers`` that can't have ``scheme``, and why."""
     if scheme is None:
-        return list(layers)
+        return {}
     plan = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers]).plan(subject.graph)
     weighted = [d for d in plan.decisions if d.rule is not None and d.rule.weight is not None]
-    refused = {layer_name(d.node) for d in weighted if d.scheme != scheme}
-    return [layer for layer in layers if layer not in refused]
+    return {layer_name(d.node): d.reason for d in weighted if d.scheme != scheme}
 
 
 def _noises(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, float]:

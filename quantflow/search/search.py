@@ -54,7 +54,8 @@ def search(
         progress: Show progress bars.
 
     Raises:
-        QuantflowError: at stage ``"search"``, when there is no limit or none can be kept, or the quantizer has no overrides.
+        QuantflowError: at stage ``"search"``, when there is no limit or none can be kept, the quantizer has no overrides, no
+            layer has weights, or a layer can have none of the precisions.
     """
     if max_bytes is None and max_ms is None:
         remedy = "max_bytes=..., max_ms=..., or both"
@@ -69,10 +70,15 @@ def search(
             "pass one that has, as XNNPACKQuantizer()",
         )
         raise QuantflowError("search", reason, node="quantizer", remedy=remedy)
-    precisions = quantizer.precisions if precisions is None else precisions
+    _check(precisions)
     graph = export(model, args, kwargs, dynamic_batch=True).module().eval()
     subject = Subject(graph, args, kwargs, data, quantizer, delegate, inputs)
+    asked = precisions is not None
+    precisions = quantizer.precisions if precisions is None else precisions
     table = measured(subject, precisions, timed=max_ms is not None, progress=progress)
+    if asked and (idle := [name for name in precisions if not any(c.precision == name for c in table.choices)]):
+        reason, remedy = "no layer can have it", "print(quantizer.overriding(...).plan(graph)) tells why"
+        warnings.warn(QuantflowWarning("search", reason, node=", ".join(idle), remedy=remedy), stacklevel=2)
     chosen = solve(table, max_bytes=max_bytes, max_ms=max_ms)
     mixed = quantizer.overriding([(Within(c.layer), precisions[c.precision]) for c in chosen])
     if not mixed.plan(graph).integer:
@@ -89,3 +95,9 @@ def search(
         reason = f"a call takes {time:.2f} ms; {table.total(chosen)[2]:.2f} were predicted and {max_ms} allowed"
         warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_ms"), stacklevel=2)
     return Found(result, chosen, table, frontier(table), time)
+
+
+def _check(precisions: Any) -> None:
+    if precisions is not None and (not isinstance(precisions, Mapping) or not precisions):
+        remedy = 'by name, as {"float": None, "int8": INT8}'
+        raise QuantflowError("search", "no precisions to choose from", node="precisions", remedy=remedy)

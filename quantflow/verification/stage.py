@@ -33,7 +33,7 @@ from quantflow.observers.observation import is_converted, is_fake_quantizer, obs
 from quantflow.program import Program
 from quantflow.recovery.walk import Simulation, has_grid
 from quantflow.signature import Input, Signature
-from quantflow.verification.rows import in_rows, rows_taken
+from quantflow.verification.rows import in_rows
 
 FLOAT, OBSERVED, FAKE_QUANTIZED, CONVERTED, PTE = "float", "observed", "fake-quantized", "converted", ".pte"
 
@@ -137,7 +137,7 @@ class Stage:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             with torch.no_grad():
-                return in_rows(self.run, rows_taken(self.signature), args, kwargs)
+                return in_rows(self.run, self.signature, args, kwargs)
         except QuantflowError as error:
             where = self.name + (f", {error.node}" if error.node else "")
             raise QuantflowError(error.stage, error.reason, node=where, remedy=error.remedy) from error
@@ -166,12 +166,21 @@ def examined(path: str | os.PathLike[str]) -> Program:
     Raises:
         QuantflowError: at stage ``"runtime"``, when it is no whole program, or the runtime does not take it.
     """
-    found = inspection.inspect(path)
+    buffer = inspection.file_bytes(path)  # once: the file may be another one by the time that it was examined
+    found = inspection.inspect_bytes(buffer, str(path))
     if found.refused:
         method, why = next(iter(found.refused.items()))
         remedy = "`quantflow inspect` says what it holds; `quantflow doctor` what this runtime has"
         raise QuantflowError("runtime", f"{method} does not run: {why}", node=str(path), remedy=remedy)
-    return Program.from_buffer(inspection.file_bytes(path))
+    if "forward" in found.not_run:
+        reason = f"forward was loaded, not run: {found.not_run['forward']}"
+        warnings.warn(
+            QuantflowWarning("runtime", reason, node=str(path), remedy="run it only if you trust it"), stacklevel=2
+        )
+    try:
+        return Program.from_buffer(buffer)
+    except QuantflowError as error:
+        raise QuantflowError(error.stage, error.reason, node=str(path), remedy=error.remedy) from error
 
 
 def _warn_of_what_stays_float(name: str, graph: GraphModule) -> None:

@@ -16,8 +16,9 @@ from quantflow import latency, runtime
 from quantflow.batches import Batch, PickInputs, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.latency import Latency
+from quantflow.signature import Signature
 from quantflow.verification.figures import StageFigures, Verification
-from quantflow.verification.rows import rows_of, rows_taken
+from quantflow.verification.rows import one_call, rows_of
 from quantflow.verification.stage import FLOAT, PTE, Stage, flat_signature
 from quantflow.verification.tally import Kept, Tally
 
@@ -49,7 +50,7 @@ def verify(
             concatenated, and kept for it until the end); by default top-1 accuracy of each output, where there are targets.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         max_batches: Stop after so many.
-        latency_runs: Timed calls of float models and programs, on one example; 0 for none.
+        latency_runs: Timed calls of float models and programs, on one example, or on as many as a stage is held to; 0 for none.
         progress: Show a progress bar.
 
     Returns:
@@ -65,7 +66,8 @@ def verify(
     running = [Stage.of(name, subject) for name, subject in stages.items()]
     tallies = [Tally() for _ in running]
     kept = [Kept() for _ in running] if metric is not None else []
-    examples, first = 0, None  # of the batches: one is kept to time calls with
+    counts: list[int] = []  # examples, by batch
+    first = None  # of the batches: kept to time calls with
     total = len(data) if isinstance(data, Sized) else None
     total = total if max_batches is None else min(max_batches, total or max_batches)
     with contextlib.ExitStack() as modes:
@@ -79,12 +81,13 @@ def verify(
                 tallies[index].add(stage.name, output, found[0], found[max(index - 1, 0)], target)
                 if kept:
                     kept[index].add(output, target)
-            examples += rows_of(batch.args, batch.kwargs) or 1
+            counts.append(rows_of((batch.args, batch.kwargs), target, found[0]) or 1)
             first = first or batch
         if first is None:
             raise QuantflowError("verify", "there is no data", node="data", remedy="pass at least one batch")
+        structured = _structured(running)
         timed = [
-            _latency(stage, first, latency_runs)
+            _latency(stage, structured, first, counts[0], latency_runs)
             for stage in tqdm(running, "latency", disable=not progress, leave=False)
         ]
     if metric is None and first.target is not None and not tallies[0].scored:
@@ -96,14 +99,12 @@ def verify(
     else:
         name, values = "top-1" if tallies[0].scored else None, [tally.top1 for tally in tallies]
     figures = zip(running, tallies, values, timed, strict=True)
-    return Verification(tuple(_figures(*row, first=row[0] is running[0]) for row in figures), examples, name)
+    return Verification(tuple(_figures(*row, first=row[0] is running[0]) for row in figures), sum(counts), name)
 
 
 def _batches(data: Iterable[Any], stages: list[Stage], inputs: PickInputs | None) -> Iterator[Batch]:
     """``data`` taken apart by the stage that knows most of its inputs."""
-    structured = next(
-        (s.signature for s in stages if s.signature is not None and s.signature.in_spec is not None), None
-    )
+    structured = _structured(stages)
     eager = next((s for s in stages if s.signature is None), None)
     if structured is not None or eager is None:
         signature = structured or stages[0].signature
@@ -115,6 +116,11 @@ def _batches(data: Iterable[Any], stages: list[Stage], inputs: PickInputs | None
     return taken_apart(data, flat_signature(needed), stage="verify", inputs=inputs)
 
 
+def _structured(stages: list[Stage]) -> Signature | None:
+    """What is known of the inputs, by the first stage that knows their structure."""
+    return next((s.signature for s in stages if s.signature is not None and s.signature.in_spec is not None), None)
+
+
 def _by_name(raw: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], Any]:
     return {name: raw[name] for name in names if name in raw}, raw.get("labels")
 
@@ -123,14 +129,10 @@ def _on_cpu(tree: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)
 
 
-def _latency(stage: Stage, batch: Batch, runs: int) -> Latency | None:
+def _latency(stage: Stage, structured: Signature | None, batch: Batch, examples: int, runs: int) -> Latency | None:
     if not runs or stage.kind not in (FLOAT, PTE):
         return None
-    args, kwargs = batch.args, batch.kwargs
-    taken, given = rows_taken(stage.signature), rows_of(args, kwargs)
-    rows = taken[0] if taken is not None and taken[1] else 1
-    if given is not None and given > rows:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:rows], (args, kwargs))
+    args, kwargs, rows = one_call(stage.signature or structured, batch.args, batch.kwargs, examples)
     threads = runtime.threads() if stage.kind == PTE else torch.get_num_threads()
     return latency.measure(lambda: stage(args, kwargs), rows=rows, threads=threads, runs=runs)
 

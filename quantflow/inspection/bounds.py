@@ -1,0 +1,57 @@
+"""How much a program that can't be trusted may ask of the machine, and a limit on the process that tries it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantflow.inspection.pte import Method, TensorType
+
+_BASE = 2 * 2**30  # bytes of address space
+_A_THREAD = 160 * 2**20  # its stack, and the arena that malloc reserves for it
+# Weights are packed anew when they load; what a delegate needs while it computes stands in no plan.
+_A_FILE_BYTE, _A_TENSOR_BYTE = 16, 64
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def too_much(method: Method) -> str:
+    """Why ``method`` is not to be tried: what it asks for does not fit this machine; ``""`` where it does."""
+    if any(size < 0 for sizes in (method.planned_bytes, *(t.shape for t in method.inputs)) for size in sizes):
+        return "it holds a negative size"
+    there = memory()
+    for what, size in (("memory plan asks", sum(method.planned_bytes)), ("inputs ask", tensor_bytes(method.inputs))):
+        if size > there:
+            return f"its {what} for {size:,} bytes, this machine has {there:,}"
+    return ""
+
+
+def tensor_bytes(tensors: Sequence[TensorType]) -> int:
+    """Bytes of those of ``tensors`` whose dtype is known, at their largest."""
+    import torch
+
+    dtypes = ((t, getattr(torch, t.dtype or "", None)) for t in tensors)
+    return sum(math.prod(t.shape) * dtype.itemsize for t, dtype in dtypes if isinstance(dtype, torch.dtype))
+
+
+def limit_memory(file: int, tensors: int) -> None:
+    """Hold this process to the address space that a program needs, generously. Only Linux tells how much it has by now.
+
+    Args:
+        file: Bytes of the program.
+        tensors: Bytes of its memory plan and inputs.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    wanted = _BASE + (os.cpu_count() or 1) * _A_THREAD + _A_FILE_BYTE * file + _A_TENSOR_BYTE * tensors
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    most, (_, hard) = mapped + min(wanted, memory()), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
