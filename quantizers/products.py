@@ -9,30 +9,57 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.aten import INFERENCE_IDENTITIES, argument, aten, op, value
+from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
 from quantflow.graph.parameters import is_constant
+from quantizers import memory_layout
 from quantizers.rewrites import Rewrite, _call, _constant, _open, _shape
 
 
 def no_batches(first: Node, second: Node) -> str | None:
     """Why ``first @ second`` is no product of two batches of matrices; None where it is."""
-    if is_constant(first) or is_constant(second):
-        return "one operand is constant; as the weight of nn.Linear it would be int8"
     a, b = value(first), value(second)
     if a is None or b is None or min(a.ndim, b.ndim) < 3:
+        if is_constant(first) or is_constant(second):
+            return "one operand is constant; as the weight of nn.Linear it would be int8"
         ranks = " and ".join(str(val.ndim) if val is not None else "?" for val in (a, b))
         return f"operands of rank {ranks}; products run over batches of matrices"
     batches = a.shape[:-2], b.shape[:-2]
     if a.ndim != b.ndim or not all(statically_known_true(m == n) for m, n in zip(*batches, strict=True)):
         return f"batches of {list(batches[0])} and {list(batches[1])} differ; no product broadcasts"
-    return None if _folded_shape(first) and _folded_shape(second) else "several of its sizes vary"
+    folds = a.ndim == 3 or (_folded_shape(first) and _folded_shape(second))
+    return None if folds else _VARIES
+
+
+def whole_product(node: Node) -> str | None:
+    """Why :func:`matmul` leaves ``node`` as it is; None where it does not."""
+    return no_batches(argument(node, "self"), argument(node, "other")) or _unmade(node)
+
+
+def whole_attention(node: Node) -> str | None:
+    """Why :func:`attention` leaves ``node`` as it is; None where it does not."""
+    query, key, given = (argument(node, name) for name in ("query", "key", "value"))
+    if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
+        return "XNNPACK has no attention with a mask; written as products with the mask added, it has all but the sum"
+    if argument(node, "dropout_p"):
+        return "it drops out in inference too"
+    if argument(node, "enable_gqa"):
+        return "its heads share keys; no product broadcasts"
+    return no_batches(query, key) or no_batches(query, given) or _unmade(node)
+
+
+def _unmade(node: Node) -> str | None:
+    """Why no product can stand for ``node``, whatever its operands."""
+    val = value(node)
+    if val is None or (val.ndim > 3 and _shape(node) is None):
+        return _VARIES
+    return None if memory_layout.known(node) else "its result lies in memory in an order of its own"
 
 
 def matmul(module: GraphModule, node: Node) -> Node | None:
     """A product of two batches of matrices, of any rank, as ``bmm``."""
-    first, second = argument(node, "self"), argument(node, "other")
-    if no_batches(first, second) or _shape(node) is None:
+    if whole_product(node):
         return None
+    first, second = argument(node, "self"), argument(node, "other")
     return _unfolded(node, _call(node, aten.bmm.default, _folded(node, first), _folded(node, second)))
 
 
@@ -40,10 +67,9 @@ def attention(module: GraphModule, node: Node) -> Node | None:
     """Attention without a mask as a softmax between two products. What is scaled is the query: it is smaller than the scores,
     and scaling is exact in integers.
     """
-    operands = [argument(node, name) for name in ("query", "key", "value")]
-    if has_mask(node) or any(no_batches(operands[0], other) for other in operands[1:]) or _shape(node) is None:
+    if whole_attention(node):
         return None
-    query, key, given = (_folded(node, operand) for operand in operands)
+    query, key, given = (_folded(node, argument(node, name)) for name in ("query", "key", "value"))
     scale = argument(node, "scale")
     if scale is None:
         scale = 1 / math.sqrt(value(query).shape[-1])  # type: ignore[union-attr]
@@ -53,28 +79,35 @@ def attention(module: GraphModule, node: Node) -> Node | None:
     return _unfolded(node, _call(node, aten.bmm.default, weights, given))
 
 
-def has_mask(node: Node) -> bool:
-    """Whether the attention ``node`` has a mask, drops out, or shares keys between heads."""
-    options = ("is_causal", "dropout_p", "enable_gqa")
-    return argument(node, "attn_mask") is not None or any(argument(node, name) for name in options)
-
-
 def near_softmax(node: Node, along: Callable[[Node], Iterable[Node]], steps: int = 5) -> bool:
-    """Whether a softmax lies ``along`` a path from ``node`` (its users, or its inputs), behind sums, scalings, masks and
-    changes of shape at most.
+    """Whether a softmax, or the exponential of one written by hand, lies ``along`` a path from ``node`` (its users, or its
+    inputs), with no layer, average or norm between.
     """
-    ahead = list(along(node))
-    if any(op(n) in SOFTMAXES for n in ahead):
+    ahead = [n for n in along(node) if n.op == "call_function"]
+    if any(op(n) in _SOFTMAXES for n in ahead):
         return True
-    return steps > 0 and any(op(n) in _BESIDE and near_softmax(n, along, steps - 1) for n in ahead)
+    return steps > 0 and any(op(n) not in _LEVEL and near_softmax(n, along, steps - 1) for n in ahead)
 
 
-SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
-_BESIDE = INFERENCE_IDENTITIES | {
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self),
-    *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int),
-    *(aten.contiguous.default, aten.clone.default, aten.slice.Tensor, aten.expand.default),
-}
+_SOFTMAXES = frozenset(
+    {
+        *(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
+        *(aten._safe_softmax.default, aten.exp.default),
+    }
+)
+# What a tensor does not go through as it is: rounding before it is another matter than rounding behind it.
+_LEVEL = (
+    CONVOLUTIONS
+    | TRANSPOSED_CONVOLUTIONS
+    | LINEARS
+    | {
+        *(aten.bmm.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.baddbmm.default),
+        *(aten.scaled_dot_product_attention.default, aten.embedding.default, aten.mean.dim, aten.mean.default),
+        *(aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default),
+        *(aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default, aten.rms_norm.default),
+    }
+)
+_VARIES = "several of its sizes vary"
 
 
 def _folded_shape(operand: Node) -> list[int] | None:
@@ -90,8 +123,10 @@ def _folded(node: Node, operand: Node) -> Node:
 
 
 def _unfolded(node: Node, product: Node) -> Node:
-    """``product`` in the shape of ``node``, before it."""
-    return product if value(node).ndim == 3 else _call(node, aten.reshape.default, product, _shape(node))  # type: ignore[union-attr]
+    """``product`` in the shape and the memory layout of ``node``, before it."""
+    if value(node).ndim != 3:  # type: ignore[union-attr]
+        product = _call(node, aten.reshape.default, product, _shape(node))
+    return memory_layout.laid_out(node, product)
 
 
 PRODUCT_REWRITES: dict[Any, Rewrite] = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from quantflow.aten import (
@@ -45,35 +44,11 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
         if replacement is not node:
             node.replace_all_uses_with(replacement)
             module.graph.erase_node(node)
-            _lay_out_anew(replacement, value(node))
     if changed:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return module
-
-
-def _lay_out_anew(changed: Node, old: torch.Tensor | None) -> None:
-    """Give what reads ``changed``, which was ``old``, the strides that follow from its own. A view of what now lies otherwise
-    becomes a reshape.
-    """
-    ahead = [changed] if _lies_otherwise(value(changed), old) else []
-    while ahead:
-        for user in ahead.pop().users:
-            if user.op != "call_function" or value(user) is None:
-                continue
-            if user.target is aten.view.default:
-                user.target = aten.reshape.default
-            new = _computed(user, user.target, user.args, user.kwargs)
-            if _lies_otherwise(new, value(user)):
-                user.meta["val"] = new
-                ahead.append(user)
-
-
-def _lies_otherwise(new: torch.Tensor | None, old: torch.Tensor | None) -> bool:
-    if new is None or old is None or new.ndim != old.ndim:
-        return False
-    return not all(statically_known_true(m == n) for m, n in zip(new.stride(), old.stride(), strict=True))
 
 
 def _writes(node: Node) -> bool:
@@ -100,22 +75,14 @@ def _call(node: Node, target: Any, *args: Any) -> Node:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
-    val = _computed(node, target, args)
-    if val is not None:
-        new.meta["val"] = val
-    return new
-
-
-def _computed(node: Node, target: Any, args: Any, kwargs: Any = None) -> Any:
-    """The fake result of ``target`` in the place of ``node``; None where nothing there has fake values."""
+    values = map_arg(args, lambda n: n.meta["val"])
     mode = getattr(value(node), "fake_mode", None) or next(
         (n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
     )
-    if mode is None:
-        return None
-    given, named = map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-    with mode:
-        return target(*given, **named)
+    if mode is not None:
+        with mode:
+            new.meta["val"] = target(*values)
+    return new
 
 
 def _constant(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:

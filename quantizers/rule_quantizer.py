@@ -15,13 +15,14 @@ from quantflow.aten import argument
 from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import norm_as_convolution
 from quantizers.complaints import complain
+from quantizers.edges import Edges, quantized_edges
 from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
 from quantizers.rewrites import Rewrite, rewrite
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme
-from quantizers.symmetry import quantized_edge, symmetric_grids
+from quantizers.symmetry import symmetric_grids
 
 
 class RuleQuantizer(Quantizer):
@@ -112,23 +113,27 @@ class RuleQuantizer(Quantizer):
         """
         plan = self._plan(model)
         complain(plan, strict=self.strict)
-        symmetric = symmetric_grids(plan)
+        edges = quantized_edges(plan)
+        symmetric = symmetric_grids(plan, edges)
         for decision in plan.integer:
-            _annotate(decision, plan.matters(decision), symmetric)
+            _annotate(decision, plan.matters(decision), edges, symmetric)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to do: the plan refuses what the backend can't run."""
 
 
-def _annotate(decision: Decision, matters: tuple[float, float] | None, symmetric: Set[EdgeOrNode]) -> None:
+def _annotate(
+    decision: Decision, matters: tuple[float, float] | None, edges: Edges, symmetric: Set[EdgeOrNode]
+) -> None:
     rule, scheme, node = decision.rule, decision.scheme, decision.node
     assert rule is not None
     assert scheme is not None
-    centred = replace(scheme.activation, symmetric=True)
+    # A grid that is chosen at run time is its reader's own.
+    centred = scheme.activation if scheme.activation.dynamic else replace(scheme.activation, symmetric=True)
     shared: SharedQuantizationSpec | None = None
     for given in decision.activations():
-        producer, consumer = edge = quantized_edge(given, node)
+        producer, consumer = edge = edges[given, node]
         grid = centred if not symmetric.isdisjoint((edge, producer)) else scheme.activation
         _annotation(consumer).input_qspec_map.setdefault(producer, grid.spec())  # once, however often it is read
         if rule.output != "shared":

@@ -8,18 +8,12 @@ from collections.abc import Iterable, Mapping
 from torch.fx import Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode
 
-from quantflow.aten import INFERENCE_IDENTITIES, op
+from quantflow.aten import op
+from quantizers.edges import Edges
 from quantizers.plan import Decision, Plan
 
 
-def quantized_edge(producer: Node, consumer: Node) -> tuple[Node, Node]:
-    """The edge on which to quantize an input: before what is the identity in inference, so that integers meet the layer."""
-    while op(producer) in INFERENCE_IDENTITIES:
-        producer, consumer = producer.args[0], producer  # type: ignore[assignment]
-    return producer, consumer
-
-
-def symmetric_grids(plan: Plan) -> frozenset[EdgeOrNode]:
+def symmetric_grids(plan: Plan, edges: Edges) -> frozenset[EdgeOrNode]:
     """The edges that rules ask to be symmetric, and with them the tensors on whose grid they can lie.
 
     A tensor goes along, with all that it shares a grid with, where that costs no other reader a bit: there is none, or the
@@ -29,10 +23,10 @@ def symmetric_grids(plan: Plan) -> frozenset[EdgeOrNode]:
     grids: defaultdict[Node, set[Node]] = defaultdict(set)  # from each tensor to those on its grid
     for decision in plan.integer:
         assert decision.rule is not None
-        asked.update(quantized_edge(given, decision.node) for given in decision.operands(decision.rule.symmetric))
+        asked.update(edges[given, decision.node] for given in decision.operands(decision.rule.symmetric))
         if decision.rule.output == "shared":
             for given in decision.activations():
-                tensor, _ = quantized_edge(given, decision.node)
+                tensor, _ = edges[given, decision.node]
                 grids[tensor].add(decision.tail)
                 grids[decision.tail].add(tensor)
     writers = {decision.tail: decision for decision in plan.integer}

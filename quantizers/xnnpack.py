@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
-from quantizers.products import PRODUCT_REWRITES, near_softmax, no_batches
+from quantizers.products import PRODUCT_REWRITES, near_softmax, whole_attention, whole_product
 from quantizers.rewrites import REWRITES, Rewrite
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
@@ -104,11 +104,6 @@ def _volume(node: Node) -> str | None:
     return "XNNPACK has two dimensions, and images can't stand for this: its weight is shared or computed, or its size varies"
 
 
-def _no_batches(node: Node) -> str | None:
-    """What :mod:`quantizers.products` has left."""
-    return no_batches(argument(node, "self"), argument(node, "other")) or "several of its sizes vary"
-
-
 def _scores(node: Node) -> str | None:
     """Eight bits cost scores up to 10 dB (``benchmarks/attention.py``): a softmax weighs most what an observer cuts off."""
     return (
@@ -174,7 +169,13 @@ XNNPACK_RULES = (
         symmetric=("mat2",),
         unless_asked=(_scores, _weights),
     ),
-    Rule("product", frozenset({aten.matmul.default}), ("self", "other"), refusals=(_no_batches,)),
+    Rule("product", frozenset({aten.matmul.default}), ("self", "other"), refusals=(whole_product,)),
+    Rule(
+        "attention",
+        frozenset({aten.scaled_dot_product_attention.default}),
+        inputs=("query", "key", "value"),
+        refusals=(whole_attention,),
+    ),
     Rule("hardswish", frozenset({aten.hardswish.default}), ("self",), matters=(-3.0, math.inf)),
     Rule("sigmoid", frozenset({aten.sigmoid.default}), ("self",), matters=(-8.0, 8.0)),
     Rule("tanh", frozenset({aten.tanh.default}), ("self",), matters=(-4.0, 4.0)),

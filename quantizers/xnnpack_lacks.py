@@ -21,7 +21,6 @@ _RECURRENT = "it is unrolled into its steps, in float"
 XNNPACK_LACKS: Mapping[Any, str] = {
     operator.getitem: "part of a result that stays in float",
     aten.upsample_bilinear2d.vec: "XNNPACK resizes bilinearly in float only",
-    aten.scaled_dot_product_attention.default: "XNNPACK has no mask, dropout or broadcasting in attention",
     aten.avg_pool2d.default: "int8 averages are over images, with padding counted and without a ceiling",
     aten.pow.Tensor_Scalar: "XNNPACK has squares in float only, other powers not at all",
     aten.selu.default: "XNNPACK's elu has no scales",

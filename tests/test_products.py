@@ -58,14 +58,15 @@ REFUSED = {
     "fewer batches": (lambda a, b: a @ b[0].mT, 4, "no product broadcasts"),
     "vector": (lambda a, b: a @ b[0, 0], 3, "rank 3 and 1"),
     "matrices": (lambda a, b: a[0] @ b[0].mT, 3, "rank 2 and 2"),
-    "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), 4, "no mask"),
-    "masked": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.mT), 4, "no mask"),
+    "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), 4, "with a mask"),
+    "masked": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.mT), 4, "with a mask"),
+    "shared": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 4, "share keys"),
 }
 
 
 def made(name):
     function, rank = (FUNCTIONS.get(name) or REFUSED[name])[:2]
-    operands = 3 if "attention" in name or name in ("causal", "masked") else 2
+    operands = 3 if "attention" in name or name in ("causal", "masked", "shared") else 2
     return Layers(function, operands), rank
 
 
@@ -89,6 +90,83 @@ def test_function_and_gradients_stay(name, dynamic):
         given, expected = (network.get_parameter(layer).grad for network in (rewritten, model))
         assert torch.allclose(given, expected, rtol=1e-4, atol=1e-5)
     assert all("val" in n.meta for n in rewritten.graph.nodes if n.op == "call_function")
+
+
+class Heads(nn.Module):
+    """Attention over two heads, and a function of what it puts out, [batch, heads, tokens, 4]."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.project, self.out, self.behind = nn.Linear(8, 24), nn.Linear(8, 8), behind
+
+    def forward(self, x):
+        batch, count, _ = x.shape
+        query, key, value = (t.view(batch, count, 2, 4).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        return self.out(self.behind(F.scaled_dot_product_attention(query, key, value), batch, count))
+
+
+def written_through_a_view(y, batch, count):
+    view = y.transpose(1, 2).view(batch, count, 8)
+    view.relu_()
+    return y.transpose(1, 2).reshape(batch, count, 8)
+
+
+def flat(y, batch, count):
+    return y.transpose(1, 2).reshape(batch, count, 8)
+
+
+BEHIND = {
+    "a copy": flat,
+    "a view": lambda y, b, n: y.transpose(1, 2).view(b, n, 8),
+    "scaled, then a view": lambda y, b, n: (y * 2).transpose(1, 2).view(b, n, 8),
+    "written through a view": written_through_a_view,
+    "strides of its own": lambda y, b, n: y.as_strided((b, n, 8), (n * 8, 8, 1)),
+    "parts": lambda y, b, n: torch.cat([t.transpose(1, 2).view(-1, n, 8) for t in y.chunk(2, 0)]),
+    "examples": lambda y, b, n: torch.stack([t.transpose(0, 1).view(n, 8) for t in y.unbind(0)]),
+    "sorted": lambda y, b, n: y.transpose(1, 2).sort(-1)[0].view(b, n, 8),
+    "viewed as another": lambda y, b, n: y.transpose(1, 2).view_as(torch.empty(b, n, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::quantflow.QuantflowWarning")
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_views_the_result_finds_it_as_it_lay(name):
+    model, x = Heads(BEHIND[name]).eval(), torch.randn(4, 6, 8)
+    with torch.no_grad():  # with gradients the kernel of attention may be another, which puts heads outside
+        graph = qf.export(model, (x,)).module()
+        rewritten = rewrite(copy.deepcopy(graph), PRODUCT_REWRITES)
+        assert sum(op(n) is aten.bmm.default for n in rewritten.graph.nodes) == 2
+        assert torch.allclose(model(x), rewritten(x), atol=1e-5)
+        converted = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
+        assert sqnr(model(x), converted(x)) > 20
+
+
+def test_dropout_within_attention_is_left_alone():
+    model = Layers(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), 3)
+    plan = XNNPACKQuantizer().plan(qf.export(model, (tokens(4, 2),)).module())
+    assert "drops out" in next(d for d in plan.floating if op(d.node) in PRODUCT_REWRITES).reason
+
+
+def test_a_batch_of_constant_matrices_is_an_operand():
+    weights, x = torch.randn(3, 8, 5), torch.randn(3, 6, 8)
+    model = Layers(lambda a: a @ weights, 1).eval()
+    graph = qf.export(model, (x,)).module()
+    assert not XNNPACKQuantizer().plan(graph).floating
+    converted = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
+    program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    assert sqnr(converted(x).detach(), program(x)) > 60
+    assert sqnr(model(x).detach(), program(x)) > 25
+
+
+@pytest.mark.parametrize("function", [lambda a, b: a @ b.mT, lambda a, b: F.scaled_dot_product_attention(a, b, b)])
+def test_batches_and_tokens_both_vary(function):
+    shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=64)}}
+    model = Layers(function, 2)
+    graph = qf.export(model, (torch.randn(4, 6, 8),), dynamic_shapes=shapes).module()
+    rewritten = rewrite(graph, PRODUCT_REWRITES)
+    assert any(op(n) is aten.bmm.default for n in rewritten.graph.nodes)
+    x = torch.randn(3, 11, 8)
+    assert torch.allclose(model(x), rewritten(x), atol=1e-6)
 
 
 def test_more_tokens_than_the_example_has():
@@ -156,6 +234,32 @@ def test_what_has_one_sign_is_centred_only_where_nothing_else_reads_it():
 def test_one_tensor_in_both_operands():
     found = observed(lambda a: torch.bmm(a.transpose(1, 2), a), 1)
     assert found[:2] == [("linear", True), ("transpose", True)]
+
+
+MASK = torch.ones(6, 6, dtype=torch.bool).tril()
+SOFTMAXES = {
+    "masked_fill": lambda s: s.masked_fill(~MASK, -torch.inf).softmax(-1),
+    "where": lambda s: torch.where(MASK, s, -torch.inf).softmax(-1),
+    "added mask": lambda s: (s + torch.zeros(6, 6).masked_fill(~MASK, -1e4)).softmax(-1),
+    "divided": lambda s: (s / 3.0).softmax(-1),
+    "in float32": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
+    "of a cast": lambda s: F.softmax(s.float(), dim=-1).type_as(s),
+    "capped": lambda s: (torch.tanh(s / 5) * 5).softmax(-1),
+    "permuted": lambda s: s.permute(0, 2, 1, 3).softmax(-1).permute(0, 2, 1, 3),
+    "dropout": lambda s: F.dropout(s.softmax(-1), 0.1, training=False),
+    "by hand": lambda s: (
+        (s - s.amax(-1, keepdim=True)).exp() / (s - s.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    ),
+    "logarithm": lambda s: s.log_softmax(-1).exp(),
+}
+
+
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_both_products_beside_any_softmax_stay_float(name):
+    model = Attention(lambda query, key, value: SOFTMAXES[name](query @ key.mT) @ value).eval()
+    plan = XNNPACKQuantizer().plan(qf.export(model, (torch.randn(2, 3, 6, 8),)).module())
+    products = [d for d in plan.decisions if op(d.node) is aten.bmm.default]
+    assert [d.scheme for d in products] == [None, None], str(plan)
 
 
 @pytest.mark.parametrize("core", [by_hand, biased, F.scaled_dot_product_attention])

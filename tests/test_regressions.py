@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantizers import INT8, Scheme, TensorScheme, XNNPACKQuantizer
+from quantizers import DYNAMIC_INT8, INT8, Scheme, TensorScheme, XNNPACKQuantizer
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -424,3 +424,93 @@ def test_a_layout_changed_within_a_model_lowers_right():
     model, x = Changing().eval(), torch.randn(2, 3, 8, 8)
     program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
     torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_shared_weights_in_channels_last_stay_one():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    model[2].weight = model[0].weight
+    model.to(memory_format=torch.channels_last)
+    graph = qf.export(model, (torch.randn(2, 4, 8, 8),)).module().train()
+    assert len(list(graph.parameters())) == len(list(model.parameters())) == 3
+    optimizer = torch.optim.SGD(graph.parameters(), 0.1)
+    graph(torch.randn(2, 4, 8, 8)).square().mean().backward()
+    optimizer.step()
+    named = dict(graph.named_parameters(remove_duplicate=False))
+    assert torch.equal(named["0.weight"], named["2.weight"])
+
+
+def test_a_view_that_channels_last_alone_allows():
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.linear(x.permute(0, 2, 3, 1).view(-1, 3))
+
+    model, x = Pixels(), IMAGE.to(memory_format=torch.channels_last)
+    graph = qf.export(model, (x,)).module()
+    torch.testing.assert_close(graph(x), model(x))
+    torch.testing.assert_close(graph(x.contiguous()), model(x))
+
+
+def test_a_graph_of_stock_prepare_is_exported_after_convert():
+    """Stock prepare registers the observer of a shared grid under two names."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(self.first(x).transpose(1, 2).transpose(1, 2))
+
+    model, x = Turned().eval(), torch.randn(2, 4, 8)
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), XNNPACKQuantizer())
+    prepared(x)
+    converted = qf.convert(prepared)
+    assert sqnr(converted(x), lower(converted, x)(x)) > 60
+
+
+class Keys(nn.Module):
+    """A layer that reads a tensor in integers whose range is chosen at run time, beside one that reads it otherwise."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.keys, self.queries, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop, self.beside = nn.Dropout(0.1), beside
+
+    def forward(self, x):
+        return self.beside(self, x, self.drop(self.keys(x)))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [lambda m, x, k: (torch.bmm(m.queries(x), k.mT), m.out(k)), lambda m, x, k: (m.queries(k), m.out(k))],
+    ids=["a centred grid", "a grid fixed ahead"],
+)
+def test_a_dynamic_layer_reads_what_others_read_on_grids_of_their_own(beside):
+    model, x = Keys(beside).eval(), torch.randn(2, 4, 8)
+    quantizer = XNNPACKQuantizer(overrides={"out": DYNAMIC_INT8})
+    graph = qf.export(model, (x,)).module()
+    converted = qf.convert(qf.calibrate(qf.prepare(graph, quantizer), [x], progress=False))
+    for found, expected in zip(lower(converted, x)(x), model(x), strict=True):
+        assert sqnr(expected.detach(), found) > 30
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_batch_norm_over_rows_of_three_dimensions_behind_integers(qat):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x).transpose(1, 2)).transpose(1, 2))
+
+    model, x = randomize_statistics(Turned()).eval(), torch.randn(3, 5, 8)
+    converted = quantize(model, x, qat=qat)
+    with torch.no_grad():
+        assert sqnr(model(x), converted(x)) > 25
+        assert sqnr(converted(x), lower(converted, x)(x)) > 60

@@ -13,7 +13,7 @@ import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
 from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
-from executorch.backends.xnnpack.partition.config.node_configs import PreluConfig
+from executorch.backends.xnnpack.partition.config.node_configs import BatchNormConfig, PreluConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor, is_quant
@@ -92,6 +92,14 @@ class _Prelu(_Integer, PreluConfig):
         return PreluConfig.get_node_and_deps(self, node, ep)
 
 
+class _BatchNorm(BatchNormConfig):
+    """Over rows of three dimensions the delegate makes a convolution of it, and fails where its input is in integers."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        given: Any = node.args[0]
+        return not (is_dequant(given) and given.meta["val"].dim() == 3) and super().check_constraints(node, ep)
+
+
 def _widened(
     base: type[XNNPartitionerConfig], kind: type[generic.GenericNodePartitionerConfig]
 ) -> type[XNNPartitionerConfig]:
@@ -126,6 +134,7 @@ _OURS = (
     _LeakyReLU,
     _Elu,
     _BatchedMatmul,
+    _BatchNorm,
     _Prelu,
 )
 _TARGETS = {config.target_name for config in _OURS}  # type: ignore[attr-defined]

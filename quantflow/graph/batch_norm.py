@@ -143,14 +143,21 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
     return folded + fold_batch_norm(module) if folded else []  # another norm may stand behind it
 
 
+_CONVOLVES = {3: aten.conv1d.default, 4: aten.conv2d.default}  # by the rank of what is normed
+
+
 def norm_as_convolution(module: GraphModule) -> None:
-    """Write each batch norm of images that no layer takes in as a depthwise 1×1 convolution, which backends have in integers.
+    """Write each batch norm over rows or images that no layer takes in as a depthwise convolution of one place, which backends
+    have in integers.
 
     In place, for inference. The caller recompiles.
     """
     for norm in list(module.graph.nodes):
-        if not _is_affine(norm) or (val := value(norm)) is None or val.ndim != 4 or normed_layer(norm) is not None:
+        if not _is_affine(norm) or (val := value(norm)) is None or normed_layer(norm) is not None:
             continue
+        if (convolve := _CONVOLVES.get(val.ndim)) is None:
+            continue
+        places = val.ndim - 2
         scale, shift = NormedLayer(norm, norm, norm).scale_and_shift(module)
         running_mean = argument(norm, "running_mean")
         dtype = tensor_of(module, running_mean).dtype
@@ -158,13 +165,13 @@ def norm_as_convolution(module: GraphModule) -> None:
             continue  # batch norm takes such a mixture, a convolution does not
         path = str(running_mean.target).rpartition(".")[0]
         reads = []
-        for name, tensor in (("folded_weight", scale.reshape(-1, 1, 1, 1)), ("folded_bias", shift)):
+        for name, tensor in (("folded_weight", scale.reshape(-1, *[1] * (places + 1))), ("folded_bias", shift)):
             full = unused_name(module, f"{path}.{name}" if path else name)
             set_tensor(module, full, tensor.to(dtype), parameter=True)
             reads.append(read_attribute(module, full, norm, norm))
         with module.graph.inserting_before(norm):
-            args = (norm.args[0], *reads, [1, 1], [0, 0], [1, 1], len(scale))
-            convolution = module.graph.call_function(aten.conv2d.default, args)
+            args = (norm.args[0], *reads, [1] * places, [0] * places, [1] * places, len(scale))
+            convolution = module.graph.call_function(convolve, args)
         convolution.meta = {k: v for k, v in norm.meta.items() if k != SWITCHED}
         norm.replace_all_uses_with(convolution)
         module.graph.erase_node(norm)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from quantflow.aten import aten
 
 
 def make_contiguous(program: ExportedProgram) -> ExportedProgram:
@@ -24,9 +28,23 @@ def make_contiguous(program: ExportedProgram) -> ExportedProgram:
     with mode:
         for node in odd:
             node.meta["val"] = node.meta["val"].contiguous()
-    FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*(n.meta.get("val") for n in placeholders))
+    _Propagation(program.graph_module, mode).propagate_dont_convert_inputs(*(n.meta.get("val") for n in placeholders))
     _make_state_contiguous(program, odd)
     return program
+
+
+class _Propagation(FakeTensorProp):
+    """Recomputes every value; a view that only the other layout allowed becomes a reshape."""
+
+    def run_node(self, n: Node) -> Any:
+        """The value of ``n``."""
+        try:
+            return super().run_node(n)
+        except (RuntimeError, ValueError):
+            if n.target is not aten.view.default:
+                raise
+            n.target = aten.reshape.default
+            return super().run_node(n)
 
 
 def _make_state_contiguous(program: ExportedProgram, odd: list[Node]) -> None:
@@ -36,11 +54,14 @@ def _make_state_contiguous(program: ExportedProgram, odd: list[Node]) -> None:
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
+    copies: dict[int, torch.Tensor] = {}  # by the tensor copied: what was one under several names stays one
     for name in (names[node.name] for node in odd if node.name in names):
         state = program.state_dict if name in program.state_dict else program.constants
         tensor = state[name]
-        made = tensor.detach().contiguous()
-        state[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        if id(tensor) not in copies:
+            made = tensor.detach().contiguous()
+            copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        state[name] = copies[id(tensor)]
 
 
 def _is_odd(val: object) -> bool:

@@ -100,4 +100,9 @@ def drop_unused(module: GraphModule) -> None:
             name = f"{path}.{leaf}" if path else leaf
             if name not in read:
                 delattr(owner, leaf)
-    module.delete_all_unused_submodules()
+    used = {name[:end] for name in read | whole for end in [i for i, c in enumerate(name) if c == "."] + [len(name)]}
+    # torch.fx's own delete_all_unused_submodules takes only the first name of a module that has several.
+    for path, _ in reversed(list(module.named_modules(remove_duplicate=False))):
+        if path and path not in used and not any(path.startswith(f"{kept}.") for kept in whole):
+            owner, _, leaf = path.rpartition(".")
+            del module.get_submodule(owner)._modules[leaf]

@@ -1,0 +1,69 @@
+"""How the result of a rewritten product lies in memory: as the operator's did, for views of it and writes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from quantflow.aten import aten, only_user, op, value
+from quantizers.rewrites import _call
+
+_PERMUTES = frozenset({aten.permute.default, aten.transpose.int})
+_COPIES = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.view.default})
+_HEADS_INSIDE = [0, 2, 1, 3]  # attention puts out the heads of each token together
+
+
+def known(node: Node) -> bool:
+    """Whether :func:`laid_out` has the layout of ``node``."""
+    val = value(node)
+    return val is not None and (_lies(val, range(val.ndim)) or _heads_inside(val))
+
+
+def laid_out(node: Node, product: Node) -> Node:
+    """``product``, which is contiguous and has the shape of ``node``, in the layout of ``node``, before it."""
+    val = value(node)
+    assert val is not None
+    if _lies(val, range(val.ndim)) or _is_copied_next(node, product):
+        return product
+    together = _call(node, aten.contiguous.default, _call(node, aten.permute.default, product, _HEADS_INSIDE))
+    return _call(node, aten.permute.default, together, _HEADS_INSIDE)
+
+
+def _is_copied_next(node: Node, product: Node) -> bool:
+    """Whether nothing but permutations comes between ``node`` and a copy in another order: then its layout is nobody's.
+
+    The permutations then have the strides that follow from ``product``, and a view behind them becomes a reshape.
+    """
+    passed: list[Node] = []
+    reader = only_user(node)
+    while reader is not None and op(reader) in _PERMUTES:
+        passed.append(reader)
+        reader = only_user(reader)
+    val = None if reader is None else value(reader)
+    if reader is None or val is None or op(reader) not in _COPIES or not _lies(val, range(val.ndim)):
+        return False
+    if reader.target is aten.view.default:
+        reader.target = aten.reshape.default
+    given = value(product)
+    for permutation in passed:
+        with given.fake_mode:  # type: ignore[union-attr]
+            given = permutation.meta["val"] = permutation.target(given, *permutation.args[1:])  # type: ignore[operator]
+    return True
+
+
+def _heads_inside(val: torch.Tensor) -> bool:
+    return val.ndim == len(_HEADS_INSIDE) and _lies(val, _HEADS_INSIDE)
+
+
+def _lies(val: torch.Tensor, order: Sequence[int]) -> bool:
+    """Whether ``val`` lies in memory with its dimensions in ``order``, without gaps."""
+    step: int | torch.SymInt = 1
+    for dim in reversed(order):
+        size = val.shape[dim]
+        if not statically_known_true(size == 1) and not statically_known_true(val.stride(dim) == step):
+            return False
+        step = step * size
+    return True
