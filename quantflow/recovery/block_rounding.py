@@ -19,6 +19,12 @@ from quantflow.recovery.walk import quantized
 from quantflow.recovery.writing import write_weight
 
 _EXAMPLES = 32  # a step's
+_SHARE = (
+    0.1  # of the error that a layer's would count: with more, many weights end between their integers, and then jump
+)
+_NUMBERS = (
+    0.25  # at the ends, for each weight to learn; with fewer, as logits are, the block errs less and the network more
+)
 
 
 def round_block(
@@ -49,14 +55,12 @@ def round_block(
     if not roundings:
         return [layer.node for layer in settled], []
     task = Reconstruction(graph, block, stop, layers, prices)
-    before = _errors(task, {})
-    seen = max(1, 3 * task.batches // 4)
+    before, seen = _errors(task, {}), max(1, 3 * task.batches // 4)
+    error = _error(task, before[:seen].sum(0), roundings, seen)
     try:
-        learned = descend(
-            list(roundings.values()), _relative(task, before[:seen].sum(0), list(roundings), seen), iterations
-        )
-    except RuntimeError as error:
-        raise NoReconstructionError(f"it has no gradient: {str(error).splitlines()[0]}") from error
+        learned = descend(list(roundings.values()), error, iterations)
+    except RuntimeError as failure:
+        raise NoReconstructionError(f"it has no gradient: {str(failure).splitlines()[0]}") from failure
     found = dict(zip(roundings, learned, strict=True))
     after = _errors(task, found)
     better = all((after[part].sum(0) <= before[part].sum(0)).all() for part in (slice(None), slice(seen, None)))
@@ -65,20 +69,25 @@ def round_block(
     return [layer.node for layer in settled], [] if better else [layer.node for layer in found]
 
 
-def _relative(
-    task: Reconstruction, start: torch.Tensor, layers: list[Layer], seen: int
+def _error(
+    task: Reconstruction, start: torch.Tensor, roundings: dict[Layer, SoftRounding], seen: int
 ) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    """The error on a few of the first ``seen`` batches, in units of ``start`` at each end, for each weight to learn."""
+    """What to descend: the error on a few of the first ``seen`` batches, in units of ``start`` at each end."""
     drawn = min(seen, -(-_EXAMPLES // task.examples), MEMORY // task.bytes)
-    if not drawn or not start.isfinite().all():
-        raise NoReconstructionError("it is too large to hold" if not drawn else "its errors are not finite")
+    count = sum(rounding.weight.numel() for rounding in roundings.values())
+    if not drawn:
+        raise NoReconstructionError("it is too large to hold")
+    if task.numbers(seen) < _NUMBERS * count:
+        raise NoReconstructionError("it ends in too few numbers to learn its weights from")
+    if not start.isfinite().all():
+        raise NoReconstructionError("its errors are not finite")
     random = torch.Generator().manual_seed(0)
-    price = torch.where(start > 0, seen / (drawn * len(start) * start), 0.0)
+    price = torch.where(start > 0, _SHARE * count * seen / (drawn * len(start) * start), 0.0)
 
     def error(soft: list[torch.Tensor]) -> torch.Tensor:
-        weights = dict(zip(layers, soft, strict=True))
+        weights = dict(zip(roundings, soft, strict=True))
         few = torch.randperm(seen, generator=random)[:drawn].tolist()
-        return (sum(task.errors(batch, weights) for batch in few) * price).sum() * sum(w.numel() for w in soft)
+        return (torch.stack([task.errors(batch, weights) for batch in few]).sum(0) * price).sum()
 
     return error
 

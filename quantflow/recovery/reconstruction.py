@@ -89,6 +89,10 @@ class Reconstruction:
         ends = zip((found[end] for end in self._ends), self._wanted[batch], self._priced, strict=True)
         return torch.stack([_squares(y - wanted, batch, priced) for y, wanted, priced in ends])
 
+    def numbers(self, batches: int) -> int:
+        """How many numbers the block puts out at its ends for the first ``batches``."""
+        return sum(end.numel() for ends in self._wanted[:batches] for end in ends)
+
     def _floats(self, before: Values) -> list[torch.Tensor]:
         """What the block puts out in the float network, given the values before it."""
         values, found, held = dict(before), {}, 0

@@ -18,7 +18,7 @@ _TRAVEL = 20.0  # how far a logit may go in all steps; from one end to the other
 _STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches both of its ends
 _WARM = 0.2  # of the steps, before anything is drawn to an end
 _SHARPNESS = 20.0, 2.0  # of the pull to the ends, first and last
-_PULL = 3.0  # against an error that is one for each weight at the start
+_PULL = 3.0  # against an error that is one for each weight where all are rounded to the nearest
 _ON_GRID = 1e-3  # steps
 
 
@@ -82,8 +82,8 @@ def descend(
 
     Args:
         roundings: What to learn, in place.
-        error: Of soft weights, in the order of ``roundings``: a scalar that is one for each weight at the start, so that one
-            price of the regulariser serves all. Called once a step.
+        error: Of soft weights, in the order of ``roundings``, a scalar; called once a step. One price of the regulariser serves
+            all where it is in proportion to the number of weights and relative to what nearest rounding leaves.
         iterations: Steps.
 
     Returns:
