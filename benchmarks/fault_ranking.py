@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 import quantflow as qf
 from quantflow.aten import op, set_argument
-from quantflow.modes import BATCH_NORM
-from quantflow.observation import observer_of
+from quantflow.graph.modes import BATCH_NORM
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.qparams import choose_qparams
 from quantflow.observers import SettledObserver
-from quantflow.parameters import is_constant, tensor_of
-from quantflow.qparams import choose_qparams
+from quantflow.observers.observation import observer_of
 from quantizers import XNNPACKQuantizer
 
 EPS, LOST_EPS = 1e-3, 1e-5

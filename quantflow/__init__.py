@@ -2,7 +2,8 @@
 
 One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
 :func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
-:func:`verify`, :func:`diagnose`, :func:`sensitivity` and :func:`inspect` for what came of it, :func:`report` to show it.
+:func:`verify`, :func:`diagnose`, :func:`sensitivity`, :func:`probe` and :func:`inspect` for what came of it, :func:`report` to
+show it.
 
 A name is imported when it is first used: torch and torchao take seconds.
 """
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from quantflow.evidence.diagnose import diagnose
     from quantflow.evidence.diagnosis import Diagnosis
     from quantflow.evidence.one_at_a_time import Sensitivities, sensitivity
+    from quantflow.evidence.probe import probe
+    from quantflow.evidence.probing import Probing
     from quantflow.export import export
     from quantflow.exported import Exported
-    from quantflow.fake_quantize import FakeQuantize
-    from quantflow.graph_module import TrainableGraphModule
-    from quantflow.inspection import Inspection, inspect
-    from quantflow.learned_step_size import LearnedStepSize
+    from quantflow.graph.graph_module import TrainableGraphModule
+    from quantflow.grid.fake_quantize import FakeQuantize
+    from quantflow.grid.learned_step_size import LearnedStepSize
+    from quantflow.inspection.inspect import Inspection, inspect
     from quantflow.prepare import prepare
     from quantflow.program import Program, load
     from quantflow.quantize import Result, quantize
@@ -46,13 +49,13 @@ _HOMES = {
     "convert": ("convert",),
     "core_aten": ("CoreAten",),
     "errors": ("QuantflowError", "QuantflowWarning"),
-    "evidence": ("Budget", "Diagnosis", "Sensitivities", "diagnose", "sensitivity"),
+    "evidence": ("Budget", "Diagnosis", "Probing", "Sensitivities", "diagnose", "probe", "sensitivity"),
     "export": ("export",),
     "exported": ("Exported",),
-    "fake_quantize": ("FakeQuantize",),
-    "graph_module": ("TrainableGraphModule",),
-    "inspection": ("Inspection", "inspect"),
-    "learned_step_size": ("LearnedStepSize",),
+    "graph.graph_module": ("TrainableGraphModule",),
+    "grid.fake_quantize": ("FakeQuantize",),
+    "grid.learned_step_size": ("LearnedStepSize",),
+    "inspection.inspect": ("Inspection", "inspect"),
     "prepare": ("prepare",),
     "program": ("Program", "load"),
     "quantize": ("Result", "quantize"),
@@ -76,6 +79,7 @@ __all__ = [
     "History",
     "Inspection",
     "LearnedStepSize",
+    "Probing",
     "Program",
     "QuantflowError",
     "QuantflowWarning",
@@ -93,6 +97,7 @@ __all__ = [
     "inspect",
     "load",
     "prepare",
+    "probe",
     "quantize",
     "recover",
     "report",

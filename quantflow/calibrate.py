@@ -14,9 +14,9 @@ from tqdm import tqdm
 from quantflow.batches import PickInputs, batches
 from quantflow.distributed import world_size
 from quantflow.errors import QuantflowError
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.observation import observers_of
+from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.observers import Observer
+from quantflow.observers.observation import observers_of
 from quantflow.recovery.sample import Sample
 from quantflow.signature import Signature
 

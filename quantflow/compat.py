@@ -11,7 +11,7 @@ from torch import nn
 
 from quantflow.core_aten import CoreAten
 from quantflow.export import export
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 
 
 def _warn(old: str, new: str) -> None:

@@ -19,14 +19,10 @@ from quantflow.aten import (
     op,
     value,
 )
-from quantflow.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
-from quantflow.biases import round_biases, separate_biases
 from quantflow.errors import QuantflowError
-from quantflow.fake_quantize import BatchNormScaledFakeQuantize
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.integers import IntegerTensor, integer_constant, is_weight
-from quantflow.observation import has_seen_data, is_observer, observer_of, observers_of, qparams_of, saw_no_number
-from quantflow.parameters import (
+from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import (
     drop_unused,
     is_constant,
     read_attribute,
@@ -34,7 +30,18 @@ from quantflow.parameters import (
     set_tensor,
     unused_name,
 )
-from quantflow.qparams import PER_CHANNEL, SYMMETRIC
+from quantflow.grid.biases import round_biases, separate_biases
+from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
+from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight
+from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC
+from quantflow.observers.observation import (
+    has_seen_data,
+    is_observer,
+    observer_of,
+    observers_of,
+    qparams_of,
+    saw_no_number,
+)
 
 decomposed = torch.ops.quantized_decomposed
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 from torch.overrides import TorchFunctionMode
 
-from quantflow.modes import BATCH_NORM
+from quantflow.graph.modes import BATCH_NORM
 
 
 def world_size() -> int:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from quantflow import delegates, proof
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
+from quantflow.delegates.fast_lowering import run_fast
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.fast_lowering import run_fast
+from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
-from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from quantflow import modes, provenance
 from quantflow.aten import layer
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
-from quantflow.graph_module import TrainableGraphModule
-from quantflow.inference_mode import inference_mode
-from quantflow.inference_only import captured_as_inference
-from quantflow.layout import make_contiguous
-from quantflow.observation import observers_of
+from quantflow.graph import modes, provenance
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.inference_mode import inference_mode
+from quantflow.graph.inference_only import captured_as_inference
+from quantflow.graph.layout import make_contiguous
+from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
 

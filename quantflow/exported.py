@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.export import ExportedProgram
 
 from quantflow.core_aten import CoreAten, lower_to_core_aten
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.signature import Signature
 
 INFERENCE_ONLY = "quantflow_inference_only"  # GraphModule.meta: Exported.inference_only of the capture

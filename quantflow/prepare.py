@@ -11,17 +11,17 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from quantflow.aten import argument, is_inplace, is_view, label
-from quantflow.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
-from quantflow.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.insertion import insert_observers, is_inserted_fake_quantizer, make_observers
-from quantflow.observation import is_converted, observer_of, observers_of
+from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.observers import Observer
-from quantflow.parameters import is_constant, tensor_of
-from quantflow.sharing import annotation_of
+from quantflow.observers.insertion import insert_observers, is_inserted_fake_quantizer, make_observers
+from quantflow.observers.observation import is_converted, observer_of, observers_of
+from quantflow.observers.sharing import annotation_of
 
 
 def prepare(

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from quantflow import pte, runtime
+from quantflow import runtime
 from quantflow.delegates.delegation import Delegation
 from quantflow.errors import QuantflowError
 from quantflow.files import write_atomically
-from quantflow.pte import SIGNATURE_METHOD
+from quantflow.inspection import pte
+from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.signature import DynamicDim, Input, Signature
 
 

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
 from quantflow.metrics import signal_to_noise
-from quantflow.observation import is_converted
+from quantflow.observers.observation import is_converted
 from quantflow.program import Program
 
 # Below this, dB, a program computes something else than its graph. In integers a rounding that falls the other way grows from

@@ -23,7 +23,7 @@ from quantflow.evidence.budget import keep_within
 from quantflow.evidence.judge import Judge
 from quantflow.evidence.layers import Within
 from quantflow.export import export
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.prepare import prepare
 from quantflow.program import Program
 from quantflow.recovery import Recovered, Sample

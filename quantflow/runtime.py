@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from quantflow.errors import QuantflowError
-from quantflow.pte import check_header
+from quantflow.inspection.pte import check_header
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quantflow.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, op, short_name
-from quantflow.batch_norm import normed_layer
-from quantflow.staging import stages
+from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.staging import stages
 from quantizers.kernels import FloatKernels
 
 

@@ -22,9 +22,9 @@ from quantflow.aten import (
     short_name,
     value,
 )
-from quantflow.batch_norm import normed_layer
 from quantflow.errors import QuantflowError
-from quantflow.parameters import is_constant
+from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.parameters import is_constant
 from quantizers.fate import Fate
 from quantizers.forecast import Forecast, forecast
 from quantizers.kernels import FloatKernels

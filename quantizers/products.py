@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quantflow.aten import INFERENCE_IDENTITIES, argument, aten, op, value
-from quantflow.parameters import is_constant
+from quantflow.graph.parameters import is_constant
 from quantizers.rewrites import Rewrite, _call, _constant, _open, _shape
 
 

@@ -28,7 +28,7 @@ from quantflow.aten import (
     pair,
     value,
 )
-from quantflow.parameters import read_attribute, unused_name
+from quantflow.graph.parameters import read_attribute, unused_name
 
 Rewrite = Callable[[GraphModule, Node], Node | None]
 

@@ -12,8 +12,8 @@ from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotati
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.aten import argument
-from quantflow.batch_norm import norm_as_convolution
 from quantflow.errors import QuantflowError
+from quantflow.graph.batch_norm import norm_as_convolution
 from quantizers.complaints import complain
 from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from

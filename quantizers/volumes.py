@@ -18,8 +18,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, op, value
-from quantflow.modes import BATCH_NORM, CUMULATIVE, SWITCHED
-from quantflow.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of
+from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, SWITCHED
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of
 from quantizers.rewrites import Rewrite, _call, _shape, average_pool, mean, same_padding, scalar_operand
 
 _DEPTH_BEHIND_CHANNELS = [0, 2, 1, 3, 4]

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from quantflow.aten import argument, aten, pair, value
-from quantflow.parameters import is_constant
+from quantflow.graph.parameters import is_constant
 from quantizers.kernels import FloatKernels, Runs
 
 

@@ -8,7 +8,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.aten import clamp_limits
-from quantflow.observation import qparams_of
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery import adaround, compensate
 from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.learned_rounding import Rows, learn_rounding

@@ -8,8 +8,8 @@ from networks import norm_networks, randomize_statistics
 
 import quantflow as qf
 from quantflow.aten import op
-from quantflow.batch_norm import fold_batch_norm, norm_as_convolution
-from quantflow.modes import BATCH_NORM
+from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
+from quantflow.graph.modes import BATCH_NORM
 
 NETWORKS = norm_networks()
 # Where the norm can't go: nothing before it, statistics of the batch, channels elsewhere, or another user.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, op
-from quantflow.parameters import tensor_of
+from quantflow.graph.parameters import tensor_of
 from quantflow.recovery import equalize
 from quantflow.recovery.channel_groups import channel_groups
 from quantflow.recovery.scaling import divide_outputs, multiply_inputs

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import quantflow as qf
 from quantflow.delegates import resolve
-from quantflow.fast_lowering import fast_lowering, run_fast, supported
+from quantflow.delegates.fast_lowering import fast_lowering, run_fast, supported
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
 
@@ -98,7 +98,7 @@ def test_what_fails_is_done_the_stock_way():
 
 
 def test_other_versions_are_left_alone(monkeypatch):
-    monkeypatch.setattr("quantflow.fast_lowering.supported", lambda: False)
+    monkeypatch.setattr("quantflow.delegates.fast_lowering.supported", lambda: False)
     recompile = GraphModule.recompile
     with fast_lowering() as fast:
         assert not fast

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from networks import ConvNet, Structured, randomize_statistics
 
 import quantflow as qf
-from quantflow import pte
 from quantflow.cli import main
-from quantflow.pte.tables import Reader
+from quantflow.inspection import pte
+from quantflow.inspection.pte.tables import Reader
 from quantflow.signature import Signature
 from quantflow.spec_text import spec_is_plain
 

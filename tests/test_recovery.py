@@ -11,7 +11,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
-from quantflow.observation import observers_of
+from quantflow.observers.observation import observers_of
 from quantflow.recovery import compensate, sensitivity, settle_ranges
 from quantflow.recovery.gptq import output_error, round_weights
 from quantflow.recovery.layers import quantized_layers

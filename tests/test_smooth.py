@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.aten import LINEARS, argument, op
-from quantflow.parameters import reads_of, tensor_of
+from quantflow.graph.parameters import reads_of, tensor_of
 from quantflow.recovery import smooth
 from quantflow.recovery.channel_ranges import channel_ranges
 from quantflow.recovery.features import linear_readers

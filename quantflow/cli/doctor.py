@@ -13,7 +13,7 @@ from quantflow.cli.output import json_option, show
 @json_option
 def doctor(runtime: bool, as_json: bool) -> None:
     """Versions that work together, backends and kernels of the runtime, and what to install. Exit code 1: something lacks."""
-    from quantflow.environment import examine
+    from quantflow.inspection.environment import examine
 
     found = examine(runtime=runtime)
     show(found, as_json)

@@ -20,7 +20,7 @@ def inspect(program: Path, load: bool, as_json: bool) -> None:
     The file is not trusted: it is read in plain Python and loaded in a process of its own. Exit code 1: the runtime does not
     take it.
     """
-    from quantflow.inspection import inspect as look
+    from quantflow.inspection.inspect import inspect as look
 
     found = look(program, load=load)
     show(found, as_json)

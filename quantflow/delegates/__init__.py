@@ -14,8 +14,6 @@ from quantflow.errors import QuantflowError
 
 __all__ = ["Delegate", "lowered_modules", "resolve"]
 
-__all__ = ["Delegate", "lowered_modules", "resolve"]
-
 _DELEGATES: dict[str, type[Delegate]] = {"xnnpack": Xnnpack}
 
 

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
 
-from quantflow.staging import stages
+from quantflow.graph.staging import stages
 
 
 class _Integer(generic.GenericNodePartitionerConfig):

@@ -17,7 +17,7 @@ from quantflow.evidence.grids import Grid, rounded_constant
 from quantflow.evidence.reference import reference_values
 from quantflow.evidence.statistics import Sums
 from quantflow.evidence.twins import computes, converts, source, twins, vanishes
-from quantflow.parameters import is_constant
+from quantflow.graph.parameters import is_constant
 from quantflow.recovery.originals import attribute
 from quantflow.recovery.walk import Values, evaluate
 

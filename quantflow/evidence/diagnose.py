@@ -10,12 +10,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow.batches import PickInputs, batches
-from quantflow.convert import convert
-from quantflow.errors import QuantflowError
 from quantflow.evidence.comparison import Comparison
 from quantflow.evidence.diagnosis import Diagnosis
-from quantflow.evidence.reference import reference_graph
-from quantflow.observation import is_converted, observers_of
+from quantflow.evidence.reference import converted_form, reference_graph
 from quantflow.signature import Signature
 
 
@@ -51,7 +48,7 @@ def diagnose(
             network, or a batch does not fit.
     """
     reference = reference_graph(float_graph, "diagnose")
-    converted = _converted(quantized_graph)
+    converted = converted_form(quantized_graph, "diagnose")
     comparison = Comparison(reference, converted)
     total = len(data) if isinstance(data, Sized) else None
     total = total if max_batches is None else min(max_batches, total or max_batches)
@@ -61,12 +58,3 @@ def diagnose(
     for batch in tqdm(feed, desc="diagnose", total=total, unit="batch", disable=not progress, leave=False):
         comparison.add(signature.flatten(batch.args, batch.kwargs, stage="diagnose"))
     return comparison.diagnosis()
-
-
-def _converted(graph: Any) -> GraphModule:
-    if isinstance(graph, GraphModule) and is_converted(graph):
-        return graph
-    if not isinstance(graph, GraphModule) or not observers_of(graph):
-        remedy = "pass a graph that qf.prepare and qf.calibrate, or qf.convert, returned"
-        raise QuantflowError("diagnose", "no quantized graph", node="quantized_graph", remedy=remedy)
-    return convert(graph)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.parameters import is_constant, tensor_of
-from quantflow.qparams import choose_qparams
-from quantflow.rounding import round_to_grid
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.qparams import choose_qparams
+from quantflow.grid.rounding import round_to_grid
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import layer
 from quantflow.evidence.twins import computes, vanishes
-from quantflow.observation import observer_of
-from quantflow.parameters import is_constant
+from quantflow.graph.parameters import is_constant
+from quantflow.observers.observation import observer_of
 
 
 def layer_name(node: Node) -> str:

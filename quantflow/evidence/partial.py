@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, op
-from quantflow.observation import observer_of
+from quantflow.observers.observation import observer_of
 from quantflow.recovery.originals import attribute
 from quantflow.recovery.walk import Values, evaluate, float_outputs, quantized
 

@@ -1,4 +1,4 @@
-"""The float network as the reference: the value of every node, and what an error in it does to the outputs."""
+"""The networks that evidence compares, and of the float one every value, and what an error in it does to the outputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.batch_norm import fold_batch_norm, norm_as_convolution
+from quantflow.convert import convert
 from quantflow.errors import QuantflowError
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.observation import is_converted, observers_of
+from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.observers.observation import is_converted, observers_of
 from quantflow.recovery.sensitivity import float_value, random_signs
 from quantflow.recovery.walk import Values, float_outputs
 
@@ -31,6 +32,20 @@ def reference_graph(graph: Any, stage: str) -> TrainableGraphModule:
     norm_as_convolution(copied)
     copied.recompile()
     return copied
+
+
+def converted_form(graph: Any, stage: str) -> GraphModule:
+    """The quantized ``graph`` with its integers: itself where it is converted, else :func:`quantflow.convert` of it.
+
+    Raises:
+        QuantflowError: at ``stage``, where it is neither prepared nor converted.
+    """
+    if isinstance(graph, GraphModule) and is_converted(graph):
+        return graph
+    if not isinstance(graph, GraphModule) or not observers_of(graph):
+        remedy = "pass a graph that qf.prepare and qf.calibrate, or qf.convert, returned"
+        raise QuantflowError(stage, "no quantized graph", node="quantized_graph", remedy=remedy)
+    return convert(graph)
 
 
 def reference_values(graph: GraphModule, flat: Sequence[Any]) -> tuple[Values, Values, list[torch.Tensor]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from quantflow.distributed import gathered
+from quantflow.grid.qparams import choose_qparams
 from quantflow.observers.min_max import MinMaxObserver
-from quantflow.qparams import choose_qparams
 
 BATCHES = 16
 _PER_TENSOR = 2048

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from quantflow.grid.qparams import PER_CHANNEL, SMALLEST_SCALE
 from quantflow.observers.base import Observer
-from quantflow.qparams import PER_CHANNEL, SMALLEST_SCALE
 
 
 class SettledObserver(Observer):

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import label
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.recovery.block_rounding import round_block
 from quantflow.recovery.blocks import blocks
 from quantflow.recovery.given import check_calibrated, draw, within_memory
@@ -109,7 +109,7 @@ def adaround(
             notes[_NOTHING].append(node)
     for reason, nodes in notes.items():
         if nodes:
-            remedy = _REMEDIES.get(reason, "nothing to do; together=1 learns all layers so")
+            remedy = _REMEDIES.get(reason, "nothing to do where that is meant; else more examples, or fewer layers together")
             names = ", ".join(label(node) for node in nodes)
             warnings.warn(QuantflowWarning(_STAGE, reason, node=names, remedy=remedy), stacklevel=2)
     rounded.recompile()

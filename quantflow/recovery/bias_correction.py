@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import label
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.observation import observer_of
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.observers.observation import observer_of
 from quantflow.recovery.expectation import expectations
 from quantflow.recovery.given import check_calibrated, draw, within_memory
 from quantflow.recovery.layers import Layer, quantized_layers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.observation import qparams_of
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery.blocks import Block
 from quantflow.recovery.given import MEMORY
 from quantflow.recovery.layers import Layer

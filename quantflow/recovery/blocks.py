@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import is_float_tensor
-from quantflow.observation import observer_of
+from quantflow.observers.observation import observer_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import LINEARS, aten, clamp_limits, op, value
-from quantflow.parameters import Reads, reads_of
+from quantflow.graph.parameters import Reads, reads_of
 from quantflow.recovery.homogeneous import commutes, flattened_places
 from quantflow.recovery.proven_extremes import proven_extremes
 from quantflow.recovery.scaling import is_scalable

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.parameters import tensor_of
-from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import tensor_of
+from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.recovery.gptq import output_error, round_weights
 from quantflow.recovery.layers import Layer, quantized_layers
 from quantflow.recovery.least_squares import correction

@@ -10,10 +10,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import clamp_limits, only_user
-from quantflow.batch_norm import fold_batch_norm
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.batch_norm import fold_batch_norm
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.recovery.channel_groups import ChannelGroup, channel_groups
 from quantflow.recovery.channel_ranges import channel_ranges
 from quantflow.recovery.given import check_float, draw

@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, INFERENCE_IDENTITIES, LINEARS, argument, aten, clamp_limits, op, value
-from quantflow.batch_norm import OUTPUT_MOMENTS
-from quantflow.observation import observer_of
-from quantflow.parameters import is_constant
+from quantflow.graph.batch_norm import OUTPUT_MOMENTS
+from quantflow.graph.parameters import is_constant
+from quantflow.observers.observation import observer_of
 from quantflow.recovery.clipped_normal import clipped_normal
 from quantflow.recovery.originals import attribute, original
 

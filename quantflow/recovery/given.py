@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
-from quantflow.observation import has_seen_data, is_fake_quantizer, observers_of
+from quantflow.observers.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.walk import peak_bytes
 from quantflow.signature import Signature

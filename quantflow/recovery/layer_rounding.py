@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from quantflow.aten import clamp_limits, only_user
-from quantflow.observation import qparams_of
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery.learned_rounding import Rows, learn_rounding
 from quantflow.recovery.paired_walk import Stop
 from quantflow.recovery.sensitivity import ROWS, row_weights

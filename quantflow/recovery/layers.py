@@ -11,10 +11,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import LINEARS, argument, aten, op, value
-from quantflow.observation import is_fake_quantizer, observer_of
+from quantflow.graph.parameters import is_constant, reads_of, tensor_of
+from quantflow.grid.qparams import PER_CHANNEL
 from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.parameters import is_constant, reads_of, tensor_of
-from quantflow.qparams import PER_CHANNEL
+from quantflow.observers.observation import is_fake_quantizer, observer_of
 from quantflow.recovery.walk import has_grid
 
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.parameters import set_tensor, tensor_of
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import set_tensor, tensor_of
 
 ORIGINAL = "quantflow_original"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
 

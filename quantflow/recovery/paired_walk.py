@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from quantflow.observation import observer_of
+from quantflow.observers.observation import observer_of
 from quantflow.recovery.layers import Layer
 from quantflow.recovery.originals import attribute, original
 from quantflow.recovery.sample import Inputs

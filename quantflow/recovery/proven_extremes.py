@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, INFERENCE_IDENTITIES, LINEARS, argument, aten, clamp_limits, op
-from quantflow.parameters import is_constant, tensor_of
+from quantflow.graph.parameters import is_constant, tensor_of
 
 _BOUNDED = {aten.sigmoid.default: (0.0, 1.0), aten.hardsigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0)}
 _WITHIN = INFERENCE_IDENTITIES | {  # put out nothing larger or smaller than what they take in

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.grid.qparams import SYMMETRIC, choose_qparams
 from quantflow.observers import SettledObserver
-from quantflow.qparams import SYMMETRIC, choose_qparams
 from quantflow.recovery.sensitivity import BINS, Sensitivity, Slope
 
 _SHRINK = torch.logspace(0, -4, 49, base=2.0)  # 1 to 1/16

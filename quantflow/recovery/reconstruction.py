@@ -8,8 +8,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, only_user, op, value
-from quantflow.observation import observer_of, qparams_of
 from quantflow.observers import SettledObserver
+from quantflow.observers.observation import observer_of, qparams_of
 from quantflow.recovery.blocks import Block
 from quantflow.recovery.layers import Layer
 from quantflow.recovery.originals import attribute

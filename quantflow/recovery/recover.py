@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.metrics import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.given import check_calibrated, draw, within_memory

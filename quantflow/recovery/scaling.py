@@ -8,8 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, op, value
-from quantflow.batch_norm import OUTPUT_MOMENTS
-from quantflow.parameters import is_constant, set_tensor, tensor_of
+from quantflow.graph.batch_norm import OUTPUT_MOMENTS
+from quantflow.graph.parameters import is_constant, set_tensor, tensor_of
 
 _CONVOLVED = {name: int(name[4]) for name in ("conv1d", "conv2d", "conv3d")}
 

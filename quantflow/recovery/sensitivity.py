@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from quantflow.observation import observer_of
+from quantflow.observers.observation import observer_of
 from quantflow.recovery.layers import Layer, quantized_layers
 from quantflow.recovery.originals import attribute, original
 from quantflow.recovery.sample import Inputs

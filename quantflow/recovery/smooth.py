@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import LINEARS, argument, aten, op, set_argument, value
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph_module import TrainableGraphModule, adopt
-from quantflow.modes import BATCH_NORM
-from quantflow.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.modes import BATCH_NORM
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.recovery.channel_ranges import channel_ranges
 from quantflow.recovery.features import linear_readers
 from quantflow.recovery.given import check_float, draw

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantflow.observation import qparams_of
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery.layers import Layer
 from quantflow.recovery.originals import attribute
 from quantflow.recovery.writing import by_output

@@ -12,13 +12,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.aten import is_inplace, is_view, op
-from quantflow.biases import as_converted
-from quantflow.observation import observer_of, qparams_of
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.biases import as_converted
+from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.parameters import is_constant, tensor_of
-from quantflow.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.observers.observation import observer_of, qparams_of
 from quantflow.recovery.originals import attribute
-from quantflow.rounding import round_to_grid
 
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
 

@@ -6,8 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import set_argument
+from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.observers import SettledObserver
-from quantflow.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.recovery.layers import Layer
 from quantflow.recovery.originals import keep_original
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from quantflow import __version__
-from quantflow.environment import Environment
+from quantflow.inspection.environment import Environment
 from quantflow.report.building import built, trained
 from quantflow.report.evidence import diagnosed, priced, verified
 from quantflow.report.fates import graph, lowered

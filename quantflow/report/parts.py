@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantflow.environment import Environment
 from quantflow.errors import QuantflowError
 from quantflow.evidence import Diagnosis, Sensitivities
+from quantflow.inspection.environment import Environment
 from quantflow.program import Program
 from quantflow.quantize import Report, Result
 from quantflow.training import History

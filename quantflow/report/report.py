@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantflow.environment import examine
 from quantflow.errors import QuantflowError
 from quantflow.evidence import Diagnosis, Sensitivities
 from quantflow.files import write_atomically
+from quantflow.inspection.environment import examine
 from quantflow.program import Program
 from quantflow.quantize import Result
 from quantflow.report.page import page

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.training.features import Tap, tapped
 
 # Of the task's loss, the output, and the inputs of a batch.

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from quantflow.aten import is_float_tensor, is_inplace
 from quantflow.errors import QuantflowError
-from quantflow.graph_module import TrainableGraphModule
-from quantflow.parameters import unused_name
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.parameters import unused_name
 
 
 class Tap(nn.Module):

@@ -19,10 +19,10 @@ from quantflow.batches import Batch, PickInputs, batches
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.exported import INFERENCE_ONLY
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.graph_module import TrainableGraphModule
-from quantflow.learned_step_size import LearnedStepSize
-from quantflow.observation import is_converted, is_fake_quantizer, observers_of
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.grid.learned_step_size import LearnedStepSize
+from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation, MixedLoss
 from quantflow.training.history import History

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from quantflow.errors import QuantflowError
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.grid.fake_quantize import FakeQuantize
 
 
 @dataclass(frozen=True)

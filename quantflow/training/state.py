@@ -11,7 +11,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from quantflow import distributed
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, set_random_state
 

@@ -17,18 +17,19 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from quantflow import inspection, pte
 from quantflow.aten import label
 from quantflow.convert import check_observed
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.export import export
 from quantflow.exported import Exported
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.graph_module import TrainableGraphModule
-from quantflow.inference_mode import inference_mode
-from quantflow.modes import training_literals
-from quantflow.observation import is_converted, is_fake_quantizer, observer_of, observers_of
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.inference_mode import inference_mode
+from quantflow.graph.modes import training_literals
+from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.inspection import inspect as inspection
+from quantflow.inspection import pte
+from quantflow.observers.observation import is_converted, is_fake_quantizer, observer_of, observers_of
 from quantflow.program import Program
 from quantflow.recovery.walk import Simulation, has_grid
 from quantflow.signature import Input, Signature

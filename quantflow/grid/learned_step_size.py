@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.observation import has_seen_data
+from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import Observer
-from quantflow.rounding import round_to_grid
+from quantflow.observers.observation import has_seen_data
 
 
 class LearnedStepSize(FakeQuantize):

@@ -9,11 +9,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, has_argument
-from quantflow.batch_norm import NormedLayer
-from quantflow.fake_quantize import BatchNormScaledFakeQuantize
-from quantflow.observation import has_seen_data, observer_of, qparams_of
-from quantflow.parameters import is_constant, tensor_of
-from quantflow.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
+from quantflow.graph.batch_norm import NormedLayer
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
+from quantflow.grid.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
+from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
 
 # The device holds a bias as int32, with scale s_in·s_w, and adds products to it: half the range is left to them.
 _LARGEST_BIAS = 2**30

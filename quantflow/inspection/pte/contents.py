@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from quantflow.errors import QuantflowError
-from quantflow.pte.header import Header, check_header
-from quantflow.pte.tables import CorruptError, Reader, Table
+from quantflow.inspection.pte.header import Header, check_header
+from quantflow.inspection.pte.tables import CorruptError, Reader, Table
 
 T = TypeVar("T")
 

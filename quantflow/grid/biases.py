@@ -18,9 +18,9 @@ from quantflow.aten import (
     op,
     set_argument,
 )
-from quantflow.observation import observer_of, qparams_of
-from quantflow.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
-from quantflow.qparams import PER_CHANNEL
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
+from quantflow.grid.qparams import PER_CHANNEL
+from quantflow.observers.observation import observer_of, qparams_of
 
 decomposed = torch.ops.quantized_decomposed
 

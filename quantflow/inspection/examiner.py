@@ -1,4 +1,4 @@
-"""The other side of :mod:`quantflow.quarantine`: ``python -m quantflow.examiner TASK`` reads bytes and writes JSON."""
+"""The other side of :mod:`quantflow.inspection.quarantine`: a process that reads bytes and writes JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from quantflow.errors import QuantflowError
 
 def loads(buffer: bytes) -> dict[str, str]:
     """By method of the program ``buffer``, why it does not load, or does not run on zeros; ``""`` for one that does."""
-    from quantflow import pte, runtime
+    from quantflow import runtime
+    from quantflow.inspection import pte
 
     contents = pte.read(buffer)
     program = runtime.load_program(buffer)

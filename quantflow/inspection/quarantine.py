@@ -13,7 +13,7 @@ from quantflow.errors import QuantflowError
 
 
 def in_quarantine(task: str, payload: bytes = b"", *, node: str | None = None, seconds: float = 300.0) -> Any:
-    """What ``task`` of :mod:`quantflow.examiner` says of ``payload``, in a new interpreter.
+    """What ``task`` of :mod:`quantflow.inspection.examiner` says of ``payload``, in a new interpreter.
 
     Args:
         task: The name of the task.
@@ -25,7 +25,7 @@ def in_quarantine(task: str, payload: bytes = b"", *, node: str | None = None, s
         QuantflowError: at stage ``"runtime"``, when the process crashes or does not end; that of the task, when it fails.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    command = [sys.executable, "-P", "-m", "quantflow.examiner", task]
+    command = [sys.executable, "-P", "-m", "quantflow.inspection.examiner", task]
     remedy = "the file is damaged or hostile: do not load it; lower the model again"
     try:
         done = subprocess.run(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantflow.errors import QuantflowError
-from quantflow.pte import SIGNATURE_METHOD, Contents, Method, read
-from quantflow.quarantine import in_quarantine
+from quantflow.inspection.pte import SIGNATURE_METHOD, Contents, Method, read
+from quantflow.inspection.quarantine import in_quarantine
 
 
 @dataclass(frozen=True)

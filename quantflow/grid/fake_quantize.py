@@ -8,8 +8,8 @@ import torch
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from quantflow.errors import QuantflowError
+from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import Observer
-from quantflow.rounding import round_to_grid
 
 
 class FakeQuantize(FakeQuantizeBase):

@@ -13,8 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
-from quantflow.modes import BATCH_NORM, SWITCHED
-from quantflow.parameters import (
+from quantflow.graph.modes import BATCH_NORM, SWITCHED
+from quantflow.graph.parameters import (
     Reads,
     drop_unused,
     is_constant,

@@ -10,9 +10,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from quantflow import graph_pickle, modes
 from quantflow.aten import argument
-from quantflow.parameters import submodule_at
+from quantflow.graph import graph_pickle, modes
+from quantflow.graph.parameters import submodule_at
 
 _SETS_GRAD_MODE = "quantflow_sets_grad_mode"
 

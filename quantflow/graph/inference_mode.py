@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from quantflow.graph_module import TrainableGraphModule
+from quantflow.graph.graph_module import TrainableGraphModule
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from quantflow.errors import QuantflowError
-from quantflow.quarantine import in_quarantine
+from quantflow.inspection.quarantine import in_quarantine
 
 # What lowering to XNNPACK and the operators that stay outside need of the runtime.
 _BACKENDS = ("XnnpackBackend",)

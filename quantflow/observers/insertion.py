@@ -21,13 +21,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from quantflow.aten import is_float_tensor, value
 from quantflow.errors import QuantflowError
-from quantflow.fake_quantize import FakeQuantize
-from quantflow.observation import is_fake_quantizer
+from quantflow.graph.parameters import is_constant
+from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.grid.qparams import PER_CHANNEL
 from quantflow.observers import Observer, PerGroupMinMaxObserver
 from quantflow.observers.moving_average import for_training
-from quantflow.parameters import is_constant
-from quantflow.qparams import PER_CHANNEL
-from quantflow.sharing import annotation_of, sharing_groups
+from quantflow.observers.observation import is_fake_quantizer
+from quantflow.observers.sharing import annotation_of, sharing_groups
 
 # Where observers live in the module: "quantization.<name of the observed node>".
 CONTAINER = "quantization"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantflow.qparams import broadcast, reciprocal
+from quantflow.grid.qparams import broadcast, reciprocal
 
 
 def round_to_grid(

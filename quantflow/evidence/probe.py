@@ -1,0 +1,166 @@
+"""The verb that looks into a program: what the runtime computes, tensor by tensor, within its delegates too."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+from quantflow.aten import layer, op, short_name
+from quantflow.batches import PickInputs, batches
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.evidence.probing import Probed, Probing
+from quantflow.evidence.reference import converted_form, reference_graph
+from quantflow.evidence.taps import Tap, tapped, taps_of
+from quantflow.evidence.twins import converts, twins
+from quantflow.export import export
+from quantflow.metrics import decibels, squares
+from quantflow.program import Program
+from quantflow.recovery.originals import attribute
+from quantflow.recovery.sample import cut_inputs
+from quantflow.recovery.walk import Values, evaluate, steps
+from quantflow.signature import Signature
+
+
+def probe(
+    quantized_graph: GraphModule,
+    data: Iterable[Any],
+    *,
+    float_graph: GraphModule | None = None,
+    delegate: Any = "xnnpack",
+    calls: int = 8,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> Probing:
+    """Run a quantized network on the ExecuTorch runtime and compare what it has there with the graph, tensor by tensor.
+
+    The network is lowered with all its activations as further outputs, those within delegates too. Each operator is computed
+    in PyTorch as well, from the very tensors that the runtime gave it: where both differ by more than a rounding, the
+    delegate computes something else than the graph says. Memory does not grow with the data.
+
+    Args:
+        quantized_graph: A converted graph, of :func:`quantflow.convert` or another tool, or a prepared and calibrated one.
+        data: Batches, as for :func:`quantflow.calibrate`; targets are not used.
+        float_graph: What ``Exported.module()`` returned, to compare with it too.
+        delegate: What to lower to, as ``CoreAten.to_edge`` takes it.
+        calls: Stop after so many calls of the program: of one example each where the batch size is dynamic, else of a batch.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"probe"``, when the graph is not quantized, a batch does not fit or there is none; as
+            lowering raises.
+    """
+    if calls < 1:
+        raise QuantflowError("probe", f"{calls} calls show nothing", node="calls", remedy="8, say")
+    graph = converted_form(quantized_graph, "probe")
+    taps = [_Sums(tap) for tap in taps_of(graph)]
+    reference = None if float_graph is None else reference_graph(float_graph, "probe")
+    pairs = {} if reference is None else twins(graph.graph, reference.graph)
+    opened = tapped(graph, [sums.tap for sums in taps])
+    feed = itertools.islice(_calls(graph, data, inputs), calls)
+    program, ran = None, 0
+    for flat in tqdm(feed, desc="probe", total=calls, unit="call", disable=not progress, leave=False):
+        program, ran = program or _lowered(opened, flat, delegate), ran + 1
+        found = list(program(*flat))[-len(taps) :] if taps else []
+        floats = {} if reference is None else _values_of(reference, flat, set(pairs.values()))
+        _compare(graph, flat, taps, found, {node: floats[twin] for node, twin in pairs.items() if twin in floats})
+    if program is None:
+        raise QuantflowError("probe", "there is no data", node="data", remedy="pass at least one batch")
+    called = program.delegation.calls if program.delegation is not None else 0
+    return Probing(tuple(sums.probed() for sums in taps), called, ran)
+
+
+@dataclass
+class _Sums:
+    """Sums over all calls of what is found at one tap."""
+
+    tap: Tap
+    local: tuple[float, float] = (0.0, 0.0)  # of squares: signal and noise
+    accumulated: tuple[float, float] = (0.0, 0.0)
+    against_float: tuple[float, float] | None = None
+    most: float = 0.0
+    changed: int = 0
+    count: int = 0
+
+    def add(self, found: torch.Tensor, local: torch.Tensor, own: torch.Tensor, exact: torch.Tensor | None) -> None:
+        """Take in the runtime's tensor; what its operator gives in PyTorch; the graph's; the float network's."""
+        self.local = _sum(self.local, squares(local, found))
+        self.accumulated = _sum(self.accumulated, squares(own, found))
+        if exact is not None and exact.shape == found.shape:
+            self.against_float = _sum(self.against_float or (0.0, 0.0), squares(exact, found))
+        if found.numel():
+            self.most = max(self.most, float((found - local).abs().max()))
+        self.changed += int((found != local).sum())
+        self.count += found.numel()
+
+    def probed(self) -> Probed:
+        node = self.tap.node
+        return Probed(
+            node.name,
+            layer(node),
+            "input" if node.op == "placeholder" else short_name(op(node)),
+            self.tap.step,
+            local=decibels(*self.local),
+            most_steps=None if self.tap.step is None else self.most / self.tap.step,
+            changed=self.changed / max(self.count, 1),
+            accumulated=decibels(*self.accumulated),
+            against_float=None if self.against_float is None else decibels(*self.against_float),
+        )
+
+
+def _sum(sums: tuple[float, float], more: tuple[float, float]) -> tuple[float, float]:
+    return sums[0] + more[0], sums[1] + more[1]
+
+
+def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -> Iterator[list[Any]]:
+    """The flat inputs of each call: one example where the batch size is dynamic, else a batch."""
+    signature = Signature.of_graph(graph)
+    cut = cut_inputs(signature)
+    for batch in batches(data, graph, stage="probe", inputs=inputs):
+        flat = signature.flatten(batch.args, batch.kwargs, stage="probe")
+        rows = next((len(t) for t, by_example in zip(flat, cut, strict=True) if by_example), None)
+        if rows is None:
+            yield flat
+            continue
+        for row in range(rows):
+            yield [t[row : row + 1] if by_example else t for t, by_example in zip(flat, cut, strict=True)]
+
+
+def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program:
+    with warnings.catch_warnings():  # that the program departs from its graph is what is looked for
+        warnings.filterwarnings("ignore", message=r"\[runtime\]", category=QuantflowWarning)
+        return export(opened, tuple(flat)).to_core_aten().to_edge(delegate).to_executorch()
+
+
+@torch.no_grad()
+def _compare(
+    graph: GraphModule, flat: Sequence[Any], taps: list[_Sums], found: list[torch.Tensor], exact: dict[Node, Any]
+) -> None:
+    """Compute ``graph`` twice: from the inputs alone, and each operator from what the runtime has before it."""
+    there = {sums.tap.end: (sums, value) for sums, value in zip(taps, found, strict=True)}
+    dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
+    given, own, device = iter(flat), Values(), Values()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            own[node] = device[node] = next(given)
+        elif node.op == "get_attr":
+            own[node] = device[node] = attribute(graph, node)
+        elif node.op == "call_function":
+            own[node], device[node] = evaluate(node, own), evaluate(node, device)
+        if node in there:
+            sums, value = there[node]
+            sums.add(value, device[node], own[node], exact.get(sums.tap.node))
+            dequantized[node.args] = device[node] = value
+        elif converts(node) and node.args in dequantized:
+            device[node] = dequantized[node.args]
+
+
+def _values_of(graph: GraphModule, flat: Sequence[Any], wanted: set[Node]) -> dict[Node, Any]:
+    return {node: values[node] for node, values in steps(graph, tuple(flat)) if node in wanted}

@@ -1,0 +1,120 @@
+"""What the runtime has within a program, tensor by tensor, beside the graph that it was lowered from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quantflow.errors import QuantflowError
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One tensor within a program.
+
+    Attributes:
+        node: The name of its node in the quantized graph.
+        layer: The module that it was traced from; ``""`` for the model itself.
+        operator: What computes it.
+        step: The step of its grid; None in float.
+        local: Signal to noise of what the operator computes on the runtime against what it computes in the graph from the very
+            same inputs, those of the runtime, dB; infinite where all is equal.
+        most_steps: By how many steps of its grid an element differs there, at most; None in float.
+        changed: The share of elements that differ there.
+        accumulated: Signal to noise of the runtime's tensor against the graph's own, dB.
+        against_float: Signal to noise of the runtime's tensor against the float network's, dB; None without a float network, or
+            where that has no such tensor.
+    """
+
+    node: str
+    layer: str
+    operator: str
+    step: float | None
+    local: float
+    most_steps: float | None
+    changed: float
+    accumulated: float
+    against_float: float | None
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Where a program on the runtime departs from its graph. ``print`` shows the table, what differs most first.
+
+    Attributes:
+        tensors: In the order of the graph.
+        delegate_calls: In how many calls of the delegate they were computed.
+        examples: How many examples were run.
+    """
+
+    tensors: tuple[Probed, ...]
+    delegate_calls: int
+    examples: int
+
+    def ranked(self) -> tuple[Probed, ...]:
+        """The tensors, first those whose operators compute something else than the graph says."""
+        return tuple(sorted(self.tensors, key=lambda t: t.local))
+
+    def to_json(self) -> str:
+        """All figures; an infinite signal to noise as null."""
+        rows = [
+            {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(t).items()}
+            for t in self.tensors
+        ]
+        return json.dumps({"delegate_calls": self.delegate_calls, "examples": self.examples, "tensors": rows}, indent=2)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the signal to noise of each tensor, in the order of the graph, to an image file; the ending says which kind.
+
+        Raises:
+            QuantflowError: at stage ``"probe"``, without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            remedy = "pip install 'quantflow[plots]'"
+            raise QuantflowError("probe", "pictures need matplotlib", node="plot", remedy=remedy) from error
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        figures = {
+            "its operator alone": [t.local for t in self.tensors],
+            "with all before it": [t.accumulated for t in self.tensors],
+            "against float": [math.nan if t.against_float is None else t.against_float for t in self.tensors],
+        }
+        for label, values in figures.items():
+            if any(map(math.isfinite, values)):
+                axes.plot([v if math.isfinite(v) else math.nan for v in values], marker=".", label=label)
+        axes.set_xlabel("tensor, in the order of the graph (none where all elements are equal)")
+        axes.set_ylabel("signal to noise on the runtime, dB")
+        if axes.lines:
+            axes.legend()
+        figure.savefig(path)
+        return Path(path)
+
+    def __str__(self) -> str:
+        head = ("node", "layer", "operator", "local dB", "steps", "changed", "accumulated dB", "against float dB")
+        rows = [head, *(_row(t) for t in self.ranked())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        exact = sum(t.changed == 0 for t in self.tensors)
+        calls = f"{self.delegate_calls} delegate call{'s' * (self.delegate_calls != 1)}"
+        last = f"{exact} of {len(self.tensors)} tensors are the graph's to the bit; {self.examples} examples, {calls}"
+        return "\n".join([*table, last])
+
+
+def _row(t: Probed) -> tuple[str, ...]:
+    steps = "-" if t.most_steps is None else f"{t.most_steps:.0f}"
+    behind = "-" if t.against_float is None else f"{t.against_float:.1f}"
+    return (
+        t.node,
+        t.layer or "-",
+        t.operator,
+        f"{t.local:.1f}",
+        steps,
+        f"{t.changed:.2%}",
+        f"{t.accumulated:.1f}",
+        behind,
+    )

@@ -1,0 +1,1 @@
+"""The captured graph: as a module that trains, in its modes, with its parameters, norms, layout and order."""
