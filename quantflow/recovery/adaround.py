@@ -109,7 +109,9 @@ def adaround(
             notes[_NOTHING].append(node)
     for reason, nodes in notes.items():
         if nodes:
-            remedy = _REMEDIES.get(reason, "nothing to do where that is meant; else more examples, or fewer layers together")
+            remedy = _REMEDIES.get(
+                reason, "nothing to do where that is meant; else more examples, or fewer layers together"
+            )
             names = ", ".join(label(node) for node in nodes)
             warnings.warn(QuantflowWarning(_STAGE, reason, node=names, remedy=remedy), stacklevel=2)
     rounded.recompile()
