@@ -14,6 +14,7 @@ from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.learned_rounding import Rows, learn_rounding
 from quantflow.recovery.originals import attribute, original, restored
 from quantflow.recovery.paired_walk import side_by_side
+from quantflow.recovery.soft_rounding import SoftRounding
 from quantflow.recovery.walk import evaluate, outputs
 from quantizers import INT8, W4A8, Scheme, TensorScheme, XNNPACKQuantizer
 
@@ -112,7 +113,9 @@ def test_rows_count_by_their_weights():
     )
     nearest = (weight / scale).round() * scale
     alike, told = (
-        counted.error(learn_rounding(weight, rows, scale, torch.zeros_like(scale), -7, 7, iterations=200)).sum()
+        counted.error(
+            learn_rounding(SoftRounding(weight, scale, torch.zeros_like(scale), -7, 7), rows, iterations=200)
+        ).sum()
         for rows in (plain, counted)
     )
     assert told < 0.8 * alike < 0.8 * counted.error(nearest).sum()

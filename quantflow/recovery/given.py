@@ -15,7 +15,7 @@ from quantflow.recovery.sample import Inputs, Sample
 from quantflow.recovery.walk import peak_bytes
 from quantflow.signature import Signature
 
-_MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
+MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 
 
 def check_float(graph: Any, stage: str) -> None:
@@ -65,4 +65,4 @@ def draw(
 
 def within_memory(graph: GraphModule, sample: Sequence[Inputs]) -> Sequence[Inputs]:
     """As many batches of ``sample`` as a walk of two networks may hold at once, two or more."""
-    return sample[: max(2, int(_MEMORY / (2 * peak_bytes(graph, sample[0]))))]
+    return sample[: max(2, int(MEMORY / (2 * peak_bytes(graph, sample[0]))))]

@@ -47,18 +47,23 @@ def evaluate(node: Node, values: Values) -> Any:
 
 def _target(node: Node) -> Any:
     """What to call: an in-place operator as its functional twin, unless others are to see what it writes."""
+    return node.target if writes_for_others(node) else op(node)
+
+
+def writes_for_others(node: Node) -> bool:
+    """Whether ``node`` writes in place into what others read."""
     if not is_inplace(node):
-        return node.target
+        return False
     written: Any = node.args[0]
-    return node.target if is_view(written) or len(written.users) > 1 else op(node)
+    return is_view(written) or len(written.users) > 1
 
 
 def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
     """``x`` as ``observer`` will quantize it."""
     if getattr(observer, "is_dynamic", False):
         scale, zero_point = choose_qparams(
-            x.min().float(),
-            x.max().float(),
+            x.detach().min().float(),
+            x.detach().max().float(),
             quant_min=observer.quant_min,
             quant_max=observer.quant_max,
             symmetric=observer.qscheme in SYMMETRIC,
@@ -101,7 +106,7 @@ def steps(
         if known is not None and node in known:
             values[node] = known[node]
         elif node.op != "output":
-            values[node] = _value(graph, node, values, given, integers)
+            values[node] = value_at(graph, node, values, given, integers=integers)
         yield node, values
         for read in dead.get(node, ()):
             values.pop(read, None)
@@ -154,7 +159,8 @@ def peak_bytes(graph: GraphModule, batch: tuple) -> int:
     return most
 
 
-def _value(graph: GraphModule, node: Node, values: Values, given: Any, integers: bool) -> Any:
+def value_at(graph: GraphModule, node: Node, values: Values, given: Any = (), *, integers: bool) -> Any:
+    """The value of any ``node`` but the output, of those of the nodes before it; an input's is the next of ``given``."""
     if node.op == "placeholder":
         return next(given)
     if node.op == "get_attr":

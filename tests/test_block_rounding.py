@@ -1,0 +1,325 @@
+"""AdaRound by blocks: blocks make up the network, none errs more at its ends, and errors that cancel are found."""
+
+import copy
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from networks import Concatenated, ConvNet, NoGradInside, Residual, SharedConv, randomize_statistics, sqnr
+from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+import quantflow as qf
+from quantflow.observers.observation import observer_of, qparams_of
+from quantflow.recovery import adaround, block_rounding, sensitivity
+from quantflow.recovery.blocks import blocks
+from quantflow.recovery.layers import quantized_layers
+from quantflow.recovery.originals import attribute, original, restored
+from quantflow.recovery.walk import outputs, steps, value_at
+from quantizers import DYNAMIC_INT8, INT8, W4A8, XNNPACKQuantizer
+
+
+class Two(nn.Module):
+    """Two inputs, one of them a mask of integers, and two outputs, one of them on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, mask):
+        x = self.first(x).relu()
+        y = (self.left(x).relu() + self.right(x)) * mask
+        return y, self.last(y.relu())
+
+
+class Dense(nn.Module):
+    """No place but the end that all passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.b(self.a(x).relu()).relu(), x], 1)) + x
+
+
+IMAGES, ROWS = torch.randn(32, 4, 6, 6).cumsum(2), torch.randn(128, 8) @ torch.randn(8, 8)
+# name: (model, inputs, layers of its blocks by how many at least are together)
+NETWORKS = {
+    "chain": (
+        nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.ReLU()))),
+        (ROWS,),
+        {1: [1] * 5, 2: [2, 2, 1], 9: [5]},
+    ),
+    "residual": (
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), Residual(), nn.Conv2d(4, 2, 1)),
+        (IMAGES,),
+        {1: [1, 2, 1], 2: [3, 1]},
+    ),
+    "branches": (nn.Sequential(Concatenated(), nn.Conv2d(8, 2, 1)), (IMAGES,), {1: [2, 1, 1], 3: [3, 1]}),
+    "skip without a layer": (ConvNet(), (IMAGES[:, :3],), {1: [1, 1, 1], 2: [2, 1]}),
+    "two in, two out": (Two(), (ROWS, torch.randint(0, 2, (128, 8))), {1: [1, 2, 1], 2: [3, 1]}),
+    "no cut": (Dense(), (IMAGES,), {1: [3]}),
+    "a layer called twice": (
+        nn.Sequential(nn.Conv2d(4, 4, 1), SharedConv(), nn.Conv2d(4, 2, 1)),
+        (IMAGES,),
+        {1: [1, 1], 2: [2]},
+    ),
+    "gradients switched off": (NoGradInside(), (ROWS[:, :6],), {1: [1, 1], 2: [2]}),
+}
+
+
+def calibrated(model, inputs, scheme=W4A8, sample=None):
+    graph = qf.export(model.eval(), tuple(x[:2] for x in inputs), dynamic_batch=True).module()
+    with warnings.catch_warnings(action="ignore", category=qf.QuantflowWarning):  # plans that leave something in float
+        prepared = qf.prepare(graph, XNNPACKQuantizer(scheme))
+    return qf.calibrate(prepared, [inputs], sample=sample, progress=False)
+
+
+def block_after_block(graph, found, inputs, integers, same):
+    """What ``graph`` returns where blocks hand on nothing but their ends."""
+    given, values, handed = iter(inputs), {}, set(same)
+    for block in found:
+        for node in block.nodes:
+            values[node] = value_at(graph, node, values, given, integers=integers)
+        handed |= {*block.ends, *block.constants}
+        handed |= {n for n in block.nodes if n.args and n.args[0] in handed and observer_of(n, graph) is not None}
+        values = {node: x for node, x in values.items() if node in handed}
+    return [values[leaf] for leaf in returned_by(graph)]
+
+
+def returned_by(graph):
+    return torch.utils._pytree.tree_leaves(graph.graph.output_node().args)
+
+
+def values_of(graph, inputs, integers):
+    found = {}
+    for _, values in steps(graph, inputs, integers=integers):
+        found |= values
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_make_up_the_network_and_hand_on_their_ends_alone(name):
+    model, inputs, wanted = NETWORKS[name]
+    randomize_statistics(model)
+    graph = calibrated(model, inputs)
+    layers = quantized_layers(graph)
+    with torch.no_grad():
+        floats, integers = (values_of(graph, inputs, integers=i) for i in (False, True))
+    same = [n for n, x in floats.items() if isinstance(x, torch.Tensor) and torch.equal(x, integers[n])]
+    for together, sizes in wanted.items():
+        found = blocks(graph, layers, together)
+        assert [len(block.layers) for block in found if block.layers] == sizes
+        assert [node for block in found for node in block.nodes] == list(graph.graph.nodes)[:-1]
+        assert [node for block in found for node in block.layers] == list(layers)
+        for block, _ in (pair for pair in pairwise(found) if pair[1].layers):
+            assert sum(any(user.op != "output" for user in end.users) for end in block.ends) == 1
+        for i, whole in ((False, floats), (True, integers)):
+            with torch.no_grad():
+                ours = block_after_block(graph, found, inputs, i, same)
+            assert all(torch.equal(x, whole[leaf]) for x, leaf in zip(ours, returned_by(graph), strict=True))
+
+
+def end_errors(graph, rounded, sample):
+    """Squared errors of ``rounded`` against the float network that ``graph`` is, by end of its only block and batch."""
+    (block, *_) = blocks(graph, quantized_layers(graph), 99)
+    names = [node.name for node in block.ends]
+    errors = []
+    for batch in sample.batches():
+        found, wanted = values_of(rounded, batch, True), values_of(graph, batch, False)
+        (y, want) = ({n.name: x for n, x in values.items()} for values in (found, wanted))
+        errors.append(torch.stack([(y[n] - want[n]).square().sum() for n in names]))
+    return torch.stack(errors)
+
+
+SCHEMES = {"4 bits": W4A8, "8 bits": INT8, "dynamic": DYNAMIC_INT8}
+
+
+@pytest.mark.filterwarnings("ignore::quantflow.QuantflowWarning")  # of what stays
+@pytest.mark.parametrize("iterations", [1, 100])  # one throws weights about
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("chain", "4 bits"),
+        ("chain", "dynamic"),
+        ("residual", "4 bits"),
+        ("residual", "8 bits"),
+        ("two in, two out", "4 bits"),
+        ("no cut", "4 bits"),
+    ],
+)
+def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, scheme, iterations):
+    model, inputs, _ = NETWORKS[name]
+    randomize_statistics(model)
+    sample = qf.Sample()
+    graph = calibrated(model, inputs, SCHEMES[scheme], sample)
+    state = copy.deepcopy(graph.state_dict())
+    dice = torch.get_rng_state()
+    rounded = adaround(graph, sample, together=99, iterations=iterations, progress=False)
+    assert torch.equal(dice, torch.get_rng_state())
+    assert all(torch.equal(x, state[k]) for k, x in graph.state_dict().items())
+    with torch.no_grad():
+        before, after = end_errors(graph, graph, sample), end_errors(graph, rounded, sample)
+    for part in (slice(None), slice(3 * len(before) // 4, None)):
+        assert (after[part].sum(0) <= before[part].sum(0) * (1 + 1e-5) + 1e-9).all()
+    if iterations > 1 and name in ("chain", "two in, two out"):
+        assert (after.sum(0) / before.sum(0)).mean() < 0.8
+    for layer in quantized_layers(rounded).values():
+        weight = attribute(rounded, layer.weight.args[0])
+        scale, zero_point = (q.reshape(-1, *[1] * (weight.ndim - 1)) for q in qparams_of(layer.observer))
+        floats = original(layer.weight.args[0], weight) / scale + zero_point
+        integers = weight / scale + zero_point
+        if torch.equal(floats, integers):
+            continue  # it kept what it had
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-3)
+        limits = layer.observer.quant_min, layer.observer.quant_max
+        assert ((integers - floats.clamp(*limits)).abs() <= 1 + 1e-3).all()
+    converted = qf.convert(rounded)
+    simulated = torch.cat([y.flatten() for y in outputs(rounded, [inputs], integers=True)[0]])
+    if scheme != "dynamic":
+        with torch.no_grad():
+            found = torch.cat([y.flatten() for y in torch.utils._pytree.tree_leaves(converted(*inputs))])
+        torch.testing.assert_close(found, simulated, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_that_cancel_are_found_where_no_layer_sees_them():
+    """Hidden numbers that all err least rounded down, and a layer that can but add their errors up."""
+    first, second = nn.Linear(2, 24, bias=False), nn.Linear(24, 4, bias=False)
+    model, x = nn.Sequential(first, nn.ReLU(), second), torch.rand(600, 2) + 0.5
+    with torch.no_grad():
+        first.weight.copy_(torch.stack([torch.ones(24), torch.linspace(3.2, 3.45, 24) / 7], 1))
+        second.weight.fill_(1)
+    seen, unseen = x.split(300)
+    sample = qf.Sample(300)
+    graph = calibrated(model, (seen,), W4A8, sample)
+    with pytest.warns(qf.QuantflowWarning, match="2 .linear_1.: .*on their grid already"):
+        single, blocks_at_once = (adaround(graph, sample, together=n, iterations=200, progress=False) for n in (1, 2))
+    with torch.no_grad():
+        found = [outputs(g, [(unseen,)], integers=True)[0][0] for g in (graph, single, blocks_at_once)]
+        nearest, by_layer, by_block = (sqnr(model(unseen), y) for y in found)
+    assert by_layer < nearest + 3
+    assert by_block > by_layer + 12
+
+
+def test_one_layer_together_is_layer_by_layer_and_the_same_twice():
+    model, inputs, _ = NETWORKS["chain"]
+    sample = qf.Sample()
+    graph = calibrated(model, inputs, W4A8, sample)
+    plain, one, two, again = (
+        adaround(graph, sample, iterations=40, progress=False, **given)
+        for given in ({}, {"together": 1}, {"together": 2}, {"together": 2})
+    )
+    for first, second in ((plain, one), (two, again)):
+        assert all(torch.equal(x, second.state_dict()[k]) for k, x in first.state_dict().items())
+    assert any(not torch.equal(x, one.state_dict()[k]) for k, x in two.state_dict().items())
+
+
+def test_a_graph_that_stock_torchao_prepared_passes_compose_and_memory_of_the_float_network_stays():
+    model, inputs, _ = NETWORKS["residual"]
+    prepared = prepare_pt2e(torch.export.export(model.eval(), inputs).module(), XNNPACKQuantizer(W4A8))
+    qf.calibrate(prepared, [inputs], progress=False)
+    rounded = adaround(prepared, [inputs], together=3, iterations=100, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(restored(rounded)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    with pytest.warns(qf.QuantflowWarning, match="on their grid already"):
+        twice = adaround(rounded, [inputs], together=3, iterations=100, progress=False)
+    assert all(torch.equal(x, twice.state_dict()[k]) for k, x in rounded.state_dict().items())
+
+
+class Halves(nn.Module):
+    """Convolutions with a skip, of whose places the head reads but the left half."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = (x + self.b(self.a(x).relu())).relu()
+        return self.head(x[..., :4].mean((2, 3)))
+
+
+def test_places_count_by_their_prices():
+    mixing = torch.randn(2, 8, 8) * torch.tensor([1, 3]).reshape(2, 1, 1)  # of channels, another in each half
+    left, right = (torch.einsum("oc,nchw->nohw", m, torch.randn(64, 8, 4, 4)) for m in mixing)
+    sample, x = qf.Sample(64), torch.cat([left, right], 3)
+    graph = calibrated(Halves(), (x,), W4A8, sample)
+    prices = sensitivity(graph, sample.batches(), progress=False)
+    end = blocks(graph, quantized_layers(graph), 2)[0].ends[0].name
+
+    def error(prices):
+        rounded = adaround(graph, sample, prices, together=2, iterations=200, progress=False)
+        with torch.no_grad():
+            found, wanted = (
+                {node.name: y for node, y in values_of(g, (x,), i).items()}[end] for g, i in ((rounded, 1), (graph, 0))
+            )
+        return (found - wanted)[..., :4].square().sum()
+
+    assert error(prices) < 0.9 * error(None)
+
+
+class Writes(nn.Module):
+    """Writes into a part of what is read whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.a(x)
+        angle = torch.cos(x)
+        angle[:, :4].zero_()
+        return torch.atan2(self.b(x), angle)
+
+
+@torch.library.custom_op("test_block_rounding::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@doubled.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class NoGradient(nn.Module):
+    def forward(self, x):
+        return doubled(x)
+
+
+CASES = {  # words of the warning: model
+    "too large to hold": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
+    "writes in place": Writes(),
+    "no gradient": nn.Sequential(nn.Linear(8, 16), NoGradient(), nn.Linear(16, 8)),
+    "too few numbers": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)),
+}
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_what_is_no_block_is_named_and_learned_layer_by_layer(words, monkeypatch):
+    if words == "too large to hold":
+        monkeypatch.setattr(block_rounding, "MEMORY", 1)
+    sample = qf.Sample()
+    graph = calibrated(CASES[words], (ROWS,), W4A8, sample)
+    with pytest.warns(qf.QuantflowWarning, match=rf"linear\).*linear_1\).*{words}.*one by one"):
+        found = adaround(graph, sample, together=2, iterations=20, progress=False)
+    single = adaround(graph, sample, iterations=20, progress=False)
+    assert all(torch.equal(y, single.state_dict()[k]) for k, y in found.state_dict().items())
+    assert any(not torch.equal(y, graph.state_dict()[k]) for k, y in found.state_dict().items())
+
+
+def test_a_block_that_does_not_get_better_keeps_what_it_had_and_is_named():
+    model, inputs, _ = NETWORKS["chain"]
+    graph = calibrated(model, inputs)
+    with pytest.warns(qf.QuantflowWarning, match=r"0 \(linear\), 2 \(linear_1\).*errs less"):
+        kept = adaround(graph, [inputs], together=5, iterations=1, progress=False)
+    assert all(torch.equal(x, graph.state_dict()[k]) for k, x in kept.state_dict().items())
+
+
+def test_bad_input_names_stage_and_remedy():
+    graph = calibrated(nn.Linear(8, 8), (ROWS,))
+    with pytest.raises(qf.QuantflowError, match="0 layers") as raised:
+        adaround(graph, [ROWS], together=0, progress=False)
+    assert raised.value.stage == "adaround"
+    assert raised.value.remedy
