@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quantflow.errors import QuantflowError
+from quantflow.pictures import new_figure
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,7 @@ class Probing:
         Raises:
             QuantflowError: at stage ``"probe"``, without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            remedy = "pip install 'quantflow[plots]'"
-            raise QuantflowError("probe", "pictures need matplotlib", node="plot", remedy=remedy) from error
-        figure = Figure(figsize=(8, 4), layout="constrained")
+        figure = new_figure("probe", 8, 4)
         axes = figure.subplots()
         figures = {
             "its operator alone": [t.local for t in self.tensors],

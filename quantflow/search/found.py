@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantflow.errors import QuantflowError
 from quantflow.metrics import decibels
+from quantflow.pictures import new_figure
 from quantflow.quantize import Result
 from quantflow.search.choices import Choice, Table
 
@@ -44,12 +44,7 @@ class Found:
         Raises:
             QuantflowError: at stage ``"search"``, without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            remedy = "pip install 'quantflow[plots]'"
-            raise QuantflowError("search", "pictures need matplotlib", node="plot", remedy=remedy) from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = new_figure("search", 6, 4)
         axes = figure.subplots()
         points = [(size / 1000, sqnr) for size, sqnr in self.points() if math.isfinite(sqnr)]
         axes.step(*zip(*points, strict=True), where="post", marker="o", label="best for its size")
