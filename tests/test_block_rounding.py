@@ -1,125 +1,22 @@
-"""AdaRound by blocks: blocks make up the network, none errs more at its ends, and errors that cancel are found."""
+"""AdaRound by blocks: none errs more at its ends, and errors that cancel are found."""
 
 import copy
-import warnings
-from itertools import pairwise
 
 import pytest
 import torch
-from networks import Concatenated, ConvNet, NoGradInside, Residual, SharedConv, randomize_statistics, sqnr
+from block_networks import NETWORKS, calibrated, values_of
+from networks import sqnr
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
-from quantflow.observers.observation import observer_of, qparams_of
+from quantflow.observers.observation import qparams_of
 from quantflow.recovery import adaround, block_rounding, sensitivity
 from quantflow.recovery.blocks import blocks
 from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.originals import attribute, original, restored
-from quantflow.recovery.walk import outputs, steps, value_at
+from quantflow.recovery.walk import outputs
 from quantizers import DYNAMIC_INT8, INT8, W4A8, XNNPACKQuantizer
-
-
-class Two(nn.Module):
-    """Two inputs, one of them a mask of integers, and two outputs, one of them on the way."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.left, self.right, self.last = (nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x, mask):
-        x = self.first(x).relu()
-        y = (self.left(x).relu() + self.right(x)) * mask
-        return y, self.last(y.relu())
-
-
-class Dense(nn.Module):
-    """No place but the end that all passes."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        return self.c(torch.cat([self.b(self.a(x).relu()).relu(), x], 1)) + x
-
-
-IMAGES, ROWS = torch.randn(32, 4, 6, 6).cumsum(2), torch.randn(128, 8) @ torch.randn(8, 8)
-# name: (model, inputs, layers of its blocks by how many at least are together)
-NETWORKS = {
-    "chain": (
-        nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.ReLU()))),
-        (ROWS,),
-        {1: [1] * 5, 2: [2, 2, 1], 9: [5]},
-    ),
-    "residual": (
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), Residual(), nn.Conv2d(4, 2, 1)),
-        (IMAGES,),
-        {1: [1, 2, 1], 2: [3, 1]},
-    ),
-    "branches": (nn.Sequential(Concatenated(), nn.Conv2d(8, 2, 1)), (IMAGES,), {1: [2, 1, 1], 3: [3, 1]}),
-    "skip without a layer": (ConvNet(), (IMAGES[:, :3],), {1: [1, 1, 1], 2: [2, 1]}),
-    "two in, two out": (Two(), (ROWS, torch.randint(0, 2, (128, 8))), {1: [1, 2, 1], 2: [3, 1]}),
-    "no cut": (Dense(), (IMAGES,), {1: [3]}),
-    "a layer called twice": (
-        nn.Sequential(nn.Conv2d(4, 4, 1), SharedConv(), nn.Conv2d(4, 2, 1)),
-        (IMAGES,),
-        {1: [1, 1], 2: [2]},
-    ),
-    "gradients switched off": (NoGradInside(), (ROWS[:, :6],), {1: [1, 1], 2: [2]}),
-}
-
-
-def calibrated(model, inputs, scheme=W4A8, sample=None):
-    graph = qf.export(model.eval(), tuple(x[:2] for x in inputs), dynamic_batch=True).module()
-    with warnings.catch_warnings(action="ignore", category=qf.QuantflowWarning):  # plans that leave something in float
-        prepared = qf.prepare(graph, XNNPACKQuantizer(scheme))
-    return qf.calibrate(prepared, [inputs], sample=sample, progress=False)
-
-
-def block_after_block(graph, found, inputs, integers, same):
-    """What ``graph`` returns where blocks hand on nothing but their ends."""
-    given, values, handed = iter(inputs), {}, set(same)
-    for block in found:
-        for node in block.nodes:
-            values[node] = value_at(graph, node, values, given, integers=integers)
-        handed |= {*block.ends, *block.constants}
-        handed |= {n for n in block.nodes if n.args and n.args[0] in handed and observer_of(n, graph) is not None}
-        values = {node: x for node, x in values.items() if node in handed}
-    return [values[leaf] for leaf in returned_by(graph)]
-
-
-def returned_by(graph):
-    return torch.utils._pytree.tree_leaves(graph.graph.output_node().args)
-
-
-def values_of(graph, inputs, integers):
-    found = {}
-    for _, values in steps(graph, inputs, integers=integers):
-        found |= values
-    return found
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_blocks_make_up_the_network_and_hand_on_their_ends_alone(name):
-    model, inputs, wanted = NETWORKS[name]
-    randomize_statistics(model)
-    graph = calibrated(model, inputs)
-    layers = quantized_layers(graph)
-    with torch.no_grad():
-        floats, integers = (values_of(graph, inputs, integers=i) for i in (False, True))
-    same = [n for n, x in floats.items() if isinstance(x, torch.Tensor) and torch.equal(x, integers[n])]
-    for together, sizes in wanted.items():
-        found = blocks(graph, layers, together)
-        assert [len(block.layers) for block in found if block.layers] == sizes
-        assert [node for block in found for node in block.nodes] == list(graph.graph.nodes)[:-1]
-        assert [node for block in found for node in block.layers] == list(layers)
-        for block, _ in (pair for pair in pairwise(found) if pair[1].layers):
-            assert sum(any(user.op != "output" for user in end.users) for end in block.ends) == 1
-        for i, whole in ((False, floats), (True, integers)):
-            with torch.no_grad():
-                ours = block_after_block(graph, found, inputs, i, same)
-            assert all(torch.equal(x, whole[leaf]) for x, leaf in zip(ours, returned_by(graph), strict=True))
 
 
 def end_errors(graph, rounded, sample):
@@ -152,7 +49,6 @@ SCHEMES = {"4 bits": W4A8, "8 bits": INT8, "dynamic": DYNAMIC_INT8}
 )
 def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, scheme, iterations):
     model, inputs, _ = NETWORKS[name]
-    randomize_statistics(model)
     sample = qf.Sample()
     graph = calibrated(model, inputs, SCHEMES[scheme], sample)
     state = copy.deepcopy(graph.state_dict())
@@ -301,7 +197,7 @@ def test_what_is_no_block_is_named_and_learned_layer_by_layer(words, monkeypatch
     if words == "too large to hold":
         monkeypatch.setattr(block_rounding, "MEMORY", 1)
     sample = qf.Sample()
-    graph = calibrated(CASES[words], (ROWS,), W4A8, sample)
+    graph = calibrated(CASES[words], (NETWORKS["chain"][1][0],), W4A8, sample)
     with pytest.warns(qf.QuantflowWarning, match=rf"linear\).*linear_1\).*{words}.*one by one"):
         found = adaround(graph, sample, together=2, iterations=20, progress=False)
     single = adaround(graph, sample, iterations=20, progress=False)
@@ -318,8 +214,8 @@ def test_a_block_that_does_not_get_better_keeps_what_it_had_and_is_named():
 
 
 def test_bad_input_names_stage_and_remedy():
-    graph = calibrated(nn.Linear(8, 8), (ROWS,))
+    graph = calibrated(nn.Linear(8, 8), (NETWORKS["chain"][1][0],))
     with pytest.raises(qf.QuantflowError, match="0 layers") as raised:
-        adaround(graph, [ROWS], together=0, progress=False)
+        adaround(graph, NETWORKS["chain"][1], together=0, progress=False)
     assert raised.value.stage == "adaround"
     assert raised.value.remedy

@@ -53,12 +53,14 @@ class Reconstruction:
         self._dead = last_reads(graph.graph)
         if any(writes_for_others(node) for node in self._nodes):
             raise NoReconstructionError("it writes in place into what others read")
-        self._observers = {node: _settled(observer) for node in self._nodes if (observer := observer_of(node, graph))}
-        constants: Values = dict(stop.integers[0])
+        values: Values = dict(stop.integers[0])
+        self._constants: Values = {}
+        self._observers: dict[Node, nn.Module] = {}
         for node in self._nodes:
             if node in block.constants:
-                constants[node] = value_at(graph, node, constants, integers=True)
-        self._constants = {node: constants[node] for node in self._nodes if node in block.constants}
+                values[node] = self._constants[node] = value_at(graph, node, values, integers=True)
+            elif (observer := observer_of(node, graph)) is not None:
+                self._observers[node] = _settled(observer)
         self._wanted = [self._floats(values) for values in stop.floats]
         if not self._ends or not all(end.isfinite().all() for ends in self._wanted for end in ends):
             raise NoReconstructionError("nothing that it puts out is a finite float tensor")
@@ -79,7 +81,7 @@ class Reconstruction:
         values |= {layer.weight: weight.reshape(self._shapes[layer]) for layer, weight in weights.items()}
         found = {}
         for node in self._nodes:
-            if node in self._observers and node not in self._constants:
+            if node in self._observers:
                 values[node] = quantized(self._observers[node], values[node.args[0]])  # type: ignore[index]
             elif node not in self._constants:
                 values[node] = value_at(self._graph, node, values, integers=True)
