@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,23 +14,22 @@ from quantizers.rewrites import _call
 
 _PERMUTES = frozenset({aten.permute.default, aten.transpose.int})
 _COPIES = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.view.default})
-_HEADS_INSIDE = [0, 2, 1, 3]  # attention puts out the heads of each token together
 
 
 def known(node: Node) -> bool:
     """Whether :func:`laid_out` has the layout of ``node``."""
     val = value(node)
-    return val is not None and (_lies(val, range(val.ndim)) or _heads_inside(val))
+    return val is not None and _order(val) is not None
 
 
 def laid_out(node: Node, product: Node) -> Node:
     """``product``, which is contiguous and has the shape of ``node``, in the layout of ``node``, before it."""
-    val = value(node)
-    assert val is not None
-    if _lies(val, range(val.ndim)) or _is_copied_next(node, product):
+    order = _order(value(node))  # type: ignore[arg-type]
+    assert order is not None
+    if order == sorted(order) or _is_copied_next(node, product):
         return product
-    together = _call(node, aten.contiguous.default, _call(node, aten.permute.default, product, _HEADS_INSIDE))
-    return _call(node, aten.permute.default, together, _HEADS_INSIDE)
+    ordered = _call(node, aten.contiguous.default, _call(node, aten.permute.default, product, order))
+    return _call(node, aten.permute.default, ordered, [order.index(dim) for dim in range(len(order))])
 
 
 def _is_copied_next(node: Node, product: Node) -> bool:
@@ -54,8 +54,9 @@ def _is_copied_next(node: Node, product: Node) -> bool:
     return True
 
 
-def _heads_inside(val: torch.Tensor) -> bool:
-    return val.ndim == len(_HEADS_INSIDE) and _lies(val, _HEADS_INSIDE)
+def _order(val: torch.Tensor) -> list[int] | None:
+    """The dimensions of ``val`` from the outermost in memory to the innermost; None where there are gaps."""
+    return next((list(order) for order in itertools.permutations(range(val.ndim)) if _lies(val, order)), None)
 
 
 def _lies(val: torch.Tensor, order: Sequence[int]) -> bool:

@@ -128,6 +128,24 @@ BEHIND = {
 }
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic batch"])
+def test_attention_of_torch_with_tokens_outside(dynamic):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model, x = Block().eval(), torch.randn(3, 6, 8)
+    with torch.no_grad():
+        graph = qf.export(model, (x,), dynamic_batch=dynamic).module()
+        rewritten = rewrite(graph, PRODUCT_REWRITES)
+        assert sum(op(n) is aten.bmm.default for n in rewritten.graph.nodes) == 2
+        assert torch.allclose(model(x), rewritten(x), atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::quantflow.QuantflowWarning")
 @pytest.mark.parametrize("name", BEHIND)
 def test_what_views_the_result_finds_it_as_it_lay(name):
