@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantflow import delegates, proof
+from quantflow.core_aten import CoreAten
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
@@ -16,7 +17,7 @@ from quantflow.program import Program
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:
-    from quantflow.core_aten import CoreAten
+    from quantflow.exported import Exported
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,20 @@ def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = froze
     """Lower ``core`` to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``."""
     backend = delegates.resolve(delegate)
     return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
+
+
+def straight_to_edge(exported: Exported, delegate: Any) -> Edge:
+    """As ``exported.to_core_aten().to_edge(delegate)``, to the same bytes; core ATen, which delegates do not read, is left out.
+
+    Raises:
+        QuantflowError: as those two do.
+    """
+    if delegates.resolve(delegate).partitioners():
+        try:
+            return lower_to_edge(CoreAten(exported.program, exported.program), delegate)
+        except QuantflowError:  # core ATen may know better which operator is at fault
+            pass
+    return exported.to_core_aten().to_edge(delegate)
 
 
 def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:

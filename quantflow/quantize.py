@@ -159,6 +159,8 @@ class _Job:
 
     def build(self, quantizer: Quantizer) -> Result:
         """From the captured graph to a program."""
+        from quantflow.edge import straight_to_edge  # executorch is imported late: it costs seconds
+
         with _timed("prepare", self.seconds):
             plan = quantizer.plan(self.graph) if hasattr(quantizer, "plan") else None
             prepared = prepare(self.graph, quantizer)
@@ -175,7 +177,7 @@ class _Job:
             converted = convert(prepared)
         with _timed("lower", self.seconds):
             exported = export(converted, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
-            program = exported.to_core_aten().to_edge(self.delegate).to_executorch()
+            program = straight_to_edge(exported, self.delegate).to_executorch()
         fraction = program.delegation.fraction if program.delegation else 0.0
         return Result(program, converted, Report(plan, recovered, self.seconds, len(program.buffer), fraction))
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 import quantflow as qf
 from quantflow.delegates import resolve
 from quantflow.delegates.fast_lowering import fast_lowering, run_fast, supported
+from quantflow.edge import straight_to_edge
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
 
@@ -74,6 +75,13 @@ def test_same_bytes(name):
         assert fast
         assert lowered(program).buffer == stock
     assert lowered(program).buffer == stock
+
+
+@pytest.mark.parametrize("name", ["convnet int8", "attention"])
+def test_leaving_core_aten_out_gives_the_same_bytes(name):
+    whole = qf.export(exported(name))
+    usual = whole.to_core_aten().to_edge("xnnpack").to_executorch()
+    assert straight_to_edge(whole, "xnnpack").to_executorch().buffer == usual.buffer
 
 
 def test_leaves_nothing_behind():

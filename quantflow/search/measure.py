@@ -48,9 +48,11 @@ class Subject:
 
     def program(self, quantizer: Any) -> Program:
         """The program that ``quantizer`` leads to; a float one where it quantizes nothing."""
+        from quantflow.edge import straight_to_edge  # executorch is imported late: it costs seconds
+
         integer = bool(quantizer.plan(self.graph).integer)
         converted = convert(self.calibrated(quantizer)[0]) if integer else self.graph
-        return export(converted, self.args, self.kwargs).to_core_aten().to_edge(self.delegate).to_executorch()
+        return straight_to_edge(export(converted, self.args, self.kwargs), self.delegate).to_executorch()
 
     def milliseconds(self, program: Program) -> float:
         """The median of a call on the example inputs."""
