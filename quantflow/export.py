@@ -80,6 +80,8 @@ def export(
         try:
             program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
             program = make_contiguous(program)
+        except QuantflowError:
+            raise
         except Exception as error:
             raise _why_not(model, positional, keyword, error, dynamic_batch=bool(dynamic_batch)) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+from pathlib import Path
 from typing import Any
 
 from quantflow.errors import QuantflowError
+from quantflow.files import write_atomically
 
 
 def new_figure(stage: str, width: float, height: float) -> Any:
@@ -19,3 +23,20 @@ def new_figure(stage: str, width: float, height: float) -> Any:
         remedy = "pip install 'quantflow[plots]'"
         raise QuantflowError(stage, "pictures need matplotlib", node="plot", remedy=remedy) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, path: str | os.PathLike[str], stage: str) -> Path:
+    """Write ``figure`` to an image file, whole or not at all; the ending says which kind.
+
+    Raises:
+        QuantflowError: at ``stage``, for an ending that matplotlib does not know, and where the file can't be written.
+    """
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=kind)
+    except ValueError as error:
+        raise QuantflowError(
+            stage, str(error), node=str(path), remedy="an ending such as .png, .svg or .pdf"
+        ) from error
+    return write_atomically(path, drawn.getvalue(), stage=stage)

@@ -243,7 +243,15 @@ HAZARDS = {
         "the range is infinite and quantizes to nothing",
         ptq(function(lambda y, m: torch.softmax(y + m, -1), torch.zeros(12, 12).masked_fill(FUTURE, -math.inf))),
         "https://github.com/pytorch/pytorch/pull/103467",
+    ),
+    "infinite constant": Hazard(
+        "the range is infinite and quantizes to nothing",
+        ptq(function(lambda y, m: torch.maximum(y + m, -y), torch.zeros(12, 12).masked_fill(FUTURE, -math.inf))),
+        "https://github.com/pytorch/pytorch/pull/103467",
         error="infinite or not a number",
+    ),
+    "softmax behind a convolution": Hazard(
+        "taken over what lies last in memory there, the channels", ptq(layers(CONV, lambda: nn.Softmax(-1)))
     ),
     "write into part of a tensor": Hazard(
         "readers hold quantized copies, which do not see it", ptq(function(write_into_part)), error="writes into part"

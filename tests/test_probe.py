@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.delegates.xnnpack import Xnnpack
+from quantflow.evidence.probing import Probed, Probing
 from quantflow.evidence.taps import tapped, taps_of
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
@@ -45,7 +46,7 @@ def test_taps_change_nothing_and_hold_what_the_graph_computes(network):
 def test_every_operator_of_a_delegate_is_the_graph_to_the_bit(network):
     graph, prepared = network
     found = qf.probe(prepared, [X], float_graph=graph, calls=4, progress=False)
-    assert found.examples == 4
+    assert found.calls == 4
     assert found.delegate_calls == 1
     operators = [t.operator for t in found.tensors]
     assert operators[0] == "input"
@@ -95,7 +96,8 @@ def test_the_layer_that_the_program_computes_otherwise_is_first_and_alone(channe
     assert first.layer == f"layers.{channels - 8}"
     assert first.most_steps > 5
     assert all(t.changed == 0 for t in others)
-    behind = [t for t in found.tensors if t.layer > first.layer]
+    behind = found.tensors[found.tensors.index(first) + 1 :]
+    assert behind
     assert all(t.accumulated < 40 for t in behind)  # they have its error, and it is not theirs
     assert json.loads(found.to_json())["tensors"][0]["local"] is None
 
@@ -124,7 +126,7 @@ def test_a_fixed_batch_runs_whole_and_pictures_are_drawn(tmp_path):
     graph = qf.export(Chain().eval(), (X[:2],)).module()
     prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [X[:2]], progress=False)
     found = qf.probe(prepared, [X[:2], X[2:4], X[4:]], calls=2, progress=False)
-    assert found.examples == 2
+    assert found.calls == 2
     path = found.plot(tmp_path / "probe.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -136,9 +138,100 @@ def test_bad_input_names_stage_and_remedy(network):
         (prepared, [], {}, "no data"),
         (prepared, [X[:, :2]], {}, "shape"),
         (prepared, [X], {"calls": 0}, "0 calls"),
+        (prepared, [X], {"calls": 2.5}, "2.5 calls"),
         (prepared, [X], {"float_graph": prepared}, "no float graph"),
     ):
         with pytest.raises(qf.QuantflowError, match=words) as raised:
             qf.probe(bad, data, progress=False, **options)
         assert raised.value.stage == "probe"
         assert raised.value.remedy
+
+
+class Parts(nn.Module):
+    """A convolution in float between others in integers, and what is done with it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.function = function
+
+    def forward(self, x):
+        return self.last(self.function(self.middle(F.relu(self.first(x)))))
+
+
+def written_over(y):
+    z = torch.sin(y)
+    z += y
+    return F.hardswish(z, inplace=True).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "function", [written_over, lambda y: torch.sin(y) + torch.cos(y)], ids=["in place", "read twice"]
+)
+def test_what_stays_in_float_is_seen_before_it_is_written_over(function):
+    skip = ["middle", lambda node: node.name.startswith(("add", "hardswish"))]
+    prepared = quantized(Parts(function), quantizer=XNNPACKQuantizer(skip=skip))[1]
+    found = qf.probe(prepared, [X], calls=2, progress=False)
+    assert "conv2d" in {t.operator for t in found.tensors if t.step is None}
+    assert all(t.local > 60 for t in found.tensors), str(found)
+
+
+def test_a_faulty_layer_that_is_read_in_float_and_in_integers():
+    class Both(Chain):
+        def forward(self, x):
+            y = self.layers[2](self.layers[1](self.layers[0](x)))
+            return self.layers[3](y).mean((2, 3)), torch.sin(y).mean((2, 3))
+
+    prepared = quantized(Both(), quantizer=XNNPACKQuantizer(skip=["layers.2"]))[1]
+    found = qf.probe(prepared, [X], delegate=Faulty(10), calls=2, progress=False)
+    assert found.ranked()[0].layer == "layers.2"
+    assert next(t for t in found.tensors if t.operator == "sin").local > 80
+
+
+def test_calls_of_several_shapes():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return F.relu(self.linear(x))
+
+    shapes = {"x": {1: torch.export.Dim("tokens", min=2, max=64)}}
+    graph = qf.export(Rows().eval(), (torch.randn(1, 6, 8),), dynamic_shapes=shapes).module()
+    data = [torch.randn(1, 6, 8), torch.randn(1, 9, 8)]
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), data, progress=False)
+    found = qf.probe(prepared, data, float_graph=graph, progress=False)
+    assert found.calls == 2
+    assert all(t.changed == 0 for t in found.tensors)
+
+
+def test_no_number_is_first_and_written_as_such():
+    good, bad = (Probed("n", "", "add", None, local, None, 0.0, local, None) for local in (100.0, float("nan")))
+    found = Probing((good, bad), 1, 1)
+    assert found.ranked()[0] is bad
+    assert [t["local"] for t in json.loads(found.to_json())["tensors"]] == [100.0, "nan"]
+
+
+def test_a_network_with_state_and_a_picture_that_can_not_be_written_are_named(network):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.conv(x) * self.count
+
+    prepared = quantized(Counting())[1]
+    before = prepared.get_buffer("count").clone()
+    with pytest.raises(qf.QuantflowError, match="writes it") as raised:
+        qf.probe(prepared, [X], progress=False)
+    assert (raised.value.stage, raised.value.node) == ("probe", "count")
+    assert torch.equal(prepared.get_buffer("count"), before)
+    found = Probing((Probed("n", "", "add", None, 1.0, None, 0.0, 1.0, None),), 1, 1)
+    for path in ("no/such/folder/a.png", "a.nothing"):
+        with pytest.raises(qf.QuantflowError) as raised:
+            found.plot(path)
+        assert raised.value.stage == "probe"

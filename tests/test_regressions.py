@@ -514,3 +514,23 @@ def test_batch_norm_over_rows_of_three_dimensions_behind_integers(qat):
     with torch.no_grad():
         assert sqnr(model(x), converted(x)) > 25
         assert sqnr(converted(x), lower(converted, x)(x)) > 60
+
+
+@pytest.mark.parametrize("qat", [False, True])
+@pytest.mark.parametrize("length", [6, 8])
+def test_batch_norm_behind_a_convolution_without_a_batch_norms_no_channels(length, qat):
+    """[channels, length]: batch norm counts dimension 1, the length."""
+    model = randomize_statistics(nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(length), nn.Linear(length, 4))).eval()
+    x = torch.randn(3, length)
+    with torch.no_grad():
+        assert sqnr(model(x), quantize(model, x, qat=qat)(x)) > 20
+
+
+def test_strides_of_channels_last_are_refused():
+    class Strided(nn.Module):
+        def forward(self, x):
+            return torch.as_strided(x, (128, 3), (3, 1)) * 2
+
+    with pytest.raises(qf.QuantflowError, match="by strides") as raised:
+        qf.export(Strided(), (IMAGE.to(memory_format=torch.channels_last),))
+    assert raised.value.stage == "export"

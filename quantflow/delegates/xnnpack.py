@@ -25,5 +25,6 @@ class Xnnpack(Delegate):
     def passes(self) -> list[Any]:
         """What the edge program needs before it is partitioned."""
         from quantflow.delegates.xnnpack_int8 import one_dequantize_per_user
+        from quantflow.delegates.xnnpack_layout import softmax_over_rows
 
-        return [one_dequantize_per_user]
+        return [softmax_over_rows, one_dequantize_per_user]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
@@ -54,26 +56,29 @@ def probe(
         progress: Show a progress bar.
 
     Raises:
-        QuantflowError: at stage ``"probe"``, when the graph is not quantized, a batch does not fit or there is none; as
-            lowering raises.
+        QuantflowError: at stage ``"probe"``, when the graph is not quantized or keeps state, a batch does not fit it or the
+            float graph, or there is none; as lowering raises.
     """
-    if calls < 1:
+    if not isinstance(calls, int) or calls < 1:
         raise QuantflowError("probe", f"{calls} calls show nothing", node="calls", remedy="8, say")
     graph = converted_form(quantized_graph, "probe")
     taps = [_Sums(tap) for tap in taps_of(graph)]
     reference = None if float_graph is None else reference_graph(float_graph, "probe")
     pairs = {} if reference is None else twins(graph.graph, reference.graph)
     opened = tapped(graph, [sums.tap for sums in taps])
-    feed = itertools.islice(_calls(graph, data, inputs), calls)
-    program, ran = None, 0
+    programs: dict[tuple, Program] = {}  # by the shapes that each was lowered for
+    feed, ran = itertools.islice(_calls(graph, data, inputs), calls), 0
     for flat in tqdm(feed, desc="probe", total=calls, unit="call", disable=not progress, leave=False):
-        program, ran = program or _lowered(opened, flat, delegate), ran + 1
-        found = list(program(*flat))[-len(taps) :] if taps else []
-        floats = {} if reference is None else _values_of(reference, flat, set(pairs.values()))
-        _compare(graph, flat, taps, found, {node: floats[twin] for node, twin in pairs.items() if twin in floats})
-    if program is None:
+        exact = {} if reference is None else _float_values(reference, graph, flat, pairs)
+        shapes = tuple(t.shape if isinstance(t, torch.Tensor) else t for t in flat)
+        if shapes not in programs:
+            programs[shapes] = _lowered(opened, flat, delegate)
+        found = list(programs[shapes](*flat))
+        _compare(graph, flat, taps, found[len(found) - len(taps) :], exact)
+        ran += 1
+    if not programs:
         raise QuantflowError("probe", "there is no data", node="data", remedy="pass at least one batch")
-    called = program.delegation.calls if program.delegation is not None else 0
+    called = max(p.delegation.calls for p in programs.values() if p.delegation is not None)
     return Probing(tuple(sums.probed() for sums in taps), called, ran)
 
 
@@ -95,9 +100,10 @@ class _Sums:
         self.accumulated = _sum(self.accumulated, squares(own, found))
         if exact is not None and exact.shape == found.shape:
             self.against_float = _sum(self.against_float or (0.0, 0.0), squares(exact, found))
-        if found.numel():
-            self.most = max(self.most, float((found - local).abs().max()))
-        self.changed += int((found != local).sum())
+        differs = (found != local) & ~(found.isnan() & local.isnan())
+        apart = (found - local)[differs].abs().nan_to_num(math.inf)
+        self.most = max(self.most, float(apart.max()) if apart.numel() else 0.0)
+        self.changed += int(differs.sum())
         self.count += found.numel()
 
     def probed(self) -> Probed:
@@ -136,7 +142,14 @@ def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -
 def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program:
     with warnings.catch_warnings():  # that the program departs from its graph is what is looked for
         warnings.filterwarnings("ignore", message=r"\[runtime\]", category=QuantflowWarning)
-        return export(opened, tuple(flat)).to_core_aten().to_edge(delegate).to_executorch()
+        core = export(opened, tuple(flat)).to_core_aten()
+        signature = core.program.graph_signature
+        for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
+            remedy = "probe the part of the network that keeps no state"
+            raise QuantflowError(
+                "probe", "the network writes it, and each call finds it otherwise", node=written, remedy=remedy
+            )
+        return core.to_edge(delegate).to_executorch()
 
 
 @torch.no_grad()
@@ -162,5 +175,13 @@ def _compare(
             device[node] = dequantized[node.args]
 
 
-def _values_of(graph: GraphModule, flat: Sequence[Any], wanted: set[Node]) -> dict[Node, Any]:
-    return {node: values[node] for node, values in steps(graph, tuple(flat)) if node in wanted}
+def _float_values(
+    reference: GraphModule, graph: GraphModule, flat: Sequence[Any], pairs: dict[Node, Node]
+) -> dict[Node, Any]:
+    """What the float network has for the nodes of ``graph`` that have a twin in it."""
+    spec = Signature.of_graph(graph).in_spec
+    args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
+    given = Signature.of_graph(reference).flatten(args, kwargs, stage="probe")
+    wanted = set(pairs.values())
+    floats = {node: values[node] for node, values in steps(reference, tuple(given)) if node in wanted}
+    return {node: floats[twin] for node, twin in pairs.items() if twin in floats}

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quantflow.pictures import new_figure
+from quantflow.pictures import new_figure, save
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,27 @@ class Probing:
     Attributes:
         tensors: In the order of the graph.
         delegate_calls: In how many calls of the delegate they were computed.
-        examples: How many examples were run.
+        calls: How many calls of the program were compared.
     """
 
     tensors: tuple[Probed, ...]
     delegate_calls: int
-    examples: int
+    calls: int
 
     def ranked(self) -> tuple[Probed, ...]:
         """The tensors, first those whose operators compute something else than the graph says."""
-        return tuple(sorted(self.tensors, key=lambda t: t.local))
+        return tuple(sorted(self.tensors, key=lambda t: -math.inf if math.isnan(t.local) else t.local))
 
     def to_json(self) -> str:
-        """All figures; an infinite signal to noise as null."""
-        rows = [
-            {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(t).items()}
-            for t in self.tensors
-        ]
-        return json.dumps({"delegate_calls": self.delegate_calls, "examples": self.examples, "tensors": rows}, indent=2)
+        """All figures; an infinite signal to noise as null, one that is no number or minus infinity as text."""
+        rows = [{name: _written(figure) for name, figure in asdict(t).items()} for t in self.tensors]
+        return json.dumps({"delegate_calls": self.delegate_calls, "calls": self.calls, "tensors": rows}, indent=2)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the signal to noise of each tensor, in the order of the graph, to an image file; the ending says which kind.
 
         Raises:
-            QuantflowError: at stage ``"probe"``, without matplotlib.
+            QuantflowError: at stage ``"probe"``, without matplotlib, or where the file can't be written.
         """
         figure = new_figure("probe", 8, 4)
         axes = figure.subplots()
@@ -86,8 +83,7 @@ class Probing:
         axes.set_ylabel("signal to noise on the runtime, dB")
         if axes.lines:
             axes.legend()
-        figure.savefig(path)
-        return Path(path)
+        return save(figure, path, "probe")
 
     def __str__(self) -> str:
         head = ("node", "layer", "operator", "local dB", "steps", "changed", "accumulated dB", "against float dB")
@@ -96,8 +92,14 @@ class Probing:
         table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         exact = sum(t.changed == 0 for t in self.tensors)
         calls = f"{self.delegate_calls} delegate call{'s' * (self.delegate_calls != 1)}"
-        last = f"{exact} of {len(self.tensors)} tensors are the graph's to the bit; {self.examples} examples, {calls}"
+        last = f"{exact} of {len(self.tensors)} tensors are the graph's to the bit; {self.calls} calls, {calls}"
         return "\n".join([*table, last])
+
+
+def _written(figure: object) -> object:
+    if not isinstance(figure, float) or math.isfinite(figure):
+        return figure
+    return None if figure == math.inf else str(figure)
 
 
 def _row(t: Probed) -> tuple[str, ...]:

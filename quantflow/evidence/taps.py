@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from quantflow.aten import clamp_limits, is_float_tensor, only_user
+from quantflow.aten import aten, clamp_limits, is_float_tensor, is_inplace, is_view, only_user
 from quantflow.evidence.grids import Grid
 from quantflow.evidence.twins import computes, converts, source
 from quantflow.graph.parameters import is_constant
@@ -57,11 +57,14 @@ def tapped(graph: GraphModule, taps: list[Tap]) -> GraphModule:
     nodes = {node.name: node for node in opened.graph.nodes}
     output = opened.graph.output_node()
     values: list[Any] = list(pytree.tree_leaves(output.args))
-    with opened.graph.inserting_before(output):
-        for tap in taps:
-            end = nodes[tap.end.name]
-            # A node of its own: what the others read stays as it was.
-            values.append(end if tap.step is None else opened.graph.node_copy(end))
+    for tap in taps:
+        end = nodes[tap.end.name]
+        with opened.graph.inserting_after(end):
+            # A node of its own: what others read stays as it was, and what they write over it is not seen.
+            if tap.step is not None:
+                values.append(opened.graph.node_copy(end))
+            else:
+                values.append(_times_one(end) if _is_written(end) else end)
     output.args = (tuple(values),)
     opened.graph.set_codegen(CodeGen())
     opened.meta.pop("quantflow_signature", None)
@@ -79,11 +82,24 @@ def _varying(graph: GraphModule) -> set[Node]:
 
 
 def _goes_to_a_grid(node: Node) -> bool:
-    """Whether ``node``, or a clamp that is fused with it, is quantized onto a grid fixed ahead: it is no tensor then."""
-    if any(_is(user, "quantize_per_tensor") and not _varies(user) for user in node.users):
+    """Whether ``node``, or a clamp that is fused with it, is read on grids fixed ahead alone: it is no tensor then."""
+    if node.users and all(_is(user, "quantize_per_tensor") and not _varies(user) for user in node.users):
         return True
     behind = only_user(node)
     return behind is not None and behind.op != "output" and clamp_limits(behind) is not None and _goes_to_a_grid(behind)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an operator writes into ``node``, or into a view of it."""
+    readers = [user for user in node.users if user.op == "call_function" and user.args and user.args[0] is node]
+    return any(is_inplace(user) or (is_view(user) and _is_written(user)) for user in readers)
+
+
+def _times_one(node: Node) -> Node:
+    """``node`` in memory of its own. Delegates drop a clone, and then give back what is their input."""
+    product = node.graph.call_function(aten.mul.Tensor, (node, 1.0))
+    product.meta["val"] = node.meta["val"]
+    return product
 
 
 def _varies(conversion: Node) -> bool:

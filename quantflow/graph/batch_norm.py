@@ -106,12 +106,13 @@ def normed_layer(norm: Node) -> NormedLayer | None:
         return None
     if op(layer) not in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS:
         return None
-    if op(layer) in LINEARS and ((val := value(layer)) is None or val.ndim != 2):
-        return None  # batch norm counts dimension 1 as channels, linear makes the last one
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     while isinstance(weight, Node) and weight.op == "call_module":
         weight = weight.args[0]
-    return NormedLayer(layer, norm, weight) if is_constant(weight) and (bias is None or is_constant(bias)) else None
+    if not is_constant(weight) or not (bias is None or is_constant(bias)) or (val := value(layer)) is None:
+        return None
+    # Batch norm counts dimension 1 as channels. Linear makes the last one, a convolution without a batch the first.
+    return NormedLayer(layer, norm, weight) if (size := value(weight)) is None or val.ndim == size.ndim else None
 
 
 def _is_affine(node: Node) -> bool:

@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from quantflow.aten import aten
+from quantflow.aten import aten, label
+from quantflow.errors import QuantflowError
 
 
 def make_contiguous(program: ExportedProgram) -> ExportedProgram:
@@ -24,6 +25,10 @@ def make_contiguous(program: ExportedProgram) -> ExportedProgram:
     odd = [n for n in placeholders if _is_odd(n.meta.get("val"))]
     if not odd:
         return program
+    if strided := next((n for n in program.graph.nodes if n.target is aten.as_strided.default), None):
+        remedy = "pass a model and examples that are contiguous: model.to(memory_format=torch.contiguous_format)"
+        reason = "it reads memory by strides, and the runtime has other strides than these inputs and weights"
+        raise QuantflowError("export", reason, node=label(strided), remedy=remedy)
     mode = odd[0].meta["val"].fake_mode
     with mode:
         for node in odd:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.metrics import decibels
-from quantflow.pictures import new_figure
+from quantflow.pictures import new_figure, save
 from quantflow.quantize import Result
 from quantflow.search.choices import Choice, Table
 
@@ -42,7 +42,7 @@ class Found:
         """Draw the frontier, and where this choice lies, to an image file; the ending says which kind.
 
         Raises:
-            QuantflowError: at stage ``"search"``, without matplotlib.
+            QuantflowError: at stage ``"search"``, without matplotlib, or where the file can't be written.
         """
         figure = new_figure("search", 6, 4)
         axes = figure.subplots()
@@ -53,8 +53,7 @@ class Found:
         axes.set_xlabel("predicted size of the .pte, kB")
         axes.set_ylabel("predicted signal to noise, dB")
         axes.legend()
-        figure.savefig(path)
-        return Path(path)
+        return save(figure, path, "search")
 
     def to_json(self) -> str:
         """The choices, the table and the frontier."""
