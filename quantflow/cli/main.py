@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quantflow import __version__
+from quantflow.allocator import keep_freed_memory
 from quantflow.cli.compare import compare
 from quantflow.cli.completion import completion
 from quantflow.cli.doctor import doctor
@@ -56,6 +57,7 @@ def main() -> None:
 
     Exit codes: 0 well; 1 a check failed; 2 the command was not understood; 3 it can't be done (the message says why).
     """
+    keep_freed_memory()
 
 
 for _command in (ptq, qat, verify, sensitivity, compare, inspect, doctor, completion):
