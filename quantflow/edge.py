@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch.export import ExportedProgram
 
 from quantflow import delegates, proof
-from quantflow.core_aten import CoreAten
+from quantflow.core_aten import CoreAten, lower_to_core_aten
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
@@ -15,9 +17,6 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
 from quantflow.signature import Signature
-
-if TYPE_CHECKING:
-    from quantflow.exported import Exported
 
 
 @dataclass(frozen=True)
@@ -148,18 +147,18 @@ def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = froze
     return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
 
 
-def straight_to_edge(exported: Exported, delegate: Any) -> Edge:
-    """As ``exported.to_core_aten().to_edge(delegate)``, to the same bytes; core ATen, which delegates do not read, is left out.
+def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
+    """As by way of core ATen, to the same bytes; core ATen itself, which delegates do not read, is left out.
 
     Raises:
-        QuantflowError: as those two do.
+        QuantflowError: as ``to_core_aten`` and ``to_edge`` do.
     """
     if delegates.resolve(delegate).partitioners():
         try:
-            return lower_to_edge(CoreAten(exported.program, exported.program), delegate)
+            return lower_to_edge(CoreAten(program, program), delegate)
         except QuantflowError:  # core ATen may know better which operator is at fault
             pass
-    return exported.to_core_aten().to_edge(delegate)
+    return lower_to_core_aten(program).to_edge(delegate)
 
 
 def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:

@@ -177,7 +177,7 @@ class _Job:
             converted = convert(prepared)
         with _timed("lower", self.seconds):
             exported = export(converted, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
-            program = straight_to_edge(exported, self.delegate).to_executorch()
+            program = straight_to_edge(exported.program, self.delegate).to_executorch()
         fraction = program.delegation.fraction if program.delegation else 0.0
         return Result(program, converted, Report(plan, recovered, self.seconds, len(program.buffer), fraction))
 

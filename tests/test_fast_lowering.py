@@ -81,7 +81,7 @@ def test_same_bytes(name):
 def test_leaving_core_aten_out_gives_the_same_bytes(name):
     whole = qf.export(exported(name))
     usual = whole.to_core_aten().to_edge("xnnpack").to_executorch()
-    assert straight_to_edge(whole, "xnnpack").to_executorch().buffer == usual.buffer
+    assert straight_to_edge(whole.program, "xnnpack").to_executorch().buffer == usual.buffer
 
 
 def test_leaves_nothing_behind():

@@ -52,7 +52,7 @@ class Subject:
 
         integer = bool(quantizer.plan(self.graph).integer)
         converted = convert(self.calibrated(quantizer)[0]) if integer else self.graph
-        return straight_to_edge(export(converted, self.args, self.kwargs), self.delegate).to_executorch()
+        return straight_to_edge(export(converted, self.args, self.kwargs).program, self.delegate).to_executorch()
 
     def milliseconds(self, program: Program) -> float:
         """The median of a call on the example inputs."""
