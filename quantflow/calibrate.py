@@ -70,7 +70,14 @@ def calibrate(
     seen = 0
     with _calibrating(graph), torch.no_grad():
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
-            graph(*batch.args, **batch.kwargs)
+            try:
+                graph(*batch.args, **batch.kwargs)
+            except QuantflowError:
+                raise
+            except Exception as error:
+                reason = f"the graph does not run on it: {type(error).__name__}: {str(error)[:400]}"
+                remedy = "check what the batch holds (token numbers beyond the vocabulary, for one)"
+                raise QuantflowError("calibrate", reason, node=f"batch {seen}", remedy=remedy) from error
             if sample is not None:
                 sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
             seen += 1

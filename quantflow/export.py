@@ -203,6 +203,8 @@ def _why_not(
     remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
     if dynamic_batch and "marked batch as dynamic" in str(error):
         remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed"
+    if "specialized it to be a constant (1)" in str(error):
+        remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
     return QuantflowError(
         "export",
         f"torch.export could not trace {name}: {_first_lines(error)}",

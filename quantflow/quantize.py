@@ -120,6 +120,10 @@ def quantize(
     """
     if recover not in ("auto", True, False):
         raise QuantflowError("recover", f"{recover!r} is no way to recover", node="recover", remedy='"auto" or False')
+    if not isinstance(dynamic_batch, bool):
+        reason = f"{dynamic_batch!r} is no yes or no: it is for calibration, and the program takes the example's batch"
+        remedy = "dynamic_shapes=..., or the stages one by one with qf.export(converted, (x,), dynamic_batch=N)"
+        raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     quantizer = quantizer or default_quantizer(delegate)
     seconds: dict[str, float] = {}
     with _timed("export", seconds):

@@ -240,7 +240,9 @@ def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> No
     if not _fits(tuple(given.shape), declared.shape, sizes):
         reason = f"shape {list(given.shape)} given, [{', '.join(map(str, declared.shape))}] taken"
         if given.shape[1:] == declared.shape[1:]:
-            remedy += "; for other batch sizes export with dynamic_batch=True, or =N to lower it"
+            remedy += (
+                "; for batches of up to N give dynamic_batch=N to the export that is lowered, of the converted graph"
+            )
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
 
 

@@ -24,7 +24,12 @@ _EXAMPLES = (
 @float_options
 @skip_option
 @click.option("--recover/--no-recover", default=True, help="Win back accuracy after calibration.")
-@click.option("--max-drop", type=click.FloatRange(0, 100), help="Leave layers in float until no more points are lost.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    metavar="POINTS",
+    help="Leave layers in float until no more points of accuracy are lost.",
+)
 @output_option
 @report_option
 @json_option

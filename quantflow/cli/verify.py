@@ -25,7 +25,9 @@ _EXAMPLES = (
 @model_options(required=False)
 @image_options
 @click.option("--runs", type=click.IntRange(0), default=30, show_default=True, help="Timed calls; 0 for no latency.")
-@click.option("--max-drop", type=float, help="Exit code 1 where a program loses more points of accuracy.")
+@click.option(
+    "--max-drop", type=float, metavar="POINTS", help="Exit code 1 where a program loses more points of accuracy."
+)
 @click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit code 1 where one agrees on less.")
 @report_option
 @json_option

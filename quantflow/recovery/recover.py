@@ -110,7 +110,18 @@ def recover(
     if prices is not None:
         attempt("ranges by their effect", lambda graph: settle_ranges(graph, prices))
     attempt("fitted weights", lambda graph: compensate(graph, fit, prices, progress=progress))
+    best = max(step.sqnr for step in steps if step.kept)
+    if best < _NOTHING:
+        size = max((float(t.abs().max()) for found in reference for t in found if t.numel()), default=0.0)
+        reason = f"integers keep nothing of the outputs, {best:.1f} dB; in float these reach {size:.2g}"
+        remedy = (
+            "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
+        )
+        warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
     return Recovered(current.train(graph.training), tuple(steps))
+
+
+_NOTHING = 0.1  # dB: as much noise as signal
 
 
 def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:

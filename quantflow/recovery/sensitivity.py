@@ -120,7 +120,7 @@ def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, numb
 
 
 def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> Any:
-    """The value of ``node`` in the float network; what is given to the network requires a gradient."""
+    """The value of ``node`` in the float network; what is given to it, and what it makes of integers, requires a gradient."""
     if node.op == "placeholder":
         x = next(given)
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -128,7 +128,11 @@ def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> A
     if node.op == "get_attr":
         return original(node, attribute(graph, node))
     if node.op == "call_function":
-        return evaluate(node, values)
+        x = evaluate(node, values)
+        floating = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.is_floating_point()
+        if floating and not x.requires_grad and any(n.op != "get_attr" for n in node.all_input_nodes):
+            return x.detach().requires_grad_()  # as an embedding of token numbers
+        return x
     if observer_of(node, graph) is not None:
         return values[node.args[0]]  # type: ignore[index]
     return graph.get_submodule(str(node.target))(*(values[a] for a in node.all_input_nodes))
