@@ -39,7 +39,10 @@ def hold_together(model, x, quantizer, *, qat=False):
     delegation = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").delegation()
     assert plan.calls == delegation.calls, f"{plan}\n{delegation}"
     # A clamp before integers whose grid ends there as well is left out, which only the ranges tell.
-    assert names(plan.forecast.floating) - CLAMPS == names(delegation.floating) - CLAMPS, str(plan)
+    # The softmax of an image's rows is taken over a view of them, which only the order of memory in the delegate asks for.
+    viewed = {"view"} if "_softmax" in names(delegation.floating) else set()
+    left_out = CLAMPS | (viewed - names(plan.forecast.floating))
+    assert names(plan.forecast.floating) - CLAMPS == names(delegation.floating) - left_out, str(plan)
     assert names(plan.forecast.portable) == names(delegation.portable), str(plan)
     integers = {name for name, tensor in converted.named_buffers() if tensor.dtype == torch.int8}
     for decision in plan.decisions:
