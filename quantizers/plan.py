@@ -25,6 +25,7 @@ from quantflow.aten import (
 from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.parameters import is_constant
+from quantflow.text_table import aligned
 from quantizers.fate import Fate
 from quantizers.forecast import Forecast, forecast
 from quantizers.kernels import FloatKernels
@@ -158,14 +159,12 @@ class Plan:
         rows = [("layer", "node", "operators", "becomes", "why not")]
         for f in self.fates:
             rows.append((f.layer or "-", f.node, " + ".join(f.operators), f.becomes, f.reason))
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{len(self.integer)} of {len(self.decisions)} operators become integers"
         if self.islands:
             total += f", {len(self.islands)} stay in float between them"
         if self.calls is not None:
             total += f"; the delegate is called {self.calls} times" if self.calls != 1 else "; in one delegate call"
-        return "\n".join([*lines, total])
+        return "\n".join([*aligned(rows), total])
 
 
 def make_plan(

@@ -83,10 +83,14 @@ def near_softmax(node: Node, along: Callable[[Node], Iterable[Node]], steps: int
     """Whether a softmax, or the exponential of one written by hand, lies ``along`` a path from ``node`` (its users, or its
     inputs), with no layer, average or norm between.
     """
-    ahead = [n for n in along(node) if n.op == "call_function"]
-    if any(op(n) in _SOFTMAXES for n in ahead):
-        return True
-    return steps > 0 and any(op(n) not in _LEVEL and near_softmax(n, along, steps - 1) for n in ahead)
+    ahead, seen = [node], {node}
+    for _ in range(steps + 1):
+        ahead = [n for n in {n for passed in ahead for n in along(passed)} - seen if n.op == "call_function"]
+        if any(op(n) in _SOFTMAXES for n in ahead):
+            return True
+        seen.update(ahead)
+        ahead = [n for n in ahead if op(n) not in _LEVEL]
+    return False
 
 
 _SOFTMAXES = frozenset(

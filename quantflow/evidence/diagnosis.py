@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from quantflow.evidence.statistics import Sums, decibel
+from quantflow.evidence.statistics import Sums, decibel, finite
+from quantflow.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """All figures; a signal to noise of infinity as null."""
-        rows = [{name: _finite(figure) for name, figure in asdict(found).items()} for found in self.layers]
+        rows = [{name: finite(figure) for name, figure in asdict(found).items()} for found in self.layers]
         return json.dumps({"layers": rows}, indent=2)
 
     def table(self) -> list[tuple[str, ...]]:
@@ -120,18 +120,9 @@ class Diagnosis:
         return rows
 
     def __str__(self) -> str:
-        rows = self.table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         worst = ", ".join(f"{c} ({sqnr:.1f} dB)" for c, sqnr in self.layers[0].worst_channels())
-        return "\n".join([*table, f"worst channels of {self.layers[0].node}: {worst}"])
+        return "\n".join([*aligned(self.table()), f"worst channels of {self.layers[0].node}: {worst}"])
 
 
 def _sqnr(signal: float, noise: float) -> float:
     return math.inf if noise == 0 else decibel(signal / noise)
-
-
-def _finite(figure: Any) -> Any:
-    if isinstance(figure, (tuple, list)):
-        return [_finite(f) for f in figure]
-    return None if isinstance(figure, float) and not math.isfinite(figure) else figure

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +17,11 @@ from tqdm import tqdm
 from quantflow.batches import PickInputs
 from quantflow.evidence.layers import layers_of, observers_in
 from quantflow.evidence.partial import PartialNetwork
+from quantflow.evidence.statistics import finite
 from quantflow.metrics import decibels
 from quantflow.recovery.given import check_calibrated, draw
 from quantflow.recovery.sample import Sample
+from quantflow.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ class Sensitivities:
 
     def to_json(self) -> str:
         """All figures; a signal to noise of infinity as null."""
-        rows = [{"all_integers": self.all_integers}, *(asdict(found) for found in self.layers)]
-        finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
-        return json.dumps({**finite[0], "layers": finite[1:]}, indent=2)
+        rows = [{name: finite(figure) for name, figure in asdict(found).items()} for found in self.layers]
+        return json.dumps({"all_integers": finite(self.all_integers), "layers": rows}, indent=2)
 
     def table(self) -> list[tuple[str, ...]]:
         """The figures as they are shown: a row of headings, then one for each layer."""
@@ -65,12 +65,7 @@ class Sensitivities:
         return rows
 
     def __str__(self) -> str:
-        rows = self.table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for first, *others in rows:
-            aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-            lines.append("  ".join([f"{first:<{widths[0]}}", *aligned]))
+        lines = aligned(self.table(), figures=True)
         return "\n".join([*lines, f"all in integers: {self.all_integers:.1f} dB"])
 
 

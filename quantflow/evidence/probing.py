@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quantflow.pictures import new_figure, save
+from quantflow.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,10 @@ class Probing:
     def __str__(self) -> str:
         head = ("node", "layer", "operator", "local dB", "steps", "changed", "accumulated dB", "against float dB")
         rows = [head, *(_row(t) for t in self.ranked())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         exact = sum(t.changed == 0 for t in self.tensors)
         calls = f"{self.delegate_calls} delegate call{'s' * (self.delegate_calls != 1)}"
         last = f"{exact} of {len(self.tensors)} tensors are the graph's to the bit; {self.calls} calls, {calls}"
-        return "\n".join([*table, last])
+        return "\n".join([*aligned(rows), last])
 
 
 def _written(figure: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,6 +16,13 @@ _EXACT = 1e-10  # of the signal: what floating point costs
 def decibel(ratio: float) -> float:
     """``ratio`` of powers, dB."""
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
+def finite(figure: Any) -> Any:
+    """``figure``, or each of several, for JSON: None where it is infinite or no number."""
+    if isinstance(figure, (tuple, list)):
+        return [finite(f) for f in figure]
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantflow.latency import Latency
+from quantflow.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,7 @@ class Verification:
         return [shown, *([row[c] for c in shown] for row in rows)]
 
     def __str__(self) -> str:
-        rows = self.table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for first, *others in rows:
-            aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-            lines.append("  ".join([f"{first:<{widths[0]}}", *aligned]).rstrip())
-        return "\n".join([*lines, *self.notes()])
+        return "\n".join([*aligned(self.table(), figures=True), *self.notes()])
 
     def _rows(self, stage: StageFigures) -> Iterable[dict[str, str]]:
         for index, figures in enumerate(stage.outputs):
