@@ -1,8 +1,8 @@
 """Dropout stays an operator of its own while a model is captured in inference mode.
 
-In inference mode dropout returns its input, the same tensor. The tracer tells values apart by tensor, so from there on it takes
-every other reader of that input for a reader of the dropout: ``x + f(dropout(x))`` would train as ``d + f(d)``. While capturing,
-dropout therefore reads an alias of its input; the aliases are erased from the captured program.
+In inference mode dropout returns its input, the same tensor. The tracer tells values apart by tensor, so it takes every later
+reader of that input for a reader of the dropout: ``x + f(dropout(x))`` would train as ``d + f(d)``. While capturing, dropout
+therefore reads an alias of its input; the aliases are erased from the captured program.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def erase_aliases(program: ExportedProgram) -> None:
 
 
 def freeze_ambiguous(program: ExportedProgram) -> tuple[str, ...]:
-    """Keep in inference mode each dropout of ``program``, captured elsewhere in inference mode, that several nodes read: which of
-    them read its input in truth can't be told.
+    """Keep in inference mode each dropout that several nodes of ``program`` read, a program captured elsewhere in inference
+    mode: which of them read the dropout's input in truth can't be told.
 
     Returns:
         What to call those dropouts before a person.
