@@ -15,6 +15,7 @@ from quantflow.batches import PickInputs, batches
 from quantflow.distributed import world_size
 from quantflow.errors import QuantflowError
 from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.grid.requantization import warn_of_dead_activations
 from quantflow.observers import Observer
 from quantflow.observers.observation import observers_of
 from quantflow.recovery.sample import Sample
@@ -90,6 +91,7 @@ def calibrate(
                     inner.synchronize()
             if sample is not None:
                 sample.synchronize()
+    warn_of_dead_activations(graph)
     if not seen:
         raise QuantflowError("calibrate", "the calibration set is empty", node="data", remedy="pass at least one batch")
     return graph

@@ -34,6 +34,7 @@ from quantflow.grid.biases import round_biases, separate_biases
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight
 from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC
+from quantflow.grid.requantization import limit_resolution
 from quantflow.observers.observation import (
     has_seen_data,
     is_observer,
@@ -71,6 +72,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
     check_observed(converted)
     _erase_inference_identities(converted)
     with torch.no_grad():
+        limit_resolution(converted, {pair.layer: pair for pair in normed_layers(converted.graph)})
         _convert_constants(converted)
         fold_batch_norm(converted)  # of the layers that stay in float
         separate_biases(converted)

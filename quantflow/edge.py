@@ -8,15 +8,21 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from quantflow import delegates, proof
+from quantflow import delegates, runtime_check
+from quantflow.aten import label
 from quantflow.core_aten import CoreAten, lower_to_core_aten
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.fault_search import SECONDS, FaultSearch
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
+from quantflow.runtime import isolated
+from quantflow.runtime_check import Finding
 from quantflow.signature import Signature
+
+_REMEDY_FOREIGN = "run it where its backend is: this runtime may not have it"
 
 
 @dataclass(frozen=True)
@@ -44,51 +50,67 @@ class Edge:
         """What the delegates run, and what is left outside."""
         return Delegation.of(self.manager.exported_program().graph_module)
 
-    def to_executorch(self, config: Any = None, *, strict: bool = False) -> Program:
-        """Plan memory, take out-variants, serialise, and run the program once on the runtime.
+    def to_executorch(self, config: Any = None, *, strict: bool = False, check: bool = True) -> Program:
+        """Plan memory, take out-variants, serialise, and prove the program on the runtime, in a process of its own.
 
-        It is compared with the graph on the example inputs that were exported with it. A node that the delegate refuses to
-        load is named in a warning and left to portable kernels.
+        The program is compared with the graph on the example inputs that were exported with it and on others of their shapes.
+        An operator that the delegate refuses to load, or computes wrongly, is named in a warning and left to portable kernels.
 
         Args:
             config: An ``executorch.exir.ExecutorchBackendConfig``, or None for its defaults.
             strict: Raise where otherwise there would be a warning.
+            check: False leaves out the comparison: the program is returned as it is lowered, once it loads.
 
         Raises:
             QuantflowError: at stage ``"executorch"``, where a dynamic dimension has no upper bound (it is named) or an
-                operator has no kernel; at ``"runtime"``, where the program does not load or run, whatever is left out.
+                operator has no kernel; at ``"runtime"``, where the program does not load or run, or computes something
+                else than the graph, whatever is left out.
         """
-        program = self._serialise(config)
-        trial = Program(program.buffer, program.signature)  # what a run does to its state is not to be seen
-        foreign = (
-            type(self.delegate) is Delegate and self.delegate.partitioners()
-        )  # its runtime may be on another machine
-        try:
-            trial.load()
-        except QuantflowError as error:
-            if foreign:
-                return _unproven(program, error, strict)
-            return self._without_refused(error, strict).to_executorch(config, strict=strict)
-        try:
-            difference = proof.disagreement(trial, self.core.source)
-        except QuantflowError as error:
-            if foreign:
-                return _unproven(program, error, strict)
-            portable = program.delegation.portable if program.delegation is not None else ()
-            if not portable:
-                raise
-            remedy = (
-                "one of these has no portable kernel for this form (a convolution over three dimensions): replace it"
-            )
-            raise QuantflowError("runtime", error.reason, node=", ".join(portable), remedy=remedy) from error
-        if difference:
-            remedy = "lower with to_edge(None): equal figures there mean that the delegate computes wrongly"
-            _complain("runtime", difference, "the program", remedy, strict)
+        edge, program = self._proven(config, strict, check)
         outside = program.delegation.quantized_outside if program.delegation is not None else ()
-        if outside and self.delegate.partitioners():
+        if outside and edge.delegate.partitioners():
             remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
             _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict)
         return program
+
+    def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
+        """The program, proven on the runtime, and what it was made of: this, or this without what the delegate can't run."""
+        edge, search = self, FaultSearch()
+        while True:
+            program = edge._serialise(config)
+            finding = runtime_check.check(program, edge.core.source) if check else runtime_check.load(program)
+            if finding is None:
+                return edge, program
+            # A partitioner from elsewhere is for a runtime that may be on another machine.
+            if type(edge.delegate) is Delegate and edge.delegate.partitioners():
+                _complain("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
+                return edge, program
+            faulty = edge._faults(finding, config, search) - edge.refused
+            if not faulty:
+                raise _unmended(finding, program, edge.core.program, search.over)
+            names = ", ".join(sorted(search.names[name] for name in faulty))
+            does = "computes it wrongly" if finding.ran else "refuses to run it"
+            remedy = "skip these layers in the quantizer, or let them run in portable kernels"
+            _complain("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
+            edge = lower_to_edge(edge.core, edge.delegate, frozenset(faulty) | edge.refused)
+
+    def _faults(self, finding: Finding, config: Any, search: FaultSearch) -> set[str]:
+        """The edge nodes that the delegate does not run as the graph says: each alone, else the first that does not beside
+        others.
+        """
+        if not self.delegate.partitioners() or finding.operators:
+            return set()  # a portable kernel is at fault
+        inputs = self.core.source.example_inputs
+        flat = None if inputs is None or not finding.loaded else self.signature.leaves(*inputs, stage="runtime")
+        apart = _manager(self.core, self.delegate, self.delegate.one_by_one()).exported_program()
+        if found := search.alone(apart, flat) - self.refused:
+            return found
+
+        def wrong_without(nodes: frozenset[str]) -> bool:
+            tried = lower_to_edge(self.core, self.delegate, nodes | self.refused)._serialise(config)
+            return runtime_check.check(tried, self.core.source) is not None
+
+        return search.together(self.manager.exported_program(), wrong_without)
 
     def _serialise(self, config: Any) -> Program:
         for declared, dim in self.signature.unbounded():
@@ -111,28 +133,30 @@ class Edge:
             ) from error
         return Program(manager.buffer, self.signature, delegation)
 
-    def _without_refused(self, error: QuantflowError, strict: bool) -> Edge:
-        """This program, lowered again without the nodes that the delegate does not load.
-
-        Raises:
-            QuantflowError: ``error``, when no single node is to blame; that of the node, when ``strict``.
-        """
-        refused = frozenset(refused_nodes(self.core, self.delegate)) - self.refused
-        if not refused:
-            raise error
-        remedy = "skip these layers in the quantizer, or let them run in portable kernels"
-        _complain(
-            "edge", f"the delegate refuses to load it: {error.reason}", ", ".join(sorted(refused)), remedy, strict
-        )
-        return lower_to_edge(self.core, self.delegate, refused | self.refused)
-
     def __repr__(self) -> str:
         return f"Edge({str(self.delegation()).splitlines()[0]}; inputs: {self.signature.describe_inputs()})"
 
 
-def _unproven(program: Program, error: QuantflowError, strict: bool) -> Program:
-    _complain("runtime", f"not proven: {error.reason}", "the program", error.remedy or "", strict)
-    return program
+def _unmended(finding: Finding, program: Program, source: ExportedProgram, over: bool) -> QuantflowError:
+    """The error of a program that can't be mended by leaving operators out of the delegate."""
+    portable = tuple(program.delegation.portable) if program.delegation is not None else ()
+    searched = f"; no operator at fault was found within {SECONDS:g} s" if over else ""
+    if finding.operators:
+        remedy = "no kernel of this runtime takes it in this form: write the layer in terms of other operators"
+        names = ", ".join(_layers(source, operator) or operator for operator in finding.operators)
+        return QuantflowError("runtime", finding.reason, node=names, remedy=remedy)
+    if finding.ran:
+        remedy = "report it with the model; to_executorch(check=False) returns the program as it is"
+        return QuantflowError("runtime", finding.reason + searched, node="the program", remedy=remedy)
+    remedy = "replace the operator that is named; skip its layer in the quantizer where it is quantized"
+    return QuantflowError("runtime", finding.reason + searched, node=", ".join(portable) or "forward", remedy=remedy)
+
+
+def _layers(program: ExportedProgram, operator: str) -> str:
+    """The layers of ``program`` that call ``operator``, a name as ``aten::cumsum.out``, with that name; ``""`` for none."""
+    name = operator.partition(".")[0]
+    nodes = [n for n in program.graph.nodes if getattr(getattr(n.target, "_schema", None), "name", "") == name]
+    return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
 
 
 def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool) -> None:
@@ -144,6 +168,7 @@ def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool) -> 
 def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = frozenset()) -> Edge:
     """Lower ``core`` to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``."""
     backend = delegates.resolve(delegate)
+    isolated.warm_up()  # starts while this process lowers
     return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
 
 
@@ -159,21 +184,6 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
         except QuantflowError:  # core ATen may know better which operator is at fault
             pass
     return lower_to_core_aten(program).to_edge(delegate)
-
-
-def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:
-    """The edge nodes that the delegate claims and then does not load, each tried in a program of its own."""
-    partitioners = delegate.one_by_one()
-    if not partitioners:
-        return []
-    graph = _manager(core, delegate, partitioners).exported_program().graph_module
-    refused = []
-    for lowered, nodes in delegates.lowered_modules(graph):
-        try:
-            Program(lowered.buffer(), Signature(())).load()
-        except QuantflowError:
-            refused += nodes
-    return refused
 
 
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
@@ -195,5 +205,5 @@ def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
         raise QuantflowError(
             "edge",
             f"{type(error).__name__}: {error}",
-            remedy="to_edge(None) tells whether the delegate is the cause",
+            remedy="the operator that is named can't be lowered in this form: write the layer in terms of other operators",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def export(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         reason = f"{type(kwargs).__name__} given as keyword inputs"
         raise QuantflowError("export", reason, node="kwargs", remedy="a dict; pass other arguments by their names")
-    positional, keyword = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
+    positional, keyword = given = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
     if dynamic_batch:
         if dynamic_shapes is not None:
             reason = "dynamic_shapes and dynamic_batch are both given"
@@ -87,7 +88,7 @@ def export(
         except QuantflowError:
             raise
         except Exception as error:
-            raise _why_not(model, positional, keyword, error, dynamic_batch=bool(dynamic_batch)) from error
+            raise _why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
         return _take_in(program)  # its mode is what its nodes say
     modes.mark_switched(program.graph, frozen)
@@ -195,20 +196,26 @@ def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> Non
             node.meta[modes.CUMULATIVE] = True
 
 
-def _why_not(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], error: Exception, *, dynamic_batch: bool
-) -> QuantflowError:
-    """The error of a model that can't be traced, or of one that does not even run on the example inputs."""
+def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:
+    """The error of a model that can't be traced, or of one that does not even run on the example inputs.
+
+    Args:
+        model: The model.
+        given: The example inputs, positional and keyword.
+        widened: Those that a dynamic batch was captured with, a batch of one doubled; None without one.
+        error: What the capture raised.
+    """
     name = type(model).__name__
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as eager:
+    if (eager := _eager_error(model, given)) is not None:
         reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
         return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
     remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
-    if dynamic_batch and "marked batch as dynamic" in str(error):
-        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed"
+    doubled = None if widened is None else _eager_error(model, widened)
+    if doubled is not None or "marked batch as dynamic" in str(error):
+        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
+    if doubled is not None:
+        reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
+        return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     if "specialized it to be a constant (1)" in str(error):
         remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
     return QuantflowError(
@@ -216,6 +223,17 @@ def _why_not(
         f"torch.export could not trace {name}: {_first_lines(error)}",
         remedy=f"{remedy}; no quantization is involved at this stage",
     )
+
+
+def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
+    """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    except Exception as error:
+        return error
+    return None
 
 
 def _first_lines(error: Exception, limit: int = 400) -> str:

@@ -58,7 +58,7 @@ class Program:
         if "forward" not in self._program.method_names:
             remedy = f"it has {', '.join(self.methods)}"
             raise QuantflowError("runtime", "the program has no such method", node="forward", remedy=remedy)
-        return runtime.load_method(self._program, "forward")
+        return runtime.load_method(self._program, "forward", self.buffer)
 
     def load(self) -> None:
         """Load ``forward`` into the runtime now, not at the first call.

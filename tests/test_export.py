@@ -132,3 +132,23 @@ def test_exporting_a_prepared_graph_names_convert():
     prepared = qf.prepare(qf.export(ConvNet(), (X,)).module(), XNNPACKQuantizer())
     with pytest.raises(qf.QuantflowError, match=r"qf\.convert"):
         qf.export(prepared, (X,))
+
+
+class StateOfOne(torch.nn.Module):
+    """A state for a batch of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(1, 4))
+
+    def forward(self, x):
+        return torch.cat([x, self.state], 1)
+
+
+def test_a_batch_that_is_fixed_by_a_state_is_told_apart_from_a_model_that_fails():
+    with pytest.raises(qf.QuantflowError, match="not on a batch of two") as caught:
+        qf.export(StateOfOne(), (torch.randn(1, 4),), dynamic_batch=True)
+    assert caught.value.node == "dynamic_batch"
+    assert "dynamic_batch=False" in caught.value.remedy
+    with pytest.raises(qf.QuantflowError, match="itself does not run on the example inputs"):
+        qf.export(StateOfOne(), (torch.randn(2, 4),), dynamic_batch=True)

@@ -6,6 +6,7 @@ Each class here widens or guards one of them. Where a guard says no, the node ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,11 +38,22 @@ class _Integer(generic.GenericNodePartitionerConfig):
         return True
 
     def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
-        users = list(node.users)
-        quantized = len(users) == 1 and is_quant(users[0]) and all(map(is_dequant, node.all_input_nodes))
-        if quantized and not self.runs(node, node.all_input_nodes, users[0]):
-            return [node]
+        output = _quantize_behind(node)
+        if output is not None and all(map(is_dequant, node.all_input_nodes)):
+            if not self.runs(node, node.all_input_nodes, output):
+                return [node]
         return super().get_node_and_deps(node, ep)
+
+
+def _quantize_behind(node: Node) -> Node | None:
+    """The quantize that alone reads ``node``, or the clamp that is fused with it."""
+    users = list(node.users)
+    while len(users) == 1 and _target_name(users[0]) in _FUSED:
+        users = list(users[0].users)
+    return users[0] if len(users) == 1 and is_quant(users[0]) else None
+
+
+_FUSED = {"relu.default", "hardtanh.default"}
 
 
 class _SameGrid(_Integer):
@@ -49,6 +61,19 @@ class _SameGrid(_Integer):
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
         return all(i.args[1:3] == output.args[1:3] for i in inputs)
+
+
+def _bounded(low: float, high: float) -> type[_Integer]:
+    """Operators whose kernel multiplies in fixed point: the step of what they sum is ``low`` to ``high`` of the output's."""
+
+    class Bounded(_Integer):
+        def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
+            steps: list[Any] = [given.args[1] for given in inputs]
+            product = len(steps) == 2 and _target_name(node) == "mul.Tensor"
+            sums = [math.prod(steps)] if product else steps
+            return all(low <= step / output.args[1] < high for step in sums)  # type: ignore[operator]
+
+    return Bounded
 
 
 class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
@@ -131,6 +156,8 @@ _MOVING = (
 _OURS = (
     *(_widened(base, _Integer) for base in _ELEMENTWISE),
     *(_widened(base, _SameGrid) for base in _MOVING),
+    *(_widened(base, _bounded(2**-10, 2**8)) for base in (generic.AddConfig, generic.SubConfig)),
+    _widened(generic.MulConfig, _bounded(2**-16, 2**8)),
     _LeakyReLU,
     _Elu,
     _BatchedMatmul,

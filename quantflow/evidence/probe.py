@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from quantflow.aten import layer, op, short_name
 from quantflow.batches import PickInputs, batches
-from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.errors import QuantflowError
 from quantflow.evidence.probing import Probed, Probing
 from quantflow.evidence.reference import converted_form, reference_graph
 from quantflow.evidence.taps import Tap, tapped, taps_of
@@ -140,16 +139,13 @@ def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -
 
 
 def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program:
-    with warnings.catch_warnings():  # that the program departs from its graph is what is looked for
-        warnings.filterwarnings("ignore", message=r"\[runtime\]", category=QuantflowWarning)
-        core = export(opened, tuple(flat)).to_core_aten()
-        signature = core.program.graph_signature
-        for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
-            remedy = "probe the part of the network that keeps no state"
-            raise QuantflowError(
-                "probe", "the network writes it, and each call finds it otherwise", node=written, remedy=remedy
-            )
-        return core.to_edge(delegate).to_executorch()
+    core = export(opened, tuple(flat)).to_core_aten()
+    signature = core.program.graph_signature
+    for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
+        reason, remedy = "the network writes it, and each call finds it otherwise", "probe the part that keeps no state"
+        raise QuantflowError("probe", reason, node=written, remedy=remedy)
+    # That the program departs from its graph is what is looked for.
+    return core.to_edge(delegate).to_executorch(check=False)
 
 
 @torch.no_grad()

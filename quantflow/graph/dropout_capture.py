@@ -52,9 +52,10 @@ def erase_aliases(program: ExportedProgram) -> None:
         if not isinstance(module, GraphModule):
             continue
         for node in module.graph.nodes:
-            given = node.args[0] if node.args else None
-            aliased = isinstance(given, Node) and given.target is aten.alias.default
-            if op(node) in _DROPOUTS and not is_inplace(node) and aliased:
+            if op(node) not in _DROPOUTS or is_inplace(node):
+                continue
+            given = node.args[0]
+            if given.target is aten.alias.default:
                 node.replace_input_with(given, given.args[0])
                 if not given.users:
                     module.graph.erase_node(given)

@@ -39,7 +39,7 @@ def loads(buffer: bytes, seconds: float) -> dict[str, dict[str, str]]:
     not_run = {}
     for method in methods:
         try:
-            loaded = runtime.load_method(program, method.name)
+            loaded = runtime.load_method(program, method.name, buffer)
             if why := _not_made(method.inputs):
                 not_run[method.name] = why
             else:

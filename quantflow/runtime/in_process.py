@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from quantflow.errors import QuantflowError
-from quantflow.inspection.pte import check_header
+from quantflow.inspection.pte import check_header, read
 
 
 @functools.cache
@@ -36,18 +36,29 @@ def load_program(buffer: bytes) -> Any:
         ) from error
 
 
-def load_method(program: Any, name: str) -> Any:
-    """The method ``name`` of ``program``, ready to run."""
+def load_method(program: Any, name: str, buffer: bytes) -> Any:
+    """The method ``name`` of ``program``, which was read from ``buffer``, ready to run.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, naming the operators whose kernels this runtime lacks, if those are the cause.
+    """
     try:
         return program.load_method(name)
     except RuntimeError as error:
-        raise QuantflowError(
-            "runtime",
-            f"the method does not load: {error}",
-            node=name,
-            remedy="a backend or kernel of the program is missing in this runtime, or its delegate refuses a node; "
-            "to_edge(None) tells which",
-        ) from error
+        if lacking := missing_kernels(buffer, name):
+            reason = f"the method {name} does not load: this runtime has no kernels for them"
+            remedy = "rewrite the layers in terms of other operators, or link a runtime that has these kernels"
+            raise QuantflowError("runtime", reason, node=", ".join(lacking), remedy=remedy) from error
+        reason = f"the method does not load: {error}"
+        remedy = "a delegate refuses it or is missing in this runtime; what the runtime logged says which node"
+        raise QuantflowError("runtime", reason, node=name, remedy=remedy) from error
+
+
+def missing_kernels(buffer: bytes, name: str) -> list[str]:
+    """The operators that the method ``name`` of the program ``buffer`` calls and this runtime has no kernels for."""
+    there = start().operator_registry.operator_names
+    called = read(buffer).methods.get(name)
+    return [] if called is None else sorted(kernel for kernel in called.kernels if kernel not in there)
 
 
 def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
@@ -56,7 +67,10 @@ def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
         return method.execute(inputs)
     except RuntimeError as error:
         raise QuantflowError(
-            "runtime", f"execution failed: {error}", node=name, remedy="check the inputs against program.signature"
+            "runtime",
+            f"execution failed: {error}",
+            node=name,
+            remedy="check the inputs against program.signature; what the runtime logged names the operator",
         ) from error
 
 

@@ -1,0 +1,27 @@
+"""What the runtime's log says of a failure: the operator and the check, out of many lines."""
+
+from __future__ import annotations
+
+import re
+
+# "[method.cpp:1483] KernelCall failed at instruction 0:1 in operator aten::constant_pad_nd.out: 0x12"
+_FAILED_KERNEL = re.compile(r"KernelCall failed at instruction \S+ in operator (\w+::[\w.]+)")
+# "[operator_registry.cpp:250] kernel 'aten::_cdist_forward.out' not found."
+_MISSING_KERNEL = re.compile(r"kernel '([\w:.]+)' not found|Missing operator: \[\d+\] ([\w:.]+)")
+_CHECK = re.compile(r"\[\w+\.(?:cpp|h):\d+\] (Check failed .*|In function .*)")
+_DELEGATE = re.compile(r"\[XNN\w*\.(?:cpp|h):\d+\] (.*)|(failed to (?:create|define|reshape|setup) .*)")
+_LONGEST = 200  # characters of a message that are worth showing
+
+
+def failed_operators(log: str) -> tuple[str, ...]:
+    """The operators whose kernel is missing or failed, as ``aten::cumsum.out``, each once."""
+    found = [next(filter(None, match.groups())) for match in _MISSING_KERNEL.finditer(log)]
+    return tuple(dict.fromkeys([*found, *_FAILED_KERNEL.findall(log)]))
+
+
+def explanation(log: str) -> str:
+    """The line of ``log`` that says most: what a delegate's compiler or a kernel checked; ``""`` for none."""
+    for pattern in (_DELEGATE, _CHECK):
+        if match := pattern.search(log):
+            return next(filter(None, match.groups())).strip()[:_LONGEST]
+    return ""

@@ -1,0 +1,157 @@
+"""A program that is not what its graph says is mended or refused, and no trial of one takes this process with it."""
+
+import os
+import signal
+
+import pytest
+import torch
+from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
+from executorch.exir.dialects._ops import ops
+from torch import nn
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn import functional as F
+
+import quantflow as qf
+from quantflow.delegates import xnnpack_int8
+from quantflow.delegates.xnnpack import Xnnpack
+from quantflow.fault_search import FaultSearch
+from quantflow.metrics import signal_to_noise
+from quantflow.runtime import isolated
+
+X = torch.randn(2, 4, 8, 8)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.conv = function, nn.Conv2d(4, 4, 1)
+
+    def forward(self, *x):
+        return self.function(self, *x)
+
+
+def edge_of(function, *x, delegate="xnnpack"):
+    return qf.export(Function(function), x).to_core_aten().to_edge(delegate)
+
+
+def planted(monkeypatch, old, new):
+    """A pass of the delegate that lowers one operator as another."""
+
+    def swap(module):
+        for node in module.graph.nodes:
+            if node.target is old:
+                node.target = new
+        module.recompile()
+        return PassResult(module, True)
+
+    passes = Xnnpack.passes
+    monkeypatch.setattr(Xnnpack, "passes", lambda self: [*passes(self), swap])
+
+
+def test_an_operator_that_the_delegate_computes_wrongly_is_named_and_left_out(monkeypatch):
+    # The delegate drops the scales of SELU; our partitioner keeps it out.
+    monkeypatch.setattr(xnnpack_int8._Elu, "check_constraints", generic.EluConfig.check_constraints)
+    edge = edge_of(lambda m, x: m.conv(F.elu(m.conv(x), 2.0)) + F.selu(x), X)
+    with pytest.warns(qf.QuantflowWarning, match="elu.*computes it wrongly"):
+        program = edge.to_executorch()
+    assert signal_to_noise(edge.core.module()(X), program(X)) > 60
+    assert program.delegation.delegated["aten::elu"] == 1  # the one that is right stays
+    with pytest.raises(qf.QuantflowError, match="elu"):
+        edge.to_executorch(strict=True)
+    assert signal_to_noise(edge.core.module()(X), edge.to_executorch(check=False)(X)) < 30
+
+
+def test_a_program_that_can_not_be_mended_is_an_error_unless_asked_for(monkeypatch):
+    planted(monkeypatch, ops.edge.aten.add.Tensor, ops.edge.aten.sub.Tensor)
+    edge = edge_of(lambda m, x: m.conv(x) + x, X)
+    with pytest.raises(qf.QuantflowError, match="dB only"):
+        edge.to_executorch()
+    assert edge.to_executorch(check=False)(X).shape == X.shape
+
+
+@pytest.mark.parametrize("function", [lambda m, x: x > 0.5, lambda m, x: (x > 0.5).to(torch.int64) * 3])
+def test_outputs_that_are_no_floats_are_compared(monkeypatch, function):
+    planted(monkeypatch, ops.edge.aten.gt.Scalar, ops.edge.aten.lt.Scalar)
+    with pytest.raises(qf.QuantflowError, match="differs from the graph in"):
+        edge_of(function, X).to_executorch()
+
+
+def test_inputs_that_tell_nothing_do_not_hide_it(monkeypatch):
+    planted(monkeypatch, ops.edge.aten.add.Tensor, ops.edge.aten.sub.Tensor)
+    zeros = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(qf.QuantflowError, match="dB only, at call 2"):
+        edge_of(lambda m, x: x * 2 + x, zeros).to_executorch()
+
+
+class Counter(nn.Module):
+    """State that shows from the second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen.add_(1.0)
+        return x * self.seen * (self.seen - 1.0)
+
+
+def test_state_is_compared_over_calls(monkeypatch):
+    edge = qf.export(Counter(), (X,)).to_core_aten().to_edge("xnnpack")
+    program = edge.to_executorch()
+    twin = Counter()
+    for _ in range(3):
+        assert torch.allclose(program(X), twin(X), atol=1e-5)
+    planted(monkeypatch, ops.edge.aten.add.Tensor, ops.edge.aten.mul.Tensor)  # the counter stays at zero
+    with pytest.raises(qf.QuantflowError, match="at call"):
+        qf.export(Counter(), (X,)).to_core_aten().to_edge("xnnpack").to_executorch()
+
+
+@pytest.mark.parametrize("culprit", range(5))
+def test_the_first_operator_with_which_a_program_goes_wrong_is_found(culprit):
+    edge = edge_of(lambda m, x: torch.tanh(torch.exp(torch.sigmoid(m.conv(x)))) * x, X).manager.exported_program()
+    inside = [name for _, names in xnnpack_names(edge) for name in names]
+    assert len(inside) == 5
+    search = FaultSearch()
+    found = search.together(edge, lambda out: inside[culprit] not in out)
+    assert found == {inside[culprit]}
+    assert search.together(edge, lambda out: True) == set()
+    assert FaultSearch(seconds=-1.0).together(edge, lambda out: inside[culprit] not in out) == set()
+
+
+def xnnpack_names(edge):
+    from quantflow.delegates import lowered_modules
+
+    return lowered_modules(edge.graph_module)
+
+
+def test_a_crash_of_the_runtime_is_a_finding():
+    program = edge_of(lambda m, x: m.conv(x), X).to_executorch()
+    os.kill(isolated._worker().process.pid, signal.SIGSTOP)  # it dies while it is asked
+    os.kill(isolated._worker().process.pid, signal.SIGABRT)
+    os.kill(isolated._worker().process.pid, signal.SIGCONT)
+    trial = isolated.run(program.buffer, [[X]])
+    if trial.failure:  # the signal came before the question, or with it
+        assert trial.failure.startswith("the runtime crashes on it: SIGABRT")
+        trial = isolated.run(program.buffer, [[X]])
+    assert torch.allclose(trial.outputs[0][0], program(X), atol=1e-6)
+
+
+def test_what_does_not_end_is_ended():
+    program = edge_of(lambda m, x: m.conv(x), X).to_executorch()
+    worker = isolated._worker()
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    assert "no end after 1 s" in isolated.run(program.buffer, [[X]], seconds=1.0).failure
+    assert worker.process.poll() is not None
+    assert not isolated.run(program.buffer, [[X]]).failure
+
+
+def test_a_missing_kernel_is_named(monkeypatch):
+    edge = edge_of(lambda m, x: torch.sort(x)[0], X, delegate=None)
+    with pytest.raises(qf.QuantflowError, match=r"sort.*no kernels") as caught:
+        edge.to_executorch()
+    assert "to_edge(None)" not in str(caught.value)
+
+
+def test_a_kernel_that_refuses_its_arguments_is_named():
+    with pytest.raises(qf.QuantflowError, match=r"aten::convolution.*3-D or 4-D"):
+        qf.export(nn.Conv3d(2, 2, 1), (torch.randn(1, 2, 3, 3, 3),)).to_core_aten().to_edge(None).to_executorch()
