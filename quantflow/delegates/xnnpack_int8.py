@@ -39,9 +39,9 @@ class _Integer(generic.GenericNodePartitionerConfig):
 
     def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
         output = _quantize_behind(node)
-        if output is not None and all(map(is_dequant, node.all_input_nodes)):
-            if not self.runs(node, node.all_input_nodes, output):
-                return [node]
+        quantized = output is not None and all(map(is_dequant, node.all_input_nodes))
+        if quantized and not self.runs(node, node.all_input_nodes, output):  # type: ignore[arg-type]
+            return [node]
         return super().get_node_and_deps(node, ep)
 
 
