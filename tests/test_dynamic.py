@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as Stock
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
+from quantflow.evidence.layers import observers_in
+from quantflow.evidence.partial import PartialNetwork
 from quantflow.graph.parameters import is_constant
 from quantflow.metrics import signal_to_noise as sqnr
 from quantflow.observers.observation import observer_of
+from quantflow.recovery.walk import Simulation
 from quantizers import DYNAMIC_INT8, DYNAMIC_W4, INT8, XNNPACKQuantizer
 
 DYNAMIC = pytest.mark.parametrize("scheme", [DYNAMIC_INT8, DYNAMIC_W4], ids=str)
@@ -100,3 +106,95 @@ def test_a_dropout_behind_integers_takes_their_grid_though_a_float_operator_read
     x = torch.randn(3, 8)
     prepared = prepare(Split().eval(), x, XNNPACKQuantizer())
     assert not [name for name, _ in observed(prepared) if name.startswith("dropout")]
+
+
+def rows(*shape):
+    """Rows of very different ranges."""
+    return torch.randn(*shape) * torch.logspace(-2, 2, shape[-2])[:, None] if len(shape) > 1 else torch.randn(*shape)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).eval()
+
+
+def worst_row(expected, found):
+    expected, found = (t.detach().reshape(-1, t.shape[-1]) for t in (expected, found))
+    return min(sqnr(ours, theirs) for ours, theirs in zip(expected, found, strict=True))
+
+
+RANKS = pytest.mark.parametrize("shape", [(64,), (9, 64), (2, 9, 64), (2, 3, 9, 64)], ids=len)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "delegate"),
+    [
+        (DYNAMIC_INT8, (64,), "xnnpack"),
+        (DYNAMIC_INT8, (9, 64), "xnnpack"),
+        (DYNAMIC_INT8, (2, 3, 9, 64), "xnnpack"),
+        (DYNAMIC_W4, (2, 9, 64), "xnnpack"),
+        (DYNAMIC_W4, (2, 3, 9, 64), "xnnpack"),
+        (DYNAMIC_INT8, (2, 9, 64), None),  # executorch has no portable kernel for groups of weights
+    ],
+    ids=str,
+)
+def test_the_graph_has_a_range_for_each_row_as_the_runtime_does(scheme, shape, delegate):
+    model, x = network(), rows(*shape)
+    converted = qf.convert(prepare(model, x, XNNPACKQuantizer(scheme)))
+    program = lower(converted, x, delegate)
+    assert worst_row(converted(x), program(x)) > 60
+    assert program.delegation.fraction == (1.0 if delegate else 0.0)
+
+
+@DYNAMIC
+@pytest.mark.parametrize("shape", [(9, 64), (2, 9, 64), (2, 3, 9, 64)], ids=len)
+def test_rows_do_not_see_each_other(scheme, shape):
+    model, x = network(), rows(*shape)
+    converted = qf.convert(prepare(model, x, XNNPACKQuantizer(scheme)))
+    other = x.clone()
+    other[..., 0, :] *= 1000
+    torch.testing.assert_close(converted(other)[..., 1:, :], converted(x)[..., 1:, :], rtol=0, atol=0)
+
+
+@DYNAMIC
+@RANKS
+def test_what_recover_sensitivity_and_search_judge_by_is_the_converted_graph(scheme, shape):
+    model, x = network(), rows(*shape)
+    prepared = prepare(model, x, XNNPACKQuantizer(scheme))
+    expected = qf.convert(prepared)(x)
+    assert worst_row(expected, Simulation(prepared)(x)[0]) > 60
+    assert worst_row(expected, PartialNetwork(prepared, (x,), observers_in(prepared)).returned[0]) > 60
+    judged = qf.sensitivity(prepared, [x], progress=False).all_integers
+    assert judged == pytest.approx(sqnr(model(x).detach(), expected.detach()), abs=0.1)
+    step = qf.recover(prepared, [x], progress=False).steps[0]
+    assert step.sqnr == pytest.approx(judged, abs=0.1)
+
+
+@RANKS
+def test_training_rounds_as_the_converted_graph_does(shape):
+    model, x = network(), rows(*shape)
+    prepared = prepare(model, x, XNNPACKQuantizer(DYNAMIC_INT8), qat=True)
+    assert worst_row(qf.convert(prepared)(x), prepared(x)) > 60
+    ours, eager = (x.clone().requires_grad_() for _ in range(2))
+    prepared.train()(ours).sum().backward()
+    model(eager).sum().backward()
+    assert worst_row(eager.grad, ours.grad) > 20
+
+
+def test_a_graph_that_stock_torchao_prepared():
+    model, x = network(), rows(9, 64)
+    quantizer = Stock().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x)
+    converted = qf.convert(prepared)
+    assert worst_row(converted(x), lower(converted, x)(x)) > 60
+    assert worst_row(converted(x), Simulation(prepared)(x)[0]) > 60
+
+
+def test_diagnosis_finds_no_fault_in_a_grid_for_each_row():
+    """What rounding each row costs is what it must cost."""
+    model, x = network(), rows(9, 64)
+    graph = qf.export(model, (x,)).module()
+    found = qf.diagnose(graph, prepare(model, x, XNNPACKQuantizer(DYNAMIC_INT8)), [x], progress=False)
+    inputs = next(errors for errors in found.layers if errors.operator == "input")
+    assert inputs.excess == pytest.approx(0.0, abs=1e-9)
