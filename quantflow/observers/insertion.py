@@ -116,6 +116,14 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
     module.graph.lint()
 
 
+def drop_uncalled_observers(module: GraphModule) -> None:
+    """Delete the observers that no node calls any more: those of branches that led nowhere."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    container = module._modules.get(CONTAINER) or nn.Module()
+    for name in [name for name in container._modules if f"{CONTAINER}.{name}" not in called]:
+        del container._modules[name]
+
+
 def _calls(node: Node, name: str | None) -> bool:
     return name is not None and node.op == "call_module" and node.target == name
 
