@@ -33,7 +33,8 @@ from quantflow.graph.parameters import (
 from quantflow.grid.biases import round_biases, separate_biases
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight
-from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC
+from quantflow.grid.per_token import is_per_token
+from quantflow.grid.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC
 from quantflow.grid.requantization import limit_resolution
 from quantflow.observers.observation import (
     has_seen_data,
@@ -212,9 +213,18 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
         return
     limits = (observer.quant_min, observer.quant_max, _storage_dtype(observer))
     qparams: tuple
-    if getattr(observer, "is_dynamic", False):
+    made: tuple = ()  # what a dequantize also takes
+    if is_per_token(observer, node.users):
+        quantize_op, dequantize_op = decomposed.quantize_per_token.default, decomposed.dequantize_per_token.default
+        choose = decomposed.choose_qparams_per_token_asymmetric.default
+        qparams = _choose_at_run_time(module, node, choose, (limits[2],))
+        made = (node.meta["val"].dtype if value(node) is not None else torch.float32,)
+    elif getattr(observer, "is_dynamic", False):
         quantize_op, dequantize_op = decomposed.quantize_per_tensor.tensor, decomposed.dequantize_per_tensor.tensor
-        qparams = _choose_at_run_time(module, node, observer)
+        symmetric = observer.qscheme in SYMMETRIC
+        choose = (decomposed.choose_qparams_symmetric if symmetric else decomposed.choose_qparams).tensor
+        eps = getattr(observer, "eps", SMALLEST_SCALE)
+        qparams = _choose_at_run_time(module, node, choose, (*limits[:2], eps, limits[2]))
     elif observer.qscheme in PER_CHANNEL:
         quantize_op, dequantize_op = decomposed.quantize_per_channel.default, decomposed.dequantize_per_channel.default
         names = _add_qparams(module, f"{node.name}_activation", *qparams_of(observer))
@@ -226,7 +236,7 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
         x = _before_saturation(x, node, *qparams, *limits[:2])
     quantized = _call(module, node, quantize_op, (x, *qparams, *limits), like=node)
     for user in list(node.users):
-        dequantized = _call(module, user, dequantize_op, (quantized, *qparams, *limits), like=node)
+        dequantized = _call(module, user, dequantize_op, (quantized, *qparams, *limits, *made), like=node)
         user.replace_input_with(node, dequantized)
     clamp = node.args[0]
     module.graph.erase_node(node)
@@ -244,13 +254,9 @@ def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, qua
     return x.args[0] if limits[0] <= low + scale / 2 and limits[1] >= high - scale / 2 else x  # type: ignore[return-value]
 
 
-def _choose_at_run_time(module: GraphModule, node: Node, observer: nn.Module) -> tuple[Node, Node]:
-    """Scale and zero point of a dynamically quantized tensor, as nodes."""
-    symmetric = observer.qscheme in SYMMETRIC
-    choose = (decomposed.choose_qparams_symmetric if symmetric else decomposed.choose_qparams).tensor
-    eps = getattr(observer, "eps", torch.finfo(torch.float32).eps)
-    args = (node.args[0], observer.quant_min, observer.quant_max, eps, _storage_dtype(observer))
-    chosen = _call(module, node, choose, args, like=node)
+def _choose_at_run_time(module: GraphModule, node: Node, choose: object, settings: tuple) -> tuple[Node, Node]:
+    """Scale and zero point of the dynamically quantized tensor that ``node`` observes, as nodes."""
+    chosen = _call(module, node, choose, (node.args[0], *settings), like=node)
     with module.graph.inserting_before(node):
         scale, zero_point = (module.graph.call_function(operator.getitem, (chosen, i)) for i in range(2))
     return scale, zero_point

@@ -19,7 +19,12 @@ from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.observers import Observer
-from quantflow.observers.insertion import insert_observers, is_inserted_fake_quantizer, make_observers
+from quantflow.observers.insertion import (
+    drop_uncalled_observers,
+    insert_observers,
+    is_inserted_fake_quantizer,
+    make_observers,
+)
 from quantflow.observers.observation import is_converted, observer_of, observers_of
 from quantflow.observers.sharing import annotation_of
 
@@ -46,6 +51,7 @@ def prepare(
     _check(graph, quantizer)
     training = graph.training
     prepared = adopt(graph).eval()
+    prepared.graph.eliminate_dead_code()
     if not qat:
         fold_batch_norm(prepared)
         norm_as_convolution(prepared)
@@ -70,6 +76,7 @@ def prepare(
             _fuse_weight_with_batch_norm(prepared, pair)
     observe_constants(prepared)
     prepared.graph.eliminate_dead_code()
+    drop_uncalled_observers(prepared)
     prepared.recompile()
     return prepared.train(training and qat)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 from torch.fx import Node
@@ -18,20 +17,35 @@ Edges = Mapping[Edge, Edge]  # from what an operator reads, and the operator, to
 def quantized_edges(plan: Plan) -> Edges:
     """For each input of the operators that become integers, the edge to annotate.
 
-    It is the one before what is the identity in inference (dropout), so that integers meet the layer, unless others read that
-    identity on another grid.
+    It is the one before what is the identity in inference (dropout), so that integers meet the layer. That edge is everyone's
+    who reads the identity: it is taken where they all read integers on this grid, or where the identity's input lies on it
+    anyway. Else the layer's own edge is.
     """
-    found: dict[Edge, Edge] = {}
-    grids: defaultdict[Edge, set[TensorScheme]] = defaultdict(set)
+    grids: dict[Edge, TensorScheme] = {}  # on which grid an operator reads a tensor
+    written: dict[Node, TensorScheme] = {}  # on which grid a tensor lies for whoever reads it
     for decision in plan.integer:
         assert decision.scheme is not None
-        for given in decision.activations():
-            edge = found[given, decision.node] = _before_identities(given, decision.node)
-            grids[edge].add(decision.scheme.activation)
-    return {read: edge if len(grids[edge]) == 1 else read for read, edge in found.items()}
+        scheme = decision.scheme.activation
+        grids.update(((given, decision.node), scheme) for given in decision.activations())
+        if not scheme.dynamic:
+            written[decision.tail] = scheme
+
+    def lies_on(node: Node, grid: TensorScheme) -> bool:
+        return written.get(node) == grid or (_is_identity(node) and lies_on(node.args[0], grid))  # type: ignore[arg-type]
+
+    def all_read(node: Node, grid: TensorScheme) -> bool:
+        return all(
+            all_read(user, grid) if _is_identity(user) else grids.get((node, user)) == grid for user in node.users
+        )
+
+    def before_identities(producer: Node, consumer: Node) -> Edge:
+        grid = grids[producer, consumer]
+        while _is_identity(producer) and (all_read(producer, grid) or lies_on(producer, grid)):
+            producer, consumer = producer.args[0], producer  # type: ignore[assignment]
+        return producer, consumer
+
+    return {read: before_identities(*read) for read in grids}
 
 
-def _before_identities(producer: Node, consumer: Node) -> Edge:
-    while op(producer) in INFERENCE_IDENTITIES:
-        producer, consumer = producer.args[0], producer  # type: ignore[assignment]
-    return producer, consumer
+def _is_identity(node: Node) -> bool:
+    return op(node) in INFERENCE_IDENTITIES

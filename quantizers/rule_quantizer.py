@@ -78,6 +78,7 @@ class RuleQuantizer(Quantizer):
             remedy = "pass qf.export(model, args).module()"
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         copied = GraphModule(graph, copy.deepcopy(graph.graph))  # shares the parameters
+        copied.graph.eliminate_dead_code()
         if not qat:
             norm_as_convolution(copied)
         return self._plan(rewrite(copied, self.rewrites))

@@ -16,7 +16,7 @@ from quantflow.recovery.blocks import blocks
 from quantflow.recovery.layers import quantized_layers
 from quantflow.recovery.originals import attribute, original, restored
 from quantflow.recovery.walk import outputs
-from quantizers import DYNAMIC_INT8, INT8, W4A8, XNNPACKQuantizer
+from quantizers import DYNAMIC_INT8, INT8, W4A8, Scheme, XNNPACKQuantizer
 
 
 def end_errors(graph, rounded, sample):
@@ -31,7 +31,8 @@ def end_errors(graph, rounded, sample):
     return torch.stack(errors)
 
 
-SCHEMES = {"4 bits": W4A8, "8 bits": INT8, "dynamic": DYNAMIC_INT8}
+DYNAMIC_W4A8 = Scheme(activation=DYNAMIC_INT8.activation, weight=W4A8.weight)
+SCHEMES = {"4 bits": W4A8, "8 bits": INT8, "dynamic": DYNAMIC_INT8, "dynamic, 4 bits": DYNAMIC_W4A8}
 
 
 @pytest.mark.filterwarnings("ignore::quantflow.QuantflowWarning")  # of what stays
@@ -41,6 +42,7 @@ SCHEMES = {"4 bits": W4A8, "8 bits": INT8, "dynamic": DYNAMIC_INT8}
     [
         ("chain", "4 bits"),
         ("chain", "dynamic"),
+        ("chain", "dynamic, 4 bits"),
         ("residual", "4 bits"),
         ("residual", "8 bits"),
         ("two in, two out", "4 bits"),
@@ -60,7 +62,8 @@ def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, schem
         before, after = end_errors(graph, graph, sample), end_errors(graph, rounded, sample)
     for part in (slice(None), slice(3 * len(before) // 4, None)):
         assert (after[part].sum(0) <= before[part].sum(0) * (1 + 1e-5) + 1e-9).all()
-    if iterations > 1 and name in ("chain", "two in, two out"):
+    # (Weights of 8 bits leave nothing to learn where each row has a range of its own.)
+    if iterations > 1 and name in ("chain", "two in, two out") and scheme != "dynamic":
         assert (after.sum(0) / before.sum(0)).mean() < 0.8
     for layer in quantized_layers(rounded).values():
         weight = attribute(rounded, layer.weight.args[0])
@@ -74,10 +77,9 @@ def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, schem
         assert ((integers - floats.clamp(*limits)).abs() <= 1 + 1e-3).all()
     converted = qf.convert(rounded)
     simulated = torch.cat([y.flatten() for y in outputs(rounded, [inputs], integers=True)[0]])
-    if scheme != "dynamic":
-        with torch.no_grad():
-            found = torch.cat([y.flatten() for y in torch.utils._pytree.tree_leaves(converted(*inputs))])
-        torch.testing.assert_close(found, simulated, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        found = torch.cat([y.flatten() for y in torch.utils._pytree.tree_leaves(converted(*inputs))])
+    torch.testing.assert_close(found, simulated, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_that_cancel_are_found_where_no_layer_sees_them():

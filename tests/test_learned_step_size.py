@@ -131,4 +131,4 @@ def test_dynamic_ranges_are_not_learned():
     captured = qf.export(model, (torch.randn(2, 8),)).module()
     graph = qf.prepare(captured, XNNPACKQuantizer(DYNAMIC_INT8), qat=True, fake_quantize=qf.LearnedStepSize)
     kinds = [type(m) for m in graph.modules() if isinstance(m, qf.FakeQuantize)]
-    assert sorted(k.__name__ for k in kinds) == ["FakeQuantize", "LearnedStepSize"]
+    assert sorted(k.__name__ for k in kinds) == ["LearnedStepSize", "PerTokenFakeQuantize"]

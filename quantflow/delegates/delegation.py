@@ -80,7 +80,7 @@ class _Inside:
         unless its input has a range of its own at run time.
         """
         reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in self.given]
-        if any(_name(n) == _DYNAMIC for n in reads):
+        if any(_name(n) in _DYNAMIC for n in reads):
             return True
         behind = list(node.users)
         while len(behind) == 1 and _name(behind[0]) in _CLAMPS:
@@ -100,7 +100,7 @@ class _Inside:
 
 
 _CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
-_DYNAMIC = "quantized_decomposed::dequantize_per_tensor.tensor"
+_DYNAMIC = {"quantized_decomposed::dequantize_per_token", "quantized_decomposed::dequantize_per_tensor.tensor"}
 
 
 def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:

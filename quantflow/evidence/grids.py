@@ -8,33 +8,36 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.grid.per_token import round_per_token
 from quantflow.grid.qparams import choose_qparams
 from quantflow.grid.rounding import round_to_grid
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid for a whole activation.
+    """The grid of an activation.
 
     Attributes:
         scale: Step; None where it is chosen at run time, or for each channel.
         zero_point: The integer that stands for zero.
         quant_min: Smallest integer.
         quant_max: Largest integer.
+        per_token: Whether each row has a grid of its own, chosen at run time.
     """
 
     scale: float | None
     zero_point: int
     quant_min: int
     quant_max: int
+    per_token: bool = False
 
     @classmethod
     def of(cls, dequantize: Node, module: GraphModule) -> Grid:
         """The grid that the ``dequantize`` node reads from."""
         name = dequantize.target._opname  # type: ignore[union-attr]
         if not name.startswith("dequantize_per_tensor"):
-            limits = dequantize.args[4:6] if name == "dequantize_per_channel" else (-128, 127)
-            return cls(None, 0, *limits)  # type: ignore[arg-type]
+            quant_min, quant_max = dequantize.args[4:6] if name == "dequantize_per_channel" else (-128, 127)
+            return cls(None, 0, quant_min, quant_max, name == "dequantize_per_token")  # type: ignore[arg-type]
         scale, zero_point = (
             tensor_of(module, q).item() if is_constant(q) else None if isinstance(q, Node) else q
             for q in dequantize.args[1:3]
@@ -49,7 +52,9 @@ class Grid:
         return (self.quant_min - self.zero_point) * scale, (self.quant_max - self.zero_point) * scale
 
     def laid_over(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """``x`` rounded to as many levels, laid evenly between ``low`` and ``high``."""
+        """``x`` rounded to as many levels, laid evenly between ``low`` and ``high``; per token, between those of each row."""
+        if self.per_token:
+            return round_per_token(x)
         limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
         scale, zero_point = choose_qparams(low, high, symmetric=self.quant_min == -self.quant_max, **limits)
         return round_to_grid(x, scale, zero_point, self.quant_min, self.quant_max, 0)

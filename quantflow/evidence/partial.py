@@ -62,4 +62,4 @@ class PartialNetwork:
         observer = observer_of(node, self.graph)
         if observer is None:
             return self.graph.get_submodule(str(node.target))(*args)
-        return quantized(observer, args[0]) if node in active else args[0]
+        return quantized(observer, args[0], node.users) if node in active else args[0]

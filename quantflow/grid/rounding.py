@@ -19,11 +19,12 @@ def round_to_grid(
     """``x`` rounded to the nearest point of the grid ``(q - zero_point)·scale``, ``quant_min ≤ q ≤ quant_max``.
 
     The gradient is one inside the grid and zero where it saturates. ``scale`` (float32) and ``zero_point`` (int32) are
-    scalars, or one a channel along dimension ``axis`` of ``x``. A ``scale`` that requires a gradient gets that of LSQ (Esser
-    et al. 2020, arXiv:1902.08153, equation 3): the rounding error inside the grid and its end outside, in steps.
+    scalars, one a channel along dimension ``axis`` of ``x``, or of as many dimensions as ``x`` (two or more). A ``scale`` that
+    requires a gradient gets that of LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3): the rounding error inside the grid
+    and its end outside, in steps.
     """
     learned = scale.requires_grad and torch.is_grad_enabled()
-    if x.device.type != "cpu" and not torch.compiler.is_compiling() and not learned:
+    if x.device.type != "cpu" and scale.ndim <= 1 and not torch.compiler.is_compiling() and not learned:
         limits = (quant_min, quant_max)
         if scale.ndim:
             return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)

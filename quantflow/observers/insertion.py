@@ -23,8 +23,10 @@ from quantflow.aten import is_float_tensor, value
 from quantflow.errors import QuantflowError
 from quantflow.graph.parameters import is_constant
 from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.grid.per_token import is_per_token
+from quantflow.grid.per_token_fake_quantize import PerTokenFakeQuantize
 from quantflow.grid.qparams import PER_CHANNEL
-from quantflow.observers import Observer, PerGroupMinMaxObserver
+from quantflow.observers import MinMaxObserver, Observer, PerGroupMinMaxObserver
 from quantflow.observers.moving_average import for_training
 from quantflow.observers.observation import is_fake_quantizer
 from quantflow.observers.sharing import annotation_of, sharing_groups
@@ -42,7 +44,11 @@ def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] 
     derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
     for group in [g for g in groups if not isinstance(g.spec, DerivedQuantizationSpec)] + derived:
         weight = all(isinstance(m, tuple) and is_constant(m[0]) for m in group.members)
-        observer = _make_observer(group.spec, made, fake_quantize, weight=weight)
+        readers = [m[1] for m in group.members if isinstance(m, tuple)]
+        if fake_quantize is not None and is_per_token(group.spec, readers):
+            observer: nn.Module = PerTokenFakeQuantize(MinMaxObserver(is_dynamic=True))
+        else:
+            observer = _make_observer(group.spec, made, fake_quantize, weight=weight)
         made.update(dict.fromkeys(group.members, observer))
     return made
 
@@ -108,6 +114,14 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
             for user in users:
                 user.replace_input_with(node, output)
     module.graph.lint()
+
+
+def drop_uncalled_observers(module: GraphModule) -> None:
+    """Delete the observers that no node calls any more: those of branches that led nowhere."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    container = module._modules.get(CONTAINER) or nn.Module()
+    for name in [name for name in container._modules if f"{CONTAINER}.{name}" not in called]:
+        del container._modules[name]
 
 
 def _calls(node: Node, name: str | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.ao.quantization as ao
 from torch import nn
@@ -30,14 +32,24 @@ def is_observer(module: nn.Module) -> bool:
 
 
 def observers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The observers and fake quantizers of ``model`` by name; an observer inside a fake quantizer is not listed."""
+    """The observers and fake quantizers of ``model`` by name; an observer inside a fake quantizer is not listed, nor is one
+    that the graph of ``model`` does not call (any more).
+    """
     found: dict[str, nn.Module] = {}
+    called = _called(model) if isinstance(model, GraphModule) else None
     outer = "\0"
     for name, module in model.named_modules():  # depth first: what is inside comes right behind
-        if is_observer(module) and not name.startswith(f"{outer}."):
+        if is_observer(module) and not name.startswith(f"{outer}.") and (called is None or module in called):
             found[name] = module
             outer = name
     return found
+
+
+def _called(module: GraphModule) -> set[nn.Module]:
+    """The submodules that the graph of ``module`` calls or hands on, and those within them."""
+    nodes = (node for node in module.graph.nodes if node.op in ("call_module", "get_attr"))
+    read = (functools.reduce(getattr, str(node.target).split("."), module) for node in nodes)
+    return {inner for value in read if isinstance(value, nn.Module) for inner in value.modules()}
 
 
 def is_converted(module: GraphModule) -> bool:

@@ -90,7 +90,7 @@ def _call(graph: GraphModule, node: Node, reference: Values, values: Values) -> 
         return
     observed: Node = node.args[0]  # type: ignore[assignment]
     reference[node] = reference[observed]
-    values[node] = quantized(observer, values[observed])
+    values[node] = quantized(observer, values[observed], node.users)
 
 
 def _reread(graph: GraphModule, layer: Layer, integers: list[Values]) -> None:

@@ -82,7 +82,7 @@ class Reconstruction:
         found = {}
         for node in self._nodes:
             if node in self._observers:
-                values[node] = quantized(self._observers[node], values[node.args[0]])  # type: ignore[index]
+                values[node] = quantized(self._observers[node], values[node.args[0]], node.users)  # type: ignore[index]
             elif node not in self._constants:
                 values[node] = value_at(self._graph, node, values, integers=True)
             found.update({node: values[node]} if node in self._ends else {})

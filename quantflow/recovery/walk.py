@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from quantflow.aten import is_inplace, is_view, op
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.grid.biases import as_converted
+from quantflow.grid.per_token import is_per_token, round_per_token
 from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import PerGroupMinMaxObserver
@@ -58,9 +59,11 @@ def writes_for_others(node: Node) -> bool:
     return is_view(written) or len(written.users) > 1
 
 
-def quantized(observer: Any, x: torch.Tensor) -> torch.Tensor:
-    """``x`` as ``observer`` will quantize it."""
+def quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ()) -> torch.Tensor:
+    """``x`` as ``observer`` will quantize it for the nodes that read it; these matter where its range is taken at run time."""
     if getattr(observer, "is_dynamic", False):
+        if is_per_token(observer, readers):
+            return round_per_token(x)
         scale, zero_point = choose_qparams(
             x.detach().min().float(),
             x.detach().max().float(),
@@ -171,7 +174,7 @@ def value_at(graph: GraphModule, node: Node, values: Values, given: Any = (), *,
     args = map_arg(node.args, lambda n: values[n])
     if observer is None:
         return graph.get_submodule(str(node.target))(*args)
-    return quantized(observer, args[0]) if integers else args[0]
+    return quantized(observer, args[0], node.users) if integers else args[0]
 
 
 def returned(output: Node, values: Values) -> list[Any]:
