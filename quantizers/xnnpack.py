@@ -13,12 +13,11 @@ import torch
 from torch.fx import Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
-from quantizers.products import PRODUCT_REWRITES, near_softmax, whole_attention, whole_product
-from quantizers.rewrites import REWRITES, Rewrite
+from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, Rewrite
+from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
-from quantizers.volumes import VOLUME_REWRITES
 from quantizers.xnnpack_float import XNNPACK_FLOAT
 from quantizers.xnnpack_lacks import XNNPACK_LACKS
 
@@ -100,7 +99,7 @@ def _single(node: Node) -> str | None:
 
 
 def _volume(node: Node) -> str | None:
-    """What :mod:`quantizers.volumes` has left."""
+    """What :mod:`quantflow.graph.rewrites.volumes` has left."""
     return "XNNPACK has two dimensions, and images can't stand for this: its weight is shared or computed, or its size varies"
 
 

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.aten import aten, op
+from quantflow.graph.rewrites import PRODUCT_REWRITES, rewrite
 from quantizers import INT8, XNNPACKQuantizer
-from quantizers.products import PRODUCT_REWRITES
-from quantizers.rewrites import rewrite
 
 
 class Layers(nn.Module):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.aten import op
+from quantflow.graph.rewrites import REWRITES, rewrite
 from quantizers import RuleQuantizer, XNNPACKQuantizer
-from quantizers.rewrites import REWRITES, rewrite
 
 IMAGE = torch.randn(3, 8, 6, 6) * 3
 

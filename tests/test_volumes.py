@@ -9,9 +9,8 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.aten import op
+from quantflow.graph.rewrites import VOLUME_REWRITES, rewrite
 from quantizers import XNNPACKQuantizer
-from quantizers.rewrites import rewrite
-from quantizers.volumes import VOLUME_REWRITES
 
 VOLUME = torch.randn(2, 4, 6, 8, 7)
 

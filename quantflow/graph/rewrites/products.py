@@ -11,8 +11,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
 from quantflow.graph.parameters import is_constant
-from quantizers import memory_layout
-from quantizers.rewrites import Rewrite, _call, _constant, _open, _shape
+from quantflow.graph.rewrites import memory_layout
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, open_sizes
 
 
 def no_batches(first: Node, second: Node) -> str | None:
@@ -50,7 +50,7 @@ def whole_attention(node: Node) -> str | None:
 def _unmade(node: Node) -> str | None:
     """Why no product can stand for ``node``, whatever its operands."""
     val = value(node)
-    if val is None or (val.ndim > 3 and _shape(node) is None):
+    if val is None or (val.ndim > 3 and open_shape(node) is None):
         return _VARIES
     return None if memory_layout.known(node) else "its result lies in memory in an order of its own"
 
@@ -60,7 +60,7 @@ def matmul(module: GraphModule, node: Node) -> Node | None:
     if whole_product(node):
         return None
     first, second = argument(node, "self"), argument(node, "other")
-    return _unfolded(node, _call(node, aten.bmm.default, _folded(node, first), _folded(node, second)))
+    return _unfolded(node, call_before(node, aten.bmm.default, _folded(node, first), _folded(node, second)))
 
 
 def attention(module: GraphModule, node: Node) -> Node | None:
@@ -73,10 +73,10 @@ def attention(module: GraphModule, node: Node) -> Node | None:
     scale = argument(node, "scale")
     if scale is None:
         scale = 1 / math.sqrt(value(query).shape[-1])  # type: ignore[union-attr]
-    scaled = _call(node, aten.mul.Tensor, query, _constant(module, node, scale))
-    scores = _call(node, aten.bmm.default, scaled, _call(node, aten.transpose.int, key, 1, 2))
-    weights = _call(node, aten.softmax.int, scores, -1)
-    return _unfolded(node, _call(node, aten.bmm.default, weights, given))
+    scaled = call_before(node, aten.mul.Tensor, query, constant_before(module, node, scale))
+    scores = call_before(node, aten.bmm.default, scaled, call_before(node, aten.transpose.int, key, 1, 2))
+    weights = call_before(node, aten.softmax.int, scores, -1)
+    return _unfolded(node, call_before(node, aten.bmm.default, weights, given))
 
 
 def near_softmax(node: Node, along: Callable[[Node], Iterable[Node]], steps: int = 5) -> bool:
@@ -116,20 +116,20 @@ _VARIES = "several of its sizes vary"
 
 def _folded_shape(operand: Node) -> list[int] | None:
     shape = value(operand).shape  # type: ignore[union-attr]
-    return _open([math.prod(shape[:-2]), *shape[-2:]])
+    return open_sizes([math.prod(shape[:-2]), *shape[-2:]])
 
 
 def _folded(node: Node, operand: Node) -> Node:
     """``operand`` with its batch dimensions as one, before ``node``."""
     if value(operand).ndim == 3:  # type: ignore[union-attr]
         return operand
-    return _call(node, aten.reshape.default, operand, _folded_shape(operand))
+    return call_before(node, aten.reshape.default, operand, _folded_shape(operand))
 
 
 def _unfolded(node: Node, product: Node) -> Node:
     """``product`` in the shape and the memory layout of ``node``, before it."""
     if value(node).ndim != 3:  # type: ignore[union-attr]
-        product = _call(node, aten.reshape.default, product, _shape(node))
+        product = call_before(node, aten.reshape.default, product, open_shape(node))
     return memory_layout.laid_out(node, product)
 
 

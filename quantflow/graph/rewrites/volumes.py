@@ -20,7 +20,10 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import argument, aten, op, value
 from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, FROZEN, SWITCHED
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of
-from quantizers.rewrites import Rewrite, _call, _shape, average_pool, mean, same_padding, scalar_operand
+from quantflow.graph.rewrites.padding import same_padding
+from quantflow.graph.rewrites.pools import average_pool, mean
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
+from quantflow.graph.rewrites.scalars import scalar_operand
 
 _DEPTH_BEHIND_CHANNELS = [0, 2, 1, 3, 4]
 
@@ -43,7 +46,7 @@ def _convolution(module: GraphModule, node: Node, calls: int) -> Node | None:
     if (taps, stride[0], padding[0]) != (1, 1, 0):
         images = _neighbours(node, images, sizes, taps, stride[0], padding[0], dilation[0], groups)
     bias, flat = argument(node, "bias"), _flat_weight(module, weight)
-    out = _call(node, aten.conv2d.default, images, flat, bias, stride[1:], padding[1:], dilation[1:], groups)
+    out = call_before(node, aten.conv2d.default, images, flat, bias, stride[1:], padding[1:], dilation[1:], groups)
     return _volumes(node, out)
 
 
@@ -51,7 +54,7 @@ def batch_norm(module: GraphModule, node: Node) -> Node | None:
     """A batch norm behind a convolution over volumes: its statistics are those of the images."""
     if not _is_folded(node.args[0]) or node.kwargs:
         return None
-    normed = _call(node, BATCH_NORM, _images(node, node.args[0]), *node.args[1:])
+    normed = call_before(node, BATCH_NORM, _images(node, node.args[0]), *node.args[1:])
     normed.meta.update({key: node.meta[key] for key in (SWITCHED, FROZEN, CUMULATIVE) if key in node.meta})
     return _volumes(node, normed)
 
@@ -60,7 +63,7 @@ def clamp(module: GraphModule, node: Node) -> Node | None:
     """A clamp behind a convolution over volumes."""
     if not _is_folded(node.args[0]):
         return None
-    return _volumes(node, _call(node, op(node), _images(node, node.args[0]), *node.args[1:]))
+    return _volumes(node, call_before(node, op(node), _images(node, node.args[0]), *node.args[1:]))
 
 
 def add(module: GraphModule, node: Node) -> Node | None:
@@ -68,12 +71,12 @@ def add(module: GraphModule, node: Node) -> Node | None:
     operands = [x for x in node.args[:2] if _sizes(x) is not None and _sizes(x) == _sizes(node)]
     if len(operands) != 2 or node.kwargs or not any(map(_is_folded, operands)):
         return scalar_operand(module, node)
-    return _volumes(node, _call(node, op(node), *(_images(node, x) for x in operands)))
+    return _volumes(node, call_before(node, op(node), *(_images(node, x) for x in operands)))
 
 
 def global_pool(module: GraphModule, node: Node) -> Node | None:
     """The mean of a volume, as one over its depth and height in one dimension and its width; others as :func:`mean` does."""
-    x, shape = node.args[0], _shape(node)
+    x, shape = node.args[0], open_shape(node)
     sizes = _sizes(x)
     if op(node) is aten.mean.dim:
         whole = sizes is not None and sorted(d % 5 for d in argument(node, "dim") or []) == [2, 3, 4]
@@ -84,8 +87,8 @@ def global_pool(module: GraphModule, node: Node) -> Node | None:
     if sizes is None or shape is None:
         return None
     channels, depth, height, width = sizes
-    image = _call(node, aten.reshape.default, x, [-1, channels, depth * height, width])
-    return _call(node, aten.reshape.default, _call(node, aten.mean.dim, image, [2, 3], True), shape)
+    image = call_before(node, aten.reshape.default, x, [-1, channels, depth * height, width])
+    return call_before(node, aten.reshape.default, call_before(node, aten.mean.dim, image, [2, 3], True), shape)
 
 
 def pool(module: GraphModule, node: Node) -> Node | None:
@@ -106,16 +109,16 @@ def pool(module: GraphModule, node: Node) -> Node | None:
     def over(images: Node, *dims: int) -> Node:
         sides = [[sides[d] for d in dims] for sides in windows]
         if maximum:
-            return _call(node, aten.max_pool2d.default, images, *sides, ceil)
-        averaged = average_pool(module, _call(node, aten.avg_pool2d.default, images, *sides))
+            return call_before(node, aten.max_pool2d.default, images, *sides, ceil)
+        averaged = average_pool(module, call_before(node, aten.avg_pool2d.default, images, *sides))
         assert averaged is not None
         return averaged
 
     images = over(_images(node, x), 1, 2)
     if (kernel[0], stride[0], padding[0]) != (1, 1, 0):
         _, *rest = value(images).shape  # type: ignore[union-attr]
-        column = _call(node, aten.reshape.default, images, [-1, 1, sizes[1], math.prod(rest)])
-        images = _call(node, aten.reshape.default, over(column, 0, 3), [-1, *rest])
+        column = call_before(node, aten.reshape.default, images, [-1, 1, sizes[1], math.prod(rest)])
+        images = call_before(node, aten.reshape.default, over(column, 0, 3), [-1, *rest])
     return _volumes(node, images)
 
 
@@ -149,15 +152,15 @@ def _images(node: Node, x: Node) -> Node:
     if _is_folded(x):
         return x.args[0].args[0]  # type: ignore[union-attr, return-value]
     channels, _, height, width = _sizes(x)  # type: ignore[misc]
-    behind = _call(node, aten.permute.default, x, _DEPTH_BEHIND_CHANNELS)
-    return _call(node, aten.reshape.default, behind, [-1, channels, height, width])
+    behind = call_before(node, aten.permute.default, x, _DEPTH_BEHIND_CHANNELS)
+    return call_before(node, aten.reshape.default, behind, [-1, channels, height, width])
 
 
 def _volumes(node: Node, images: Node) -> Node:
     """``images`` as the volume that ``node`` computes."""
     _, *rest = value(images).shape  # type: ignore[union-attr]
-    split = _call(node, aten.reshape.default, images, [-1, value(node).shape[2], *rest])  # type: ignore[union-attr]
-    return _call(node, aten.permute.default, split, _DEPTH_BEHIND_CHANNELS)
+    split = call_before(node, aten.reshape.default, images, [-1, value(node).shape[2], *rest])  # type: ignore[union-attr]
+    return call_before(node, aten.permute.default, split, _DEPTH_BEHIND_CHANNELS)
 
 
 def _neighbours(
@@ -167,29 +170,29 @@ def _neighbours(
     channels, depth, height, width = sizes
     flat = channels * height * width
     windows = (depth + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-    rows = _call(node, aten.reshape.default, images, [-1, depth, flat])
+    rows = call_before(node, aten.reshape.default, images, [-1, depth, flat])
     # Whole strides, so that every stride-th row is a slice of a view: backends have no slices with a step.
     length = windows + dilation * (taps - 1) // stride
     end = length * stride - depth - padding
     if padding or end > 0:
-        rows = _call(node, aten.constant_pad_nd.default, rows, [0, 0, padding, max(end, 0)], 0.0)
+        rows = call_before(node, aten.constant_pad_nd.default, rows, [0, 0, padding, max(end, 0)], 0.0)
     if end < 0:
-        rows = _call(node, aten.slice.Tensor, rows, 1, 0, length * stride)
+        rows = call_before(node, aten.slice.Tensor, rows, 1, 0, length * stride)
     if stride > 1:
-        rows = _call(node, aten.reshape.default, rows, [-1, length, stride, flat])
+        rows = call_before(node, aten.reshape.default, rows, [-1, length, stride, flat])
     seen = []
     for tap in range(taps):
         start, phase = divmod(tap * dilation, stride)
         picked = rows
         if stride > 1:
-            picked = _call(node, aten.slice.Tensor, picked, 2, phase, phase + 1)
+            picked = call_before(node, aten.slice.Tensor, picked, 2, phase, phase + 1)
         if windows != length:
-            picked = _call(node, aten.slice.Tensor, picked, 1, start, start + windows)
+            picked = call_before(node, aten.slice.Tensor, picked, 1, start, start + windows)
         if stride > 1 or groups > 1:
-            picked = _call(node, aten.reshape.default, picked, [-1, windows, groups, flat // groups])
+            picked = call_before(node, aten.reshape.default, picked, [-1, windows, groups, flat // groups])
         seen.append(picked)
-    joined = seen[0] if taps == 1 else _call(node, aten.cat.default, seen, -1)
-    return _call(node, aten.reshape.default, joined, [-1, taps * channels, height, width])
+    joined = seen[0] if taps == 1 else call_before(node, aten.cat.default, seen, -1)
+    return call_before(node, aten.reshape.default, joined, [-1, taps * channels, height, width])
 
 
 def _flat_weight(module: GraphModule, weight: Node) -> Node:

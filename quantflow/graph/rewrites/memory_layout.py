@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quantflow.aten import aten, only_user, op, value
-from quantizers.rewrites import _call
+from quantflow.graph.rewrites.rewriting import call_before
 
 _PERMUTES = frozenset({aten.permute.default, aten.transpose.int})
 _COPIES = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.view.default})
@@ -28,8 +28,8 @@ def laid_out(node: Node, product: Node) -> Node:
     assert order is not None
     if order == sorted(order) or _is_copied_next(node, product):
         return product
-    ordered = _call(node, aten.contiguous.default, _call(node, aten.permute.default, product, order))
-    return _call(node, aten.permute.default, ordered, [order.index(dim) for dim in range(len(order))])
+    ordered = call_before(node, aten.contiguous.default, call_before(node, aten.permute.default, product, order))
+    return call_before(node, aten.permute.default, ordered, [order.index(dim) for dim in range(len(order))])
 
 
 def _is_copied_next(node: Node, product: Node) -> bool:

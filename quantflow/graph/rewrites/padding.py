@@ -1,0 +1,39 @@
+"""Padding of convolutions in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, op, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+
+_NUMBERED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
+
+def same_padding(module: GraphModule, node: Node) -> Node | None:
+    """A convolution with ``padding="same"`` as one with numbers; what is one longer at the end is padded before it."""
+    x, padding = node.args[0], argument(node, "padding")
+    weight, val = value(argument(node, "weight")), value(x)  # type: ignore[arg-type]
+    if padding not in ("same", "valid") or weight is None or val is None or val.ndim != weight.ndim:
+        return None
+    spatial = weight.ndim - 2
+    dilation = list(argument(node, "dilation"))
+    dilation = dilation * spatial if len(dilation) == 1 else dilation
+    totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        longer = [n for total in reversed(totals) for n in (0, total % 2)]
+        x = call_before(node, aten.constant_pad_nd.default, x, longer, 0.0)
+    given = [argument(node, name) for name in ("weight", "bias", "stride")]
+    halves = [total // 2 for total in totals]
+    return call_before(
+        node, _NUMBERED[op(node)], x, *given, halves, argument(node, "dilation"), argument(node, "groups")
+    )
+
+
+PADDING_REWRITES: dict[Any, Rewrite] = dict.fromkeys(_NUMBERED, same_padding)

@@ -1,0 +1,59 @@
+"""Averages over images as means and depthwise convolutions: exact in float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, pair, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
+
+
+def mean(module: GraphModule, node: Node) -> Node | None:
+    """A mean over height and width that drops them, as one that keeps them and a view."""
+    x, dims, sizes = node.args[0], argument(node, "dim"), open_shape(node)
+    rank = len(value(x).shape) if value(x) is not None else 0  # type: ignore[arg-type, union-attr]
+    if argument(node, "keepdim") or sizes is None or rank != 4 or sorted(d % 4 for d in dims or []) != [2, 3]:
+        return None
+    if argument(node, "dtype") is not None:
+        return None
+    return call_before(node, aten.reshape.default, call_before(node, aten.mean.dim, x, [2, 3], True), sizes)
+
+
+def average_pool(module: GraphModule, node: Node) -> Node | None:
+    """An average over windows as a depthwise convolution, whose equal weights are exact in int8."""
+    x = node.args[0]
+    val = value(x)  # type: ignore[arg-type]
+    kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
+    whole = argument(node, "count_include_pad") or padding == [0, 0]
+    if val is None or val.ndim != 4 or argument(node, "ceil_mode") or not whole or argument(node, "divisor_override"):
+        return None
+    channels = val.shape[1]
+    weight = constant_before(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
+    stride = pair(argument(node, "stride") or kernel)
+    return call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
+
+
+def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
+    """An average over windows that divide the image: the mean where there is one, nothing where they are single pixels, else as
+    :func:`average_pool`. (Over channels that lie last in memory, the pool of one window decomposes into a mean and a restride.)
+    """
+    x = node.args[0]
+    val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]
+    sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 else []
+    if sizes and size == [1, 1]:
+        return call_before(node, aten.mean.dim, x, [2, 3], True)
+    if not sizes or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True)):
+        return None
+    if sizes == size:
+        return x  # type: ignore[return-value]
+    window = [s // o for s, o in zip(sizes, size, strict=True)]
+    return average_pool(module, call_before(node, aten.avg_pool2d.default, x, window))
+
+
+POOL_REWRITES: dict[Any, Rewrite] = {
+    aten.mean.dim: mean,
+    aten.adaptive_avg_pool2d.default: adaptive_pool,
+    aten.avg_pool2d.default: average_pool,
+}

@@ -1,0 +1,70 @@
+"""Changes of shape and parts of tensors as views and slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, is_inplace, is_view, op, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
+
+
+def reshape(module: GraphModule, node: Node) -> Node | None:
+    """A change of shape as a view."""
+    sizes = open_shape(node)
+    return None if sizes is None else call_before(node, aten.reshape.default, node.args[0], sizes)
+
+
+def select(module: GraphModule, node: Node) -> Node | None:
+    """One index of a dimension as a slice and a view."""
+    sizes, dim, index = open_shape(node), argument(node, "dim"), argument(node, "index")
+    if sizes is None or not isinstance(index, int) or index < 0:
+        return None
+    return call_before(
+        node, aten.reshape.default, call_before(node, aten.slice.Tensor, node.args[0], dim, index, index + 1), sizes
+    )
+
+
+def split(module: GraphModule, node: Node) -> Node | None:
+    """Parts as slices, each for itself; those of an ``unbind`` without the dimension."""
+    dim, start, drops = argument(node, "dim"), 0, op(node) is aten.unbind.int
+    parts = node.meta.get("val")
+    users = list(node.users)
+    if not isinstance(parts, (list, tuple)) or any(getattr(u.target, "__name__", "") != "getitem" for u in users):
+        return None
+    if any((open_shape(u) is None) if drops else not isinstance(value(u).shape[dim], int) for u in users):  # type: ignore[union-attr]
+        return None
+    for index, part in enumerate(parts):
+        end = start + (1 if drops else part.shape[dim])
+        for user in [u for u in users if u.args[1] == index]:
+            new = call_before(user, aten.slice.Tensor, node.args[0], dim, start, end)
+            user.replace_all_uses_with(call_before(user, aten.reshape.default, new, open_shape(user)) if drops else new)
+            module.graph.erase_node(user)
+        start = end
+    return node
+
+
+def cat(module: GraphModule, node: Node) -> Node | None:
+    """One tensor joined is that tensor."""
+    tensors = argument(node, "tensors")
+    if len(tensors) != 1 or any(is_inplace(user) or is_view(user) for user in (*node.users, *tensors[0].users)):
+        return None
+    return tensors[0]
+
+
+def alias(module: GraphModule, node: Node) -> Node | None:
+    """A second name for a tensor (a slice that leaves nothing out is traced as one) is that tensor."""
+    return node.args[0]  # type: ignore[return-value]
+
+
+SHAPE_REWRITES: dict[Any, Rewrite] = {
+    aten.select.int: select,
+    aten.cat.default: cat,
+    aten.alias.default: alias,
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape),
+    **dict.fromkeys((aten.unsqueeze.default, aten.unflatten.int), reshape),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unbind.int), split
+    ),
+}
