@@ -5,10 +5,10 @@
     python benchmarks/fuzz.py --seeds 0:200 --minimise       # make each network that fails as small as it fails alike
     python benchmarks/fuzz.py --rerun fuzz.json              # only what failed in an earlier run
 
-float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: a step in
-training beside the eager model with rounding off; then a few steps, convert, lower. quantize: ``qf.quantize``. A case ends well
-where it is right, where rounding alone carries the network as far as what is found (measured), or in an error that names what is
-at fault. A seed alone gives network, weights and inputs. Writes JSON: the counts, and every case that ended otherwise as a script.
+float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
+in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
+where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
+is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, and each case that ended otherwise as a script.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import executorch.kernels.quantized  # noqa: F401  before the processes part: none loads it again
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -64,7 +63,9 @@ def main() -> None:
     cases = _failed(options.rerun) if options.rerun else [(seed, path) for seed in seeds for path in options.paths]
     run = _Run(options.output, options.seconds)
     tasks = ((_network(seed), path) for seed, path in cases)
-    bar = tqdm(isolated(answer, tasks, jobs=options.jobs, seconds=options.seconds), total=len(cases), desc="fuzz", unit="case")
+    bar = tqdm(
+        isolated(answer, tasks, jobs=options.jobs, seconds=options.seconds), total=len(cases), desc="fuzz", unit="case"
+    )
     for ended in bar:
         run.add(ended.task, judge(ended))
         bar.set_postfix(failed=len(run.failures))

@@ -126,7 +126,7 @@ def _inputs(b: Builder) -> bool:
         b.input(f"torch.rand({shape}) > 0.5")
     elif more == "scalar":
         b.input("torch.rand(1)")
-    first = list(b.values)[0]
+    first = next(iter(b.values))
     if list(b.values)[-1] != first:  # the first is gone on from
         b.values[first] = b.values.pop(first)
     return channels_last

@@ -1,4 +1,4 @@
-"""What people write in networks: residuals, dropout, squeeze-and-excite, attention, state, in-place writes, computed constants."""
+"""What people write: residuals, dropout, squeeze-and-excite, attention, state, in-place writes, computed constants."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def stochastic_depth(b: Builder, x: str) -> None:
 @operator(1)
 def identity(b: Builder, x: str) -> None:
     name = b.layer("identity", "nn.Identity()")
-    y = b.let(b.pick(f"{name}({x})", f"{name}({x}).view({x}.shape)", f"{x}.clone()", f"{x}.contiguous()", f"{x}.detach()"))
+    y = b.let(
+        b.pick(f"{name}({x})", f"{name}({x}).view({x}.shape)", f"{x}.clone()", f"{x}.contiguous()", f"{x}.detach()")
+    )
     if b.chance(0.5):
         b.let(f"{x} + {y}")
 
@@ -85,7 +87,9 @@ def attention(b: Builder, x: str) -> None:
         raise Unfit("an odd number of features")
     form = b.pick("module", "sdpa", "by hand")
     if form == "module":
-        layer = b.layer("attention", f"nn.MultiheadAttention({features}, 2, batch_first=True{b.pick('', ', bias=False')})")
+        layer = b.layer(
+            "attention", f"nn.MultiheadAttention({features}, 2, batch_first=True{b.pick('', ', bias=False')})"
+        )
         b.let(f"{layer}({x}, {x}, {x}{b.pick('', ', need_weights=False')})[0]")
         return
     qkv = b.layer("linear", f"nn.Linear({features}, {3 * features})")
@@ -119,7 +123,9 @@ def constant(b: Builder, x: str) -> None:
     """A parameter or buffer among the operands, or a constant made in ``forward``."""
     rank, last = len(b.shape(x)), b.shape(x)[-1]
     p = b.parameter(f"torch.randn({last})") if b.chance(0.5) else b.buffer(f"torch.randn({last})")
-    computed = b.pick(f"{p}.sigmoid()", f"F.softmax({p}, 0)", f"({p} - {p}.mean())", f"{p}.abs().sqrt()", f"{p} * 0.5", p)
+    computed = b.pick(
+        f"{p}.sigmoid()", f"F.softmax({p}, 0)", f"({p} - {p}.mean())", f"{p}.abs().sqrt()", f"{p} * 0.5", p
+    )
     forms = [f"{x} + {computed}", f"{x} * {computed}", f"{x} - {computed}", f"{x} * torch.full(({last},), 0.5)"]
     forms += [f"{x} + torch.arange({last}) * 0.1", f"{x} * torch.ones_like({x})", f"{x} + torch.zeros({(1,) * rank})"]
     b.let(b.pick(*forms))
@@ -140,7 +146,7 @@ def computed_weight(b: Builder, x: str) -> None:
     if b.chance(0.4):
         b.let(f"{b.layer('linear', normed)}({x})")
         return
-    one, other = b.parameter(f"torch.randn(8, 2) * 0.5"), b.parameter(f"torch.randn(2, {features}) * 0.5")
+    one, other = b.parameter("torch.randn(8, 2) * 0.5"), b.parameter(f"torch.randn(2, {features}) * 0.5")
     b.let(f"F.linear({x}, {one} @ {other})")
 
 
@@ -150,7 +156,11 @@ def state(b: Builder, x: str) -> None:
     start = b.pick("0.0", "0.3", "3.0")
     if b.chance(0.4):
         counter = b.buffer(f"torch.tensor({start})")
-        b.do(b.pick(f"{counter}.add_(1)", f"{counter} += 1", f"{counter}.copy_({counter} + 1)", f"{counter} = {counter} + 1"))
+        b.do(
+            b.pick(
+                f"{counter}.add_(1)", f"{counter} += 1", f"{counter}.copy_({counter} + 1)", f"{counter} = {counter} + 1"
+            )
+        )
         b.let(f"{x} * 0.5 + {counter} * 0.1")
         return
     features = b.shape(x)[-1]
@@ -176,8 +186,20 @@ def write_in_place(b: Builder, x: str) -> None:
     y = b.let(b.pick(f"{x} * 0.5", f"F.relu({x})", f"{x} + 1")) if b.chance(0.6) or not x.startswith("v") else x
     first = "[:, :1]" if len(b.shape(x)) > 1 else "[:1]"
     writes = [f"{y}.mul_({b.pick(2, 0.5)})", f"{y}.add_({b.pick(1, 0.25)})", f"{y}{first} = 0", f"{y}{first} *= 0.5"]
-    writes += [f"{y}{first}.add_(1)", f"{y} += 0.1", f"{y}.add_({x})", f"{y}.sub_(0.1)", f"{y}.div_(2)", f"{y}.clamp_(-1, 1)"]
-    writes += [f"{y}{first} = {x}{first} * 0.5", f"{y}.neg_()", f"{y}.masked_fill_({y} > 0.5, 0.5)", f"{y}[..., -1] = 1.0"]
+    writes += [
+        f"{y}{first}.add_(1)",
+        f"{y} += 0.1",
+        f"{y}.add_({x})",
+        f"{y}.sub_(0.1)",
+        f"{y}.div_(2)",
+        f"{y}.clamp_(-1, 1)",
+    ]
+    writes += [
+        f"{y}{first} = {x}{first} * 0.5",
+        f"{y}.neg_()",
+        f"{y}.masked_fill_({y} > 0.5, 0.5)",
+        f"{y}[..., -1] = 1.0",
+    ]
     b.do(b.pick(*writes))
     b.let(b.pick(f"{y} * 2", f"{y} + 1", f"torch.tanh({y})"))
 

@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -75,9 +77,11 @@ def isolated(
                     return
                 soonest = min(run.started for run in running.values()) + seconds - time.monotonic()
                 ready = wait(list(running), timeout=max(soonest, 0.0))
-                late = [c for c, run in running.items() if time.monotonic() - run.started >= seconds]
-                for connection in {*ready, *late}:
-                    yield _ended(connection, running.pop(connection), hang=connection not in ready)  # type: ignore[arg-type]
+                now = time.monotonic()
+                for connection, run in list(running.items()):
+                    if connection in ready or now - run.started >= seconds:
+                        del running[connection]
+                        yield _ended(connection, run, hang=connection not in ready)
         finally:
             for run in running.values():
                 run.process.kill()
@@ -104,7 +108,7 @@ def _ended(connection: Connection, run: _Running[T], *, hang: bool) -> Ended[T]:
     return Ended(run.task, kind, value, text, seconds)
 
 
-def _last(printed: Path, size: int = 600) -> str:
+def _last(printed: Path, size: int = 4000) -> str:
     return printed.read_text(errors="replace")[-size:].strip() if printed.exists() else ""
 
 
@@ -112,6 +116,8 @@ def _call(function: Callable[[T], Any], task: T, sender: Connection, printed: Pa
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # Makes torch's thread pool anew, which a fork leaves corrupt: autograd's threads would race to do it, and abort.
+    torch.set_num_threads(1)
     try:
         answer = ("returned", function(task), "")
     except BaseException:

@@ -220,7 +220,7 @@ def prelu(b: Builder, x: str) -> None:
 
 @operator(3, ranks=(1, 2, 3), kind="int")
 def embedding(b: Builder, x: str) -> None:
-    if not 0 <= int(b.values[x].min()) or not int(b.values[x].max()) < 10:
+    if int(b.values[x].min()) < 0 or int(b.values[x].max()) >= 10:
         raise Unfit("numbers beyond the vocabulary")
     options = b.pick("", "", ", padding_idx=0", ", scale_grad_by_freq=True")
     b.let(f"{b.layer('embedding', f'nn.Embedding(10, {b.pick(4, 8)}{options})')}({x})")

@@ -43,7 +43,9 @@ def _smaller(network: Network) -> Iterator[Network]:
             yield replace(network, outputs=(name,), structure="one").pruned()
     yield network.pruned()
     if network.channels_last:
-        inputs = tuple(replace(i, text=i.text.replace(".to(memory_format=torch.channels_last)", "")) for i in network.inputs)
+        inputs = tuple(
+            replace(i, text=i.text.replace(".to(memory_format=torch.channels_last)", "")) for i in network.inputs
+        )
         yield replace(network, inputs=inputs, channels_last=False)
     values = _values(network)
     names = [name for s in network.statements for name in s.makes if name in values]

@@ -116,7 +116,11 @@ class Network:
             PRELUDE,
             "",
             "class Net(nn.Module):",
-            *([*_indented(["def __init__(self):"], 4), *_indented(["super().__init__()", *made], 8), ""] if made else []),
+            *(
+                [*_indented(["def __init__(self):"], 4), *_indented(["super().__init__()", *made], 8), ""]
+                if made
+                else []
+            ),
             *_indented([f"def forward({taken}):"], 4),
             *_indented([*body, f"return {self.returned()}"], 8),
             "",

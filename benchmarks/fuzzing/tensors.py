@@ -11,7 +11,10 @@ PIECEWISE = ("F.relu", "F.relu6", "F.hardswish", "F.hardsigmoid", "F.hardtanh", 
 @operator(4)
 def activation(b: Builder, x: str) -> None:
     other = (f"F.gelu({x}, approximate='tanh')", f"F.leaky_relu({x}, {b.pick(0.3, -0.2, 1.5)})", f"F.celu({x}, 0.5)")
-    more = (f"F.hardtanh({x}, {b.pick(-2.0, -0.5, 0.1)}, {b.pick(0.5, 2.0)})", f"F.threshold({x}, 0.1, {b.pick(0.0, 0.5)})")
+    more = (
+        f"F.hardtanh({x}, {b.pick(-2.0, -0.5, 0.1)}, {b.pick(0.5, 2.0)})",
+        f"F.threshold({x}, 0.1, {b.pick(0.0, 0.5)})",
+    )
     plain = tuple(f"{f}({x})" for f in SMOOTH + PIECEWISE)
     b.let(b.pick(*plain, *other, *more, f"F.tanhshrink({x})", f"F.softshrink({x}, 0.2)", f"F.hardshrink({x}, 0.2)"))
 
@@ -45,7 +48,9 @@ def pool(b: Builder, x: str) -> None:
     average = b.pick("", ", count_include_pad=False", ", divisor_override=3" if d > 1 else "")
     dilation = ", dilation=2" if b.chance(0.15) else ""
     maximum = f"F.max_pool{d}d({x}, {kernel}{stride}{padding}{dilation}{ceil})"
-    b.let(b.pick(maximum, f"F.avg_pool{d}d({x}, {kernel}{stride}{padding}{ceil}{average})", f"F.lp_pool{d}d({x}, 2, 2)"))
+    b.let(
+        b.pick(maximum, f"F.avg_pool{d}d({x}, {kernel}{stride}{padding}{ceil}{average})", f"F.lp_pool{d}d({x}, 2, 2)")
+    )
 
 
 @operator(1.5, ranks=(3, 4, 5))
@@ -114,7 +119,11 @@ def reshape(b: Builder, x: str) -> None:
     order = b.random.sample(range(rank), rank)
     forms = [f"{x}.permute({', '.join(map(str, order))})", f"{x}.transpose({one}, {other})", f"{x}.unsqueeze({one})"]
     forms += [f"{x}.flatten({min(one, other)}, {max(one, other)})", f"{x}.flatten({min(1, rank - 1)})"]
-    forms += [f"{x}.reshape({shape[0]}, -1)", f"{x}.transpose({one}, {other}).contiguous()", f"{x}.mT" if rank > 1 else x]
+    forms += [
+        f"{x}.reshape({shape[0]}, -1)",
+        f"{x}.transpose({one}, {other}).contiguous()",
+        f"{x}.mT" if rank > 1 else x,
+    ]
     forms += [f"{x}.squeeze()", f"{x}.squeeze({one})", f"{x}.reshape({x}.shape[0], -1)", f"{x}.movedim({one}, {other})"]
     if shape[one] % 2 == 0:
         forms += [f"{x}.unflatten({one}, (2, {shape[one] // 2}))"]
@@ -140,7 +149,11 @@ def reduce(b: Builder, x: str) -> None:
     dims = sorted(b.random.sample(range(rank), b.random.randint(1, rank)))
     keep = b.pick("True", "False")
     forms = [f"{x}.{f}({dims}, keepdim={keep})" for f in ("mean", "mean", "sum", "amax", "amin")]
-    forms += [f"{x}.max({dims[0]})[0]", f"{x}.std({dims}, correction=0)", f"{x}.var({dims[0]}, correction=0, keepdim={keep})"]
+    forms += [
+        f"{x}.max({dims[0]})[0]",
+        f"{x}.std({dims}, correction=0)",
+        f"{x}.var({dims[0]}, correction=0, keepdim={keep})",
+    ]
     forms += [f"{x}.norm(dim={dims[0]})", f"torch.logsumexp({x}, {dims})", f"{x}.mean()", f"{x}.cumsum({dims[0]})"]
     forms += [f"F.normalize({x}, dim={dims[0]})", f"{x}.prod({dims[0]})", f"{x}.min()"]
     b.let(b.pick(*forms))
@@ -150,20 +163,50 @@ def reduce(b: Builder, x: str) -> None:
 def arithmetic(b: Builder, x: str) -> None:
     a = b.pick(1, 2, 0.5, 3.0, -1.5)
     forms = [f"{x} + {a}", f"{a} * {x}", f"{a} - {x}", f"{x} / {a}", f"{x} - {a}", f"-{x}", f"{x}.abs()", f"{x} ** 2"]
-    forms += [f"{a} / ({x}.abs() + 1)", f"torch.exp(-{x}.abs())", f"torch.sqrt({x}.abs() + 0.1)", f"torch.add({x}, {x}, alpha={a})"]
-    forms += [f"{x}.clamp({b.number(-2, 0)}, {b.number(0.1, 2)})", f"{x}.clamp(min={b.number(-1, 1)})", f"torch.square({x})"]
-    forms += [f"torch.sin({x})", f"torch.log1p({x}.abs())", f"torch.rsqrt({x} * {x} + 1)", f"torch.erf({x})", f"torch.sign({x})"]
-    forms += [f"torch.round({x})", f"torch.floor({x} * 3)", f"torch.pow({x}.abs() + 0.1, 1.5)", f"torch.remainder({x}, 2.0)"]
+    forms += [
+        f"{a} / ({x}.abs() + 1)",
+        f"torch.exp(-{x}.abs())",
+        f"torch.sqrt({x}.abs() + 0.1)",
+        f"torch.add({x}, {x}, alpha={a})",
+    ]
+    forms += [
+        f"{x}.clamp({b.number(-2, 0)}, {b.number(0.1, 2)})",
+        f"{x}.clamp(min={b.number(-1, 1)})",
+        f"torch.square({x})",
+    ]
+    forms += [
+        f"torch.sin({x})",
+        f"torch.log1p({x}.abs())",
+        f"torch.rsqrt({x} * {x} + 1)",
+        f"torch.erf({x})",
+        f"torch.sign({x})",
+    ]
+    forms += [
+        f"torch.round({x})",
+        f"torch.floor({x} * 3)",
+        f"torch.pow({x}.abs() + 0.1, 1.5)",
+        f"torch.remainder({x}, 2.0)",
+    ]
     b.let(b.pick(*forms))
+
+
+def _expands(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a value of ``shape`` can stand beside one of shape ``to``."""
+    return len(shape) <= len(to) and all(s in (1, t) for s, t in zip(shape[::-1], to[::-1], strict=False))
 
 
 @operator(3)
 def two_values(b: Builder, x: str) -> None:
     y = b.pick(x, *b.alike(x), *b.alike(x))
-    fits = b.others(lambda v: v.ndim <= b.values[x].ndim and all(s in (1, t) for s, t in zip(v.shape[::-1], b.shape(x)[::-1])))
+    fits = b.others(lambda v: _expands(tuple(v.shape), b.shape(x)))
     y = b.pick(*fits) if b.chance(0.3) else y
     forms = [f"{x} + {y}", f"{y} - {x}", f"{x} * {y}", f"torch.maximum({x}, {y})", f"torch.minimum({y}, {x})"]
-    forms += [f"{x} / ({y}.abs() + 1)", f"torch.add({x}, {y}, alpha=0.5)", f"torch.lerp({x}, {y}, 0.3)", f"torch.atan2({x}, {y}.abs() + 1)"]
+    forms += [
+        f"{x} / ({y}.abs() + 1)",
+        f"torch.add({x}, {y}, alpha=0.5)",
+        f"torch.lerp({x}, {y}, 0.3)",
+        f"torch.atan2({x}, {y}.abs() + 1)",
+    ]
     forms += [f"torch.addcmul({x}, {y}, {y}, value=0.5)", f"torch.where({x} > {y}, {x}, {y} * 0.5)"]
     b.let(b.pick(*forms))
 
@@ -181,12 +224,22 @@ def masked(b: Builder, x: str) -> None:
 def integers(b: Builder, x: str) -> None:
     """A value that is not float, which may be an output."""
     dim = b.random.randrange(len(b.shape(x)))
-    b.let(b.pick(f"{x}.argmax({dim})", f"{x} > 0", f"({x} * 4).long()", f"({x} > 0).sum({dim})", f"{x}.argmax({dim}, keepdim=True)"))
+    b.let(
+        b.pick(
+            f"{x}.argmax({dim})",
+            f"{x} > 0",
+            f"({x} * 4).long()",
+            f"({x} > 0).sum({dim})",
+            f"{x}.argmax({dim}, keepdim=True)",
+        )
+    )
 
 
 @operator(2, kind="int")
 def from_integers(b: Builder, x: str) -> None:
-    b.let(b.pick(f"{x}.float()", f"{x} + 1", f"{x} * 2", f"{x} % 3", f"{x}.to(torch.float32) * 0.1", f"{x}.clamp(0, 3)"))
+    b.let(
+        b.pick(f"{x}.float()", f"{x} + 1", f"{x} * 2", f"{x} % 3", f"{x}.to(torch.float32) * 0.1", f"{x}.clamp(0, 3)")
+    )
 
 
 @operator(1, ranks=(1, 2), kind="int")

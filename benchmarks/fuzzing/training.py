@@ -30,7 +30,8 @@ def compare_training(model: nn.Module, graph: nn.Module, calls: Sequence[Call], 
     found = _steps(graph, model, calls, seed, missing)
     noise = functools.cache(
         lambda: [
-            _steps(near, model, near_calls, seed, missing) for near, near_calls in (moved(model, calls, draw) for draw in range(4))
+            _steps(near, model, near_calls, seed, missing)
+            for near, near_calls in (moved(model, calls, draw) for draw in range(4))
         ]
     )
     laws = {}
@@ -60,7 +61,9 @@ def _loss(output: Any) -> torch.Tensor:
     return total
 
 
-def _steps(network: nn.Module, model: nn.Module, calls: Sequence[Call], seed: int, skip: set[str]) -> dict[str, Outputs]:
+def _steps(
+    network: nn.Module, model: nn.Module, calls: Sequence[Call], seed: int, skip: set[str]
+) -> dict[str, Outputs]:
     """What a network leaves after each step, by part; names are those of the eager ``model``."""
     found: dict[str, Outputs] = {part: [] for part in _PARTS}
     network.train()

@@ -68,7 +68,8 @@ def answer(case: tuple[Network, str]) -> dict[str, Any]:
 def judge(ended: Ended[tuple[Network, str]]) -> Verdict:
     """The verdict of a case that ended so."""
     if ended.kind in (CRASH, HANG):
-        return Verdict(ended.kind, ended.text[:200], text=ended.text, seconds=ended.seconds)
+        lines = ended.text.splitlines() or [""]
+        return Verdict(ended.kind, lines[0][:200], text=ended.text, seconds=ended.seconds)
     if ended.kind == "raised":
         last = ended.text.strip().splitlines()[-1]
         return Verdict(FOREIGN, last[:300], text=ended.text, seconds=ended.seconds)
