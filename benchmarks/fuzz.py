@@ -8,7 +8,7 @@
 float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
 in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
 where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
-is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, and each case that ended otherwise as a script.
+is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, the reasons, and what ended otherwise as scripts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fuzzing.compare import AMPLIFIES
 from fuzzing.generate import generate
 from fuzzing.isolate import isolated
 from fuzzing.minimise import minimised
 from fuzzing.network import Network
 from fuzzing.paths import PATHS
-from fuzzing.verdict import NAMED, NOTHING, UNNAMED, VERDICTS, Verdict, answer, judge
+from fuzzing.verdict import NAMED, VERDICTS, Verdict, answer, judge
 from fuzzing.warm_up import warm_up
 
 from quantflow.text_table import aligned
@@ -89,22 +90,22 @@ class _Run:
     def __init__(self, output: Path, seconds: float) -> None:
         self.output, self.seconds = output, seconds
         self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        self.errors: collections.Counter[str] = collections.Counter()
+        self.told: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.failed: list[tuple[Network, str, Verdict]] = []
 
     def add(self, case: tuple[Network, str], verdict: Verdict) -> None:
         network, path = case
         self.counts[path][verdict.ending] += 1
-        if verdict.ending in (NAMED, NOTHING, UNNAMED):
-            self.errors[verdict.kind] += 1
+        if verdict.ending in (NAMED, AMPLIFIES):
+            self.told.append({"seed": network.seed, "path": path, "ending": verdict.ending, "reason": verdict.reason})
         if not verdict.good:
             self.failed.append((network, path, verdict))
             self.failures.append(_described(network, path, verdict))
         self.write()
 
     def write(self) -> None:
-        record = {"counts": self.counts, "errors": dict(self.errors.most_common()), "failures": self.failures}
+        record = {"counts": self.counts, "failures": self.failures, "told": self.told}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(record, indent=1) + "\n")
 

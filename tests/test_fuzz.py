@@ -58,18 +58,21 @@ def test_the_printed_network_is_the_network():
     torch.testing.assert_close(outputs_of(space["model"], [(args, kwargs)]), expected, rtol=0, atol=0)
 
 
-def test_ends_of_processes():
+def test_ends_of_processes(monkeypatch):
     def function(task):
         if task == "crash":
             os.write(2, b"last words")
             os.kill(os.getpid(), signal.SIGKILL)
+        while task == "spin":
+            pass
         if task == "hang":
             time.sleep(60)
         return {"raise": lambda: 1 / 0}.get(task, lambda: task)()
 
-    ended = {e.task: e for e in isolated(function, ["fine", "crash", "raise", "hang", "also fine"], jobs=2, seconds=3)}
-    kinds = {task: e.kind for task, e in ended.items()}
-    assert kinds == {"fine": "returned", "also fine": "returned", "crash": "crash", "raise": "raised", "hang": "hang"}
+    tasks = ["fine", "crash", "raise", "hang", "spin", "also fine"]
+    monkeypatch.setattr("fuzzing.isolate._PATIENCE", 3.0)
+    ended = {e.task: e for e in isolated(function, tasks, jobs=3, seconds=1)}
+    assert [ended[task].kind for task in tasks] == ["returned", "crash", "raised", "hang", "hang", "returned"]
     assert ended["fine"].value == "fine"
     assert "SIGKILL" in ended["crash"].text
     assert "last words" in ended["crash"].text

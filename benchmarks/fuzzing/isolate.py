@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -17,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def isolated(
 ) -> Iterator[Ended[T]]:
     """Call ``function`` on each task in a process of its own, ``jobs`` at a time; yields as they end.
 
-    A process is ended after ``seconds``. What it prints is kept from the terminal.
+    A process is ended after ``seconds`` of work, or after :data:`_PATIENCE` times as many on the clock: the machine may be busy
+    with other things. What it prints is kept from the terminal.
     """
     context = multiprocessing.get_context("fork")
     running: dict[Connection, _Running[T]] = {}
@@ -69,17 +73,17 @@ def isolated(
                         break
                     receiver, sender = context.Pipe(duplex=False)
                     printed, number = Path(folder) / str(number), number + 1
-                    process = context.Process(target=_call, args=(function, task, sender, printed))
+                    process = context.Process(target=_call, args=(function, task, sender, printed, seconds))
                     process.start()
                     sender.close()
                     running[receiver] = _Running(task, process, printed)
                 if not running:
                     return
-                soonest = min(run.started for run in running.values()) + seconds - time.monotonic()
+                soonest = min(run.started for run in running.values()) + seconds * _PATIENCE - time.monotonic()
                 ready = wait(list(running), timeout=max(soonest, 0.0))
                 now = time.monotonic()
                 for connection, run in list(running.items()):
-                    if connection in ready or now - run.started >= seconds:
+                    if connection in ready or now - run.started >= seconds * _PATIENCE:
                         del running[connection]
                         yield _ended(connection, run, hang=connection not in ready)
         finally:
@@ -99,6 +103,8 @@ def _ended(connection: Connection, run: _Running[T], *, hang: bool) -> Ended[T]:
     except EOFError:
         run.process.join()
         code = run.process.exitcode or 0
+        if code == -signal.SIGXCPU:
+            return Ended(run.task, "hang", text=_last(run.printed), seconds=seconds)
         name = signal.Signals(-code).name if code < 0 else f"exit {code}"
         return Ended(run.task, "crash", text=f"{name}: {_last(run.printed)}", seconds=seconds)
     run.process.join(5)
@@ -112,7 +118,8 @@ def _last(printed: Path, size: int = 4000) -> str:
     return printed.read_text(errors="replace")[-size:].strip() if printed.exists() else ""
 
 
-def _call(function: Callable[[T], Any], task: T, sender: Connection, printed: Path) -> None:
+def _call(function: Callable[[T], Any], task: T, sender: Connection, printed: Path, seconds: float) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
