@@ -16,8 +16,9 @@ from quantflow.aten import layer
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph import modes, provenance
+from quantflow.graph.dropout_capture import distinct_dropouts, erase_aliases, freeze_ambiguous
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.inference_mode import inference_mode
+from quantflow.graph.inference_mode import inference_mode, never_trained
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
 from quantflow.observers.observation import observers_of
@@ -36,7 +37,7 @@ def export(
     """Capture ``model`` as a pre-dispatch ATen program.
 
     The model is captured in inference mode and left as it was; :meth:`Exported.module` switches between training and
-    inference on the nodes.
+    inference on the nodes. Layers that ``model.train()`` itself leaves in inference mode stay in it.
 
     Args:
         model: An ``nn.Module`` (eager, a captured graph, a converted graph) or an ``ExportedProgram`` from elsewhere.
@@ -77,8 +78,11 @@ def export(
     training = model.training
     # Captured under no_grad, the whole program would be one opaque region.
     with inference_mode(model), torch.enable_grad():
+        frozen = never_trained(model)
         try:
-            program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
+            with distinct_dropouts(model):
+                program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
+            erase_aliases(program)
             program = make_contiguous(program)
         except QuantflowError:
             raise
@@ -86,7 +90,7 @@ def export(
             raise _why_not(model, positional, keyword, error, dynamic_batch=bool(dynamic_batch)) from error
     if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
         return _take_in(program)  # its mode is what its nodes say
-    modes.mark_switched(program.graph)
+    modes.mark_switched(program.graph, frozen)
     _mark_cumulative_averages(model, program)
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
@@ -118,8 +122,9 @@ def _take_in(program: ExportedProgram) -> Exported:
     program = make_contiguous(program)
     captured_in_training = modes.training_literals(program.graph)
     if not captured_in_training:
+        unclear = freeze_ambiguous(program)
         modes.mark_switched(program.graph)
-        return Exported(program)
+        return Exported(program, inference_only=unclear)
     if program.example_inputs is None:
         raise QuantflowError(
             "export",
@@ -127,6 +132,7 @@ def _take_in(program: ExportedProgram) -> Exported:
             node=captured_in_training[0].name,
             remedy="export model.eval(), or pass the model itself to qf.export",
         )
+    modes.mark_frozen(program.graph)
     graph = TrainableGraphModule.from_program(program)
     modes.mark_all(graph.graph)
     graph.training = True

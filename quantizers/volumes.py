@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, op, value
-from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, SWITCHED
+from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, FROZEN, SWITCHED
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of
 from quantizers.rewrites import Rewrite, _call, _shape, average_pool, mean, same_padding, scalar_operand
 
@@ -52,7 +52,7 @@ def batch_norm(module: GraphModule, node: Node) -> Node | None:
     if not _is_folded(node.args[0]) or node.kwargs:
         return None
     normed = _call(node, BATCH_NORM, _images(node, node.args[0]), *node.args[1:])
-    normed.meta.update({key: node.meta[key] for key in (SWITCHED, CUMULATIVE) if key in node.meta})
+    normed.meta.update({key: node.meta[key] for key in (SWITCHED, FROZEN, CUMULATIVE) if key in node.meta})
     return _volumes(node, normed)
 
 

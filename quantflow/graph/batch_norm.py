@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
-from quantflow.graph.modes import BATCH_NORM, SWITCHED
+from quantflow.graph.modes import BATCH_NORM, FROZEN, SWITCHED, is_inference_constant
 from quantflow.graph.parameters import (
     Reads,
     drop_unused,
@@ -117,7 +117,7 @@ def normed_layer(norm: Node) -> NormedLayer | None:
 
 def _is_affine(node: Node) -> bool:
     """Whether ``node`` is a batch norm that in inference is a constant scale and shift."""
-    if op(node) is not BATCH_NORM or SWITCHED not in node.meta:
+    if op(node) is not BATCH_NORM or not is_inference_constant(node):
         return False
     return all((read := argument(node, name)) is None or is_constant(read) for name in _STATISTICS)
 
@@ -173,7 +173,7 @@ def norm_as_convolution(module: GraphModule) -> None:
         with module.graph.inserting_before(norm):
             args = (norm.args[0], *reads, [1] * places, [0] * places, [1] * places, len(scale))
             convolution = module.graph.call_function(convolve, args)
-        convolution.meta = {k: v for k, v in norm.meta.items() if k != SWITCHED}
+        convolution.meta = {k: v for k, v in norm.meta.items() if k not in (SWITCHED, FROZEN)}
         norm.replace_all_uses_with(convolution)
         module.graph.erase_node(norm)
     drop_unused(module)

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
-from quantflow.graph.parameters import submodule_at
+from quantflow.graph.parameters import set_tensor, submodule_at
 
 _SETS_GRAD_MODE = "quantflow_sets_grad_mode"
 
@@ -45,6 +45,7 @@ class TrainableGraphModule(GraphModule):
         modes.mark_switched(root.graph)
         module = cls(root, root.graph)
         module.meta.update(root.meta)
+        _add_unread_state(module, program)
         for name, _ in list(module.named_buffers(remove_duplicate=False)):
             if name not in program.state_dict:  # a constant of the trace is no state of the model
                 owner, _, leaf = name.rpartition(".")
@@ -140,6 +141,15 @@ def inline_grad_mode_regions(module: GraphModule) -> bool:
             graph.erase_node(body_ref)
     graph.lint()
     return found
+
+
+def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
+    """Give ``module`` copies of what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters."""
+    there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    there.update(name for name, _ in module.named_buffers(remove_duplicate=False))
+    for name in program.state_dict.keys() - there:
+        tensor = program.state_dict[name]
+        set_tensor(module, name, tensor.detach().clone(), parameter=isinstance(tensor, torch.nn.Parameter))
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:

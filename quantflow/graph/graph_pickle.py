@@ -22,6 +22,7 @@ _KEPT_META = (
     "nn_module_stack",
     "stack_trace",
     "quantflow_switched",
+    "quantflow_frozen",
     "quantflow_cumulative_average",
     "quantflow_tracking",
     "quantflow_output_moments",

@@ -6,8 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.fx import GraphModule
 
+from quantflow.aten import layer
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.modes import FROZEN
 
 
 @contextlib.contextmanager
@@ -23,3 +26,16 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
             if isinstance(module, TrainableGraphModule):
                 module.train(training)
             module.training = training
+
+
+def never_trained(model: nn.Module) -> frozenset[str]:
+    """The names of the layers that ``model.train()`` leaves in inference mode, as a model with frozen batch norm has them.
+
+    ``model`` is left in inference mode.
+    """
+    if isinstance(model, GraphModule):  # what a capture found; a graph of stock torch holds its mode on its nodes
+        return frozenset(layer(node) for node in model.graph.nodes if node.meta.get(FROZEN))
+    model.train()
+    frozen = frozenset(name for name, m in model.named_modules(remove_duplicate=False) if not m.training)
+    model.eval()
+    return frozen

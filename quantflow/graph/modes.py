@@ -8,10 +8,12 @@ model's own choice in both modes and is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, op, set_argument
+from quantflow.aten import argument, aten, layer, op, set_argument
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -31,6 +33,7 @@ _MODE_ARGUMENT = {
 _WITH_STATISTICS = {BATCH_NORM, aten.instance_norm.default}
 
 SWITCHED = "quantflow_switched"  # node.meta: this node follows the module's mode
+FROZEN = "quantflow_frozen"  # node.meta: the model's own train() leaves this node in inference mode
 CUMULATIVE = "quantflow_cumulative_average"  # node.meta: batch norm with momentum=None
 TRACKING = "quantflow_tracking"  # node.meta: counts batches, there in training mode only
 
@@ -40,12 +43,33 @@ def cumulative_average_factor(num_batches_tracked: torch.Tensor) -> float:
     return 1.0 / float(num_batches_tracked)
 
 
-def mark_switched(graph: torch.fx.Graph) -> None:
-    """Note on each node whether it follows the mode; ``graph`` is in inference mode."""
+def mark_switched(graph: torch.fx.Graph, never_trained: Set[str] = frozenset()) -> None:
+    """Note on each node whether it follows the mode; ``graph`` is in inference mode.
+
+    Args:
+        graph: The graph, changed in place.
+        never_trained: Names of layers that stay in inference mode.
+    """
     for node in graph.nodes:
         name = _MODE_ARGUMENT.get(op(node))
-        if name is not None and not argument(node, name):
+        if name is None or argument(node, name):
+            continue
+        if layer(node) in never_trained:
+            node.meta[FROZEN] = True
+        if not node.meta.get(FROZEN):
             node.meta[SWITCHED] = name
+
+
+def mark_frozen(graph: torch.fx.Graph) -> None:
+    """Note on each node that stands in inference mode that it stays there; ``graph`` was captured in training mode."""
+    for node in graph.nodes:
+        if (name := _MODE_ARGUMENT.get(op(node))) is not None and not argument(node, name):
+            node.meta[FROZEN] = True
+
+
+def is_inference_constant(node: Node) -> bool:
+    """Whether the operator ``node``, which has a mode, is in inference mode whenever the graph is."""
+    return SWITCHED in node.meta or FROZEN in node.meta
 
 
 def training_literals(graph: torch.fx.Graph) -> list[Node]:

@@ -1,0 +1,162 @@
+"""What is the identity in inference stays an operator of its own: the captured graph trains as eager does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import quantflow as qf
+from quantflow.grid.fake_quantize import FakeQuantize
+from quantizers import XNNPACKQuantizer
+
+
+class Residual(nn.Module):
+    """A dropout beside a residual connection."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.drop, self.linear = drop, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.linear(self.drop(x))
+
+
+class Functional(nn.Module):
+    """Dropout as functions, by position and by name, read by several."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = F.dropout(x, 0.3, self.training)
+        z = torch.dropout(x, 0.3, self.training)
+        w = F.dropout(input=x, p=0.2, training=self.training)
+        return x * y + self.linear(z) + w + F.dropout(x, 0.5, self.training, inplace=False) + y
+
+
+class Chain(nn.Module):
+    """Dropouts of dropouts, one called twice, behind a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.identity, self.linear = nn.Dropout(0.2), nn.Dropout(0.4), nn.Identity(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        rows = self.identity(x.flatten(1)).view_as(x)
+        y = self.b(self.a(rows))
+        return x + rows + self.linear(y) + self.a(y) + self.a(rows)
+
+
+class InPlace(nn.Module):
+    """In place, the input itself is dropped: the residual too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.linear = nn.Dropout(0.4, inplace=True), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return x + torch.relu(self.drop(x))
+
+
+class Frozen(nn.Module):
+    """A batch norm that its own model keeps in inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.free = nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.free(self.norm(self.conv(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+NETWORKS = {
+    **{
+        kind.__name__: lambda kind=kind: Residual(kind(0.4))
+        for kind in (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    },
+    "functional": Functional,
+    "chain": Chain,
+    "in place": InPlace,
+    "frozen": Frozen,
+}
+
+
+def step(module, x):
+    torch.manual_seed(3)
+    module.zero_grad()
+    y = module(x)
+    y.square().mean().backward()
+    gradients = {k: p.grad for k, p in module.named_parameters()}
+    return y.detach(), gradients, dict(module.named_buffers()), torch.get_rng_state()
+
+
+def assert_same(ours, eager):
+    assert torch.allclose(ours[0], eager[0], rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(ours[1:3], eager[1:3], strict=True):
+        for name, tensor in theirs.items():
+            assert torch.allclose(mine[name].float(), tensor.float(), rtol=1e-4, atol=1e-5), name
+    assert torch.equal(ours[3], eager[3])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trains_as_eager(name, strict):
+    torch.manual_seed(0)
+    model, x = NETWORKS[name](), torch.randn(4, 5, 6)
+    graph = qf.export(model, (x,), strict=strict).module()
+    again = qf.export(graph, (x,)).module()
+    for mode in (True, False, True):
+        eager = step(copy.deepcopy(model).train(mode), x)
+        for captured in (graph, again):
+            assert_same(step(copy.deepcopy(captured).train(mode), x), eager)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_prepared_with_rounding_off_trains_as_eager(name):
+    torch.manual_seed(0)
+    model, x = NETWORKS[name](), torch.randn(4, 5, 6)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(), qat=True).train()
+    for module in prepared.modules():
+        if isinstance(module, FakeQuantize):
+            module.enable_fake_quant(False)
+    assert_same(step(prepared, x), step(model.train(), x))
+
+
+def test_no_alias_is_left():
+    model, x = Chain(), torch.randn(4, 5, 6)
+    program = qf.export(model, (x,)).program
+    assert not any(node.target is torch.ops.aten.alias.default for node in program.graph.nodes)
+
+
+def test_a_graph_that_is_captured_again_is_left_as_it_was():
+    graph = qf.export(Residual(nn.Dropout(0.4)), (torch.randn(4, 6),)).module()
+    before = graph.code
+    qf.export(graph, (torch.randn(4, 6),))
+    assert graph.code == before
+
+
+def test_a_program_captured_in_training_mode_elsewhere_keeps_what_is_frozen():
+    torch.manual_seed(0)
+    model, x = Frozen().train(), torch.randn(4, 5, 6)
+    graph = qf.export(torch.export.export(copy.deepcopy(model), (x,))).module()
+    assert_same(step(graph.train(), x), step(model, x))
+
+
+def test_a_dropout_that_a_capture_elsewhere_has_mixed_up_stays_off_and_is_told():
+    torch.manual_seed(0)
+    model, x = Residual(nn.Dropout(0.4)).eval(), torch.randn(8, 6)
+    exported = qf.export(torch.export.export(model, (x,)))
+    assert exported.inference_only == ("drop (dropout)",)
+    graph = exported.module()
+    assert torch.allclose(graph.train()(x), model(x), atol=1e-6)
+    with pytest.warns(qf.QuantflowWarning, match="drop"):
+        qf.train(graph, [(x, torch.zeros(8, dtype=torch.long))], progress=False)
