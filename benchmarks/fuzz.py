@@ -8,7 +8,7 @@
 float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
 in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
 where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
-is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, the reasons, and what ended otherwise as scripts.
+is at fault. A seed gives network, weights and inputs. Writes JSON: counts, reasons, and what ended otherwise as scripts.
 """
 
 from __future__ import annotations

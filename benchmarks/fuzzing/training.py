@@ -13,24 +13,34 @@ from torch import nn
 
 import quantflow as qf
 from fuzzing.compare import Compared, compare
-from fuzzing.rounding import Call, Outputs, moved
+from fuzzing.rounding import Call, Outputs, moved, tensors_of
+from quantflow.exported import INFERENCE_ONLY
 from quantflow.graph.graph_module import TrainableGraphModule
 
 EQUAL_DB = 80.0  # a relative difference of 1e-4
 _PARTS = ("outputs", "gradients", "buffers", "draws")
 
 
-def compare_training(model: nn.Module, graph: nn.Module, calls: Sequence[Call], seed: int) -> dict[str, Compared]:
+def compare_training(
+    model: nn.Module, graph: TrainableGraphModule, calls: Sequence[Call], seed: int
+) -> dict[str, Compared]:
     """Two steps in training mode, forward and backward: outputs, gradients, buffers and random draws of ``graph`` beside those
-    of the eager ``model``.
+    of the eager ``model``. Layers that quantflow names as captured in inference mode are in that mode in the ``model`` too.
     """
     calls = calls[:2]
-    missing = {name for name, _ in _named(model) if _found(graph, model, name) is None}
-    expected = _steps(copy.deepcopy(model), model, calls, seed, missing)
-    found = _steps(graph, model, calls, seed, missing)
+    told = [layer.split(" (")[0] for layer in graph.meta.get(INFERENCE_ONLY, ()) if " (" in layer]
+    model.train()
+    for name in told:
+        model.get_submodule(name).eval()
+    graph.train()
+    # A tensor of another form has the same elements: a rewrite may lay out a weight anew.
+    pairs = {name: (like, _found(graph, model, name)) for name, like in _named(model)}
+    names = {name: own.shape != like.shape for name, (like, own) in pairs.items() if own is not None}
+    expected = _steps(copy.deepcopy(model), model, calls, seed, names)
+    found = _steps(graph, model, calls, seed, names)
     noise = functools.cache(
         lambda: [
-            _steps(near, model, near_calls, seed, missing)
+            _steps(near, model, near_calls, seed, names)
             for near, near_calls in (moved(model, calls, draw) for draw in range(4))
         ]
     )
@@ -48,7 +58,7 @@ def train(graph: TrainableGraphModule, calls: Sequence[Call]) -> None:
     for args, kwargs in [*calls[:2], *calls[:2]]:
         named = {f"x{i}": a for i, a in enumerate(args)} | kwargs
         data.append({**copy.deepcopy(named), "labels": target} if kwargs else (copy.deepcopy(args), target))
-    qf.train(graph, data, loss=lambda output, _: _loss(output), lr=1e-4, progress=False)
+    qf.train(graph, data, loss=lambda output, _: _loss(output) / 100, lr=1e-4, progress=False)
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -57,17 +67,15 @@ def _loss(output: Any) -> torch.Tensor:
     for t in pytree.tree_leaves(output):
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad:
             pattern = torch.cos(torch.arange(t.numel(), dtype=t.dtype)).reshape(t.shape)
-            total = total + (t * pattern).mean() + 0.1 * t.square().mean()
+            total = total + (t * pattern).sum() + 0.1 * t.square().sum()
     return total
 
 
 def _steps(
-    network: nn.Module, model: nn.Module, calls: Sequence[Call], seed: int, skip: set[str]
+    network: nn.Module, model: nn.Module, calls: Sequence[Call], seed: int, names: dict[str, bool]
 ) -> dict[str, Outputs]:
-    """What a network leaves after each step, by part; names are those of the eager ``model``."""
+    """What a network leaves after each step, by part; of the tensors of these names in the eager ``model``, sorted if True."""
     found: dict[str, Outputs] = {part: [] for part in _PARTS}
-    network.train()
-    names = [(name, like) for name, like in _named(model) if name not in skip]
     with torch.random.fork_rng(devices=[]):
         for step, (args, kwargs) in enumerate(copy.deepcopy(list(calls))):
             torch.manual_seed(seed + step)
@@ -75,15 +83,18 @@ def _steps(
             output = network(*args, **kwargs)
             found["draws"].append([torch.get_rng_state()])
             _loss(output).backward()
-            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-            found["outputs"].append([t.detach().clone() for t in leaves])
-            own = [(like, _found(network, model, name)) for name, like in names]
-            gradients = [t.grad for like, t in own if isinstance(like, nn.Parameter)]  # type: ignore[union-attr]
-            likes = [like for like, _ in own if isinstance(like, nn.Parameter)]
-            pairs = zip(gradients, likes, strict=True)
-            found["gradients"].append([torch.zeros_like(like) if g is None else g.clone() for g, like in pairs])
-            buffers = [t for like, t in own if not isinstance(like, nn.Parameter)]
-            found["buffers"].append([t.detach().clone() for t in buffers])  # type: ignore[union-attr]
+            found["outputs"].append(tensors_of(output))
+            gradients: list[torch.Tensor] = []
+            buffers: list[torch.Tensor] = []
+            for name, in_order in names.items():
+                tensor = _found(network, model, name)
+                assert tensor is not None
+                learned = isinstance(tensor, nn.Parameter)
+                now = (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad) if learned else tensor
+                now = now.flatten().sort().values if in_order else now
+                (gradients if learned else buffers).append(now.detach().clone())
+            found["gradients"].append(gradients)
+            found["buffers"].append(buffers)
     return found
 
 
