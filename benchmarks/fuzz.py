@@ -1,0 +1,147 @@
+"""Random networks through quantflow, by four paths, each case in a process that may crash or hang.
+
+    python benchmarks/fuzz.py --seeds 0:1000                 # all paths; some 3 s a case
+    python benchmarks/fuzz.py --seeds 123:124 --paths qat --show   # print the network of a seed
+    python benchmarks/fuzz.py --seeds 0:200 --minimise       # make each network that fails as small as it fails alike
+    python benchmarks/fuzz.py --rerun fuzz.json              # only what failed in an earlier run
+
+float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
+in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
+where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
+is at fault. A seed gives network, weights and inputs. Writes JSON: counts, reasons, and what ended otherwise as scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import executorch.kernels.quantized  # noqa: F401  before the processes part: none loads it again
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fuzzing.compare import AMPLIFIES
+from fuzzing.generate import generate
+from fuzzing.isolate import isolated
+from fuzzing.minimise import minimised
+from fuzzing.network import Network
+from fuzzing.paths import PATHS
+from fuzzing.verdict import NAMED, VERDICTS, Verdict, answer, judge
+from fuzzing.warm_up import warm_up
+
+from quantflow.text_table import aligned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0:100", help="A:B, or one seed")
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=120.0, help="that a case may take")
+    parser.add_argument("--minimise", action="store_true", help="make failing networks small")
+    parser.add_argument("--show", action="store_true", help="print the networks of these seeds, and run nothing")
+    parser.add_argument("--rerun", type=Path, help="the cases that this file of results holds")
+    parser.add_argument("--output", type=Path, default=Path("runs/fuzz.json"))
+    options = parser.parse_args()
+    first, _, last = options.seeds.partition(":")
+    seeds = range(int(first), int(last) if last else int(first) + 1)
+    if options.show:
+        for seed in seeds:
+            print(generate(seed).source())
+        return
+    warnings.simplefilter("ignore")
+    warm_up()
+    cases = _failed(options.rerun) if options.rerun else [(seed, path) for seed in seeds for path in options.paths]
+    run = _Run(options.output, options.seconds)
+    tasks = ((_network(seed), path) for seed, path in cases)
+    bar = tqdm(
+        isolated(answer, tasks, jobs=options.jobs, seconds=options.seconds), total=len(cases), desc="fuzz", unit="case"
+    )
+    for ended in bar:
+        run.add(ended.task, judge(ended))
+        bar.set_postfix(failed=len(run.failures))
+    if options.minimise:
+        run.minimise()
+    print(run.table())
+
+
+@functools.lru_cache(1)
+def _network(seed: int) -> Network:
+    """The network of ``seed``, made in another process: it trains a step, and autograd's threads do not survive a fork."""
+    (made,) = isolated(generate, [seed])
+    if made.kind != "returned":
+        raise RuntimeError(f"seed {seed}: {made.text}")
+    return made.value
+
+
+class _Run:
+    """The verdicts so far, on disk as they come."""
+
+    def __init__(self, output: Path, seconds: float) -> None:
+        self.output, self.seconds = output, seconds
+        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.told: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self.failed: list[tuple[Network, str, Verdict]] = []
+
+    def add(self, case: tuple[Network, str], verdict: Verdict) -> None:
+        network, path = case
+        self.counts[path][verdict.ending] += 1
+        if verdict.ending in (NAMED, AMPLIFIES):
+            self.told.append({"seed": network.seed, "path": path, "ending": verdict.ending, "reason": verdict.reason})
+        if not verdict.good:
+            self.failed.append((network, path, verdict))
+            self.failures.append(_described(network, path, verdict))
+        self.write()
+
+    def write(self) -> None:
+        record = {"counts": self.counts, "failures": self.failures, "told": self.told}
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    def minimise(self) -> None:
+        """Replace each failing network by the smallest found that fails alike; of those that fail alike, the first three."""
+        seen: collections.Counter[str] = collections.Counter()
+        for index, (network, path, verdict) in enumerate(tqdm(self.failed, desc="minimise", unit="case")):
+            seen[verdict.kind] += 1
+            if seen[verdict.kind] > 3:
+                continue
+
+            def alike(smaller: Network, path: str = path, verdict: Verdict = verdict) -> bool:
+                (ended,) = isolated(answer, [(smaller, path)], seconds=self.seconds)
+                return judge(ended).kind == verdict.kind
+
+            self.failures[index]["minimised"] = minimised(network, alike).source().split("\n\n\n", 1)[1]
+            self.write()
+
+    def table(self) -> str:
+        """Cases by ending and path."""
+        paths = list(self.counts)
+        rows = [["", *paths]]
+        for ending in VERDICTS:
+            if any(self.counts[path][ending] for path in paths):
+                rows.append([ending, *(str(self.counts[path][ending]) for path in paths)])
+        return "\n".join(aligned(rows, figures=True))
+
+
+def _described(network: Network, path: str, verdict: Verdict) -> dict[str, Any]:
+    told = {k: v for k, v in vars(verdict).items() if v}
+    return {"seed": network.seed, "path": path, **told, "network": network.source().split("\n\n\n", 1)[1]}
+
+
+def _failed(results: Path) -> list[tuple[int, str]]:
+    return [(row["seed"], row["path"]) for row in json.loads(results.read_text())["failures"]]
+
+
+if __name__ == "__main__":
+    main()

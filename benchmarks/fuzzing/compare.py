@@ -1,0 +1,85 @@
+"""Two networks' outputs side by side: equal, apart, or no further apart than rounding carries them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fuzzing.rounding import Outputs
+from quantflow.metrics import signal_to_noise
+
+RIGHT, AMPLIFIES, WRONG = "right", "amplifies", "wrong"
+EXACT = 999.0  # dB, for no difference at all
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How near two networks are.
+
+    Attributes:
+        verdict: ``right``, ``amplifies`` (rounding alone carries the network as far) or ``wrong``.
+        db: Of the farthest output; for integers and booleans -10·log10 of the share that differs.
+        where: Of it, the call and the output.
+    """
+
+    verdict: str
+    db: float
+    where: str = ""
+
+
+def compare(
+    expected: Outputs,
+    found: Outputs,
+    least: float,
+    noise: Callable[[], list[Outputs]],
+    margin: float = 4.0,
+    tiny: float = 1e-6,
+    integers: bool = True,
+) -> Compared:
+    """Compare every output of every call.
+
+    Args:
+        expected: Of the reference.
+        found: Of the other.
+        least: What is asked for, dB.
+        noise: The reference with rounding errors planted, some draws; asked for only where an output is far.
+        margin: By how much more than the largest planted error a difference may be and still count as rounding, in amplitude.
+        integers: Whether outputs that are not float are compared, too: they must be equal.
+        tiny: A difference below it is none: where a network cancels to nothing, what is left is rounding.
+    """
+    worst = Compared(RIGHT, EXACT)
+    draws: list[Outputs] | None = None
+    for call, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if len(ours) != len(theirs):
+            return Compared(WRONG, -math.inf, f"call {call}: {len(ours)} outputs, not {len(theirs)}")
+        for index, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
+            where = f"call {call}, output {index}"
+            if mine.shape != reference.shape or mine.dtype != reference.dtype:
+                text = f"{mine.dtype}{list(mine.shape)}, not {reference.dtype}{list(reference.shape)}"
+                return Compared(WRONG, -math.inf, f"{where}: {text}")
+            if not integers and not reference.is_floating_point():
+                continue
+            db = nearness(reference, mine, tiny)
+            verdict = RIGHT
+            if not db >= (least if reference.is_floating_point() else EXACT):
+                draws = noise() if draws is None else draws
+                far = min(nearness(reference, draw[call][index], tiny) for draw in draws)
+                verdict = AMPLIFIES if db >= far - 20 * math.log10(margin) else WRONG
+            order = [RIGHT, AMPLIFIES, WRONG]
+            if (order.index(verdict), -db) > (order.index(worst.verdict), -worst.db):
+                worst = Compared(verdict, round(db, 1), where)
+    return worst
+
+
+def nearness(reference: torch.Tensor, found: torch.Tensor, tiny: float) -> float:
+    """How near, dB; of integers and booleans by the share that differs."""
+    if not reference.is_floating_point():
+        share = float((reference != found).double().mean())
+        return -10 * math.log10(share) if share else EXACT
+    if torch.allclose(found, reference, rtol=0.0, atol=tiny, equal_nan=True):
+        return EXACT
+    db = signal_to_noise(reference, found)
+    return -math.inf if math.isnan(db) else min(db, EXACT)

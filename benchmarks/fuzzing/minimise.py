@@ -1,0 +1,113 @@
+"""Makes a network that fails as small as it still fails alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fuzzing.network import PRELUDE, Input, Network
+
+
+def minimised(network: Network, fails: Callable[[Network], bool], tries: int = 80) -> Network:
+    """The smallest network found that ``fails``, by leaving out outputs, statements, inputs and what lies before a value.
+
+    Args:
+        network: One that fails.
+        fails: Whether another one fails alike.
+        tries: How often to ask.
+    """
+    found, asked = network, 0
+    while asked < tries:
+        for smaller in _smaller(found):
+            if smaller == found:
+                continue
+            asked += 1
+            if fails(smaller):
+                found = smaller
+                break
+            if asked >= tries:
+                break
+        else:
+            return found
+    return found
+
+
+def _smaller(network: Network) -> Iterator[Network]:
+    """Networks with less in them, the smallest first."""
+    if network.structure != "one" or len(network.outputs) > 1:
+        for name in network.outputs:
+            yield replace(network, outputs=(name,), structure="one").pruned()
+    yield network.pruned()
+    if network.channels_last:
+        inputs = tuple(
+            replace(i, text=i.text.replace(".to(memory_format=torch.channels_last)", "")) for i in network.inputs
+        )
+        yield replace(network, inputs=inputs, channels_last=False)
+    values = _values(network)
+    names = [name for s in network.statements for name in s.makes if name in values]
+    for name in reversed(names):  # what comes before a value becomes an input
+        if network.structure == "one" and name in network.outputs:
+            continue
+        yield _from(network, name, values[name])
+    if network.structure == "one":
+        for name in names:  # what comes behind a value is left out
+            if name not in network.outputs:
+                yield replace(network, outputs=(name,)).pruned()
+    for index in reversed(range(len(network.statements))):
+        yield from _bypassed(network, index, values)
+
+
+def _from(network: Network, name: str, value: torch.Tensor) -> Network:
+    """``network`` with an input in place of ``name`` and of all that only it is made of."""
+    index = next(i for i, s in enumerate(network.statements) if name in s.makes)
+    shape = ", ".join(map(str, value.shape))
+    text = f"torch.randn({shape})" if value.is_floating_point() else f"torch.randint(0, 2, ({shape},))"
+    text = f"{text}.bool()" if value.dtype == torch.bool else text
+    new = f"x{1 + max(int(i.name[1:]) for i in network.inputs)}"
+    kept = network.without([index])
+    statements = tuple(replace(s, text=_renamed(s.text, name, new)) for s in kept.statements)
+    outputs = tuple(new if o == name else o for o in kept.outputs)
+    return replace(kept, statements=statements, outputs=outputs, inputs=(Input(new, text), *kept.inputs)).pruned()
+
+
+def _bypassed(network: Network, index: int, values: dict[str, torch.Tensor]) -> Iterator[Network]:
+    """``network`` without a statement, its readers reading what it read, where that has the same shape."""
+    statement = network.statements[index]
+    less = network.without([index])
+    if not statement.makes:
+        yield less.pruned()
+        return
+    if len(statement.makes) > 1 or statement.makes[0] not in values:
+        return
+    made = statement.makes[0]
+    for name in sorted(statement.reads):
+        like = values.get(name)
+        if like is None or like.shape != values[made].shape or like.dtype != values[made].dtype:
+            continue
+        statements = tuple(replace(s, text=_renamed(s.text, made, name)) for s in less.statements)
+        outputs = tuple(name if o == made else o for o in less.outputs)
+        yield replace(less, statements=statements, outputs=outputs).pruned()
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+    return re.sub(rf"\b{old}\b", new, text)
+
+
+def _values(network: Network) -> dict[str, torch.Tensor]:
+    """What each name is, in inference."""
+    space: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        exec(PRELUDE, space)
+        model, ((args, kwargs),) = network.build(batches=1)
+        named = [i.name for i in network.inputs if not i.keyword]
+        values = {**dict(zip(named, args, strict=True)), **kwargs}
+        space["self"] = model
+        for statement in network.statements:
+            run = {**space, **values}
+            exec(statement.text, run)
+            values |= {name: run[name] for name in statement.makes}
+    return values
