@@ -70,7 +70,7 @@ class Edge:
         outside = program.delegation.quantized_outside if program.delegation is not None else ()
         if outside and edge.delegate.partitioners():
             remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
-            _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict)
+            _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
         return program
 
     def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
@@ -159,10 +159,11 @@ def _layers(program: ExportedProgram, operator: str) -> str:
     return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
 
 
-def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool) -> None:
+def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool, *, depth: int = 4) -> None:
+    """Warn in the line that called this file, ``depth`` frames away; raise where ``strict``."""
     if strict:
         raise QuantflowError(stage, reason, node=node, remedy=remedy)
-    warnings.warn(QuantflowWarning(stage, reason, node=node, remedy=remedy), stacklevel=4)
+    warnings.warn(QuantflowWarning(stage, reason, node=node, remedy=remedy), stacklevel=depth)
 
 
 def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = frozenset()) -> Edge:

@@ -78,6 +78,19 @@ class Frozen(nn.Module):
         return self
 
 
+class FunctionalFrozen(nn.Module):
+    """Batch norm as a function that never trains, and dropout that is always off."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.free = nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5)
+        self.register_buffer("mean", torch.randn(5))
+        self.register_buffer("var", torch.rand(5) + 0.5)
+
+    def forward(self, x):
+        return self.free(F.dropout(F.batch_norm(self.conv(x), self.mean, self.var, None, None, False), 0.5, False))
+
+
 NETWORKS = {
     **{
         kind.__name__: lambda kind=kind: Residual(kind(0.4))
@@ -87,6 +100,7 @@ NETWORKS = {
     "chain": Chain,
     "in place": InPlace,
     "frozen": Frozen,
+    "functional frozen": FunctionalFrozen,
 }
 
 
