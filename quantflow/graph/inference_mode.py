@@ -33,8 +33,8 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 def never_trained(model: nn.Module) -> frozenset[str]:
     """The names of the layers of ``model`` that are in inference mode also while it trains.
 
-    Those are what ``model.train()`` leaves so, as a model with frozen batch norm has it, and those whose class never asks for the
-    mode: a ``F.batch_norm(..., training=False)`` in it is meant. ``model`` is left in inference mode.
+    Those are what ``model.train()`` leaves so, as a model with frozen batch norm has it, and those whose class never asks for
+    the mode: a ``F.batch_norm(..., training=False)`` in it is meant. ``model`` is left in inference mode.
     """
     if isinstance(model, GraphModule):  # what a capture found; a graph of stock torch holds its mode on its nodes
         return frozenset(layer(node) for node in model.graph.nodes if node.meta.get(FROZEN))
@@ -46,7 +46,7 @@ def never_trained(model: nn.Module) -> frozenset[str]:
 
 
 @functools.cache
-def _asks_for_mode(kind: type[nn.Module]) -> bool:
+def _asks_for_mode(kind: type) -> bool:
     """Whether the source of a class of layers, or a function of its file that it calls, reads the mode of a module; True where
     there is no source.
     """
