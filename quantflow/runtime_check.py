@@ -67,7 +67,9 @@ def check(program: Program, source: ExportedProgram) -> Finding | None:
     trial = isolated.run(program.buffer, calls)
     if trial.failure:
         return Finding(trial.failure, trial.loaded, False, trial.operators)
-    for call, (found, expected) in enumerate(zip(trial.outputs, reference.outputs(), strict=True)):
+    for call, (found, expected) in enumerate(zip(trial.outputs, reference.outputs, strict=True)):
+        if len(found) != len(expected):
+            return Finding(f"it returns {len(found)} values, the graph {len(expected)}")
         for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             if reason := _difference(ours, theirs, reference, call, index):
                 return Finding(f"output {index} {reason}" + (f", at call {call + 1}" if call else ""))
@@ -75,23 +77,25 @@ def check(program: Program, source: ExportedProgram) -> Finding | None:
 
 
 class _Reference:
-    """The graph that a program was lowered from, and the inputs of each call."""
+    """The graph that a program was lowered from.
+
+    Attributes:
+        inputs: The positional and keyword inputs of each call, in a row.
+        outputs: The flat outputs of each.
+    """
 
     def __init__(self, source: ExportedProgram) -> None:
         self.graph = source.module(check_guards=False)
         self.in_integers = is_converted(self.graph)
-        first = source.example_inputs
-        self.inputs = [first, pytree.tree_map(_other, first)]
-        try:
-            self.outputs()
-        except Exception:  # values that the network does not take
-            self.inputs = [first]
+        first, repeats = source.example_inputs, 1
         if source.graph_signature.buffers_to_mutate:
-            self.inputs += [first] * (_STATEFUL_CALLS - len(self.inputs))
-
-    def outputs(self) -> list[list[Any]]:
-        """The flat outputs of each call, in a row."""
-        return self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
+            repeats = _STATEFUL_CALLS
+        self.inputs = [first, pytree.tree_map(_other, first), *[first] * (repeats - 2)]
+        try:
+            self.outputs = self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
+        except Exception:  # values that the network does not take
+            self.inputs = [first] * repeats
+            self.outputs = self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
 
     def moved(self) -> Iterator[list[list[Any]]]:
         """The outputs with the inputs moved by a step, or the parameters where no input is of floats."""

@@ -40,7 +40,7 @@ def never_trained(model: nn.Module) -> frozenset[str]:
         return frozenset(layer(node) for node in model.graph.nodes if node.meta.get(FROZEN))
     model.train()
     layers = list(model.named_modules(remove_duplicate=False))
-    frozen = frozenset(name for name, m in layers if not m.training or not _asks_for_mode(type(m)))
+    frozen = frozenset(name for name, m in layers if not m.training or not _asks_for_mode(type(m)))  # type: ignore[arg-type]
     model.eval()
     return frozen
 
