@@ -20,6 +20,7 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
+from quantflow.graph.state import state_kept
 from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -195,7 +196,7 @@ def _why_not(
     """The error of a model that can't be traced, or of one that does not even run on the example inputs."""
     name = type(model).__name__
     try:
-        with torch.no_grad():
+        with torch.no_grad(), state_kept(model):
             model(*args, **kwargs)
     except Exception as eager:
         reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"

@@ -6,17 +6,18 @@ import copy
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from quantflow.aten import argument, is_inplace, is_view, label
+from quantflow.aten import argument, label
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.graph.state import written_by, written_tensors
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.observers import Observer
 from quantflow.observers.insertion import (
@@ -119,25 +120,21 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
 
 
 def _check_writes(module: GraphModule) -> None:
-    """Refuse a write into part of a tensor that is quantized and that others read: its quantized copies would not see it."""
+    """Refuse integers for a tensor that is written where others see it: a copy would be written, or not see it."""
+    written = written_tensors(module.graph)
     for node in module.graph.nodes:
-        if not is_inplace(node) or not isinstance(node.args[0], Node):
+        annotation, base = annotation_of(node), written_by(node)
+        if annotation is None or node not in written:
             continue
-        base = node.args[0]
-        while is_view(base):
-            base = base.args[0]
-            if len(base.users) > 1 and _is_annotated(base):
-                reason = f"{node.target} writes into part of {label(base)}, which other nodes read"
-                remedy = "write it without in-place assignment (torch.where, torch.cat, masked_fill)"
-                raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
-
-
-def _is_annotated(node: Node) -> bool:
-    """Whether ``node`` is quantized, as an output or on its way to a user."""
-    own = annotation_of(node)
-    readers = (annotation_of(user) for user in node.users)
-    edges = any(a is not None and a.input_qspec_map.get(node) is not None for a in readers)
-    return edges or (own is not None and own.output_qspec is not None)
+        if annotation.output_qspec is not None or (
+            base is not None and annotation.input_qspec_map.get(base) is not None
+        ):
+            what = f"{node.target} writes into" if base is not None else "an operator writes in place into"
+            reason = f"the quantizer asks for integers, and {what} what others read"
+            remedy = (
+                "leave the layer in float, as quantizers.XNNPACKQuantizer does, or write it without in-place operators"
+            )
+            raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:

@@ -28,16 +28,17 @@ from quantflow.aten import (
     value,
 )
 from quantflow.graph.parameters import read_attribute, unused_name
+from quantflow.graph.state import written_tensors
 
 Rewrite = Callable[[GraphModule, Node], Node | None]
 
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
     """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
-    changed = False
+    changed, written = False, written_tensors(module.graph)
     for node in list(module.graph.nodes):
         apply = rewrites.get(op(node))
-        replacement = apply(module, node) if apply is not None and not _writes(node) else None
+        replacement = apply(module, node) if apply is not None and node not in written else None
         if replacement is None:
             continue
         changed = True
@@ -49,16 +50,6 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
         module.graph.lint()
         module.recompile()
     return module
-
-
-def _writes(node: Node) -> bool:
-    """Whether another node sees what ``node`` writes into its first argument."""
-    base = node.args[0] if is_inplace(node) else None
-    while isinstance(base, Node) and base.op == "call_function":
-        if len(base.users) > 1:
-            return True
-        base = base.args[0] if is_view(base) else None
-    return base is not None  # a parameter, a buffer, an input
 
 
 def _feeds_a_pole(node: Node, steps: int = 4) -> bool:

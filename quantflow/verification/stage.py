@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from quantflow.exported import Exported
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.modes import training_literals
+from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.inspection import inspect as inspection
 from quantflow.inspection import pte
@@ -92,6 +94,7 @@ class Stage:
 
     @classmethod
     def _of_program(cls, name: str, program: Program) -> Stage:
+        program = dataclasses.replace(program)  # one of its own, whose state begins anew
         program.load()
 
         def run(args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -137,6 +140,8 @@ class Stage:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             with torch.no_grad():
+                if isinstance(self.module, GraphModule):
+                    args, kwargs = inputs_kept(self.module, (args, kwargs))
                 return in_rows(self.run, self.signature, args, kwargs)
         except QuantflowError as error:
             where = self.name + (f", {error.node}" if error.node else "")
@@ -145,9 +150,14 @@ class Stage:
             reason = f"does not run on the data: {type(error).__name__}: {str(error)[:400]}"
             raise QuantflowError("verify", reason, node=self.name, remedy="check the inputs it was made for") from error
 
-    def mode(self) -> AbstractContextManager[None]:
-        """Inference mode for a while."""
-        return nullcontext() if self.module is None else inference_mode(self.module)
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Inference mode for a while; state that the calls in between write is given back as it was."""
+        if self.module is None:
+            yield
+            return
+        with inference_mode(self.module), state_kept(self.module):
+            yield
 
     def names(self) -> tuple[list[str], list[str]]:
         """For an eager model, the names of its inputs: those that it must have, and all."""
