@@ -44,6 +44,7 @@ from quantflow.observers.observation import (
     qparams_of,
     saw_no_number,
 )
+from quantflow.observers.writes import check_observed_writes
 
 decomposed = torch.ops.quantized_decomposed
 
@@ -71,6 +72,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
         )
     converted = adopt(graph).eval()
     check_observed(converted)
+    check_observed_writes(converted)
     _erase_inference_identities(converted)
     with torch.no_grad():
         _convert_constants(converted)

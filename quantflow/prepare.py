@@ -17,7 +17,6 @@ from quantflow.exported import Exported
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.graph.state import written_by, written_tensors
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.observers import Observer
 from quantflow.observers.insertion import (
@@ -27,7 +26,7 @@ from quantflow.observers.insertion import (
     make_observers,
 )
 from quantflow.observers.observation import is_converted, observer_of, observers_of
-from quantflow.observers.sharing import annotation_of
+from quantflow.observers.writes import check_annotated_writes
 
 
 def prepare(
@@ -60,7 +59,7 @@ def prepare(
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
-    _check_writes(prepared)
+    check_annotated_writes(prepared.graph)
     observers = make_observers(prepared, fake_quantize if qat else None)
     if not observers:
         raise QuantflowError(
@@ -117,24 +116,6 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
     if observers_of(graph):
         reason, remedy = "the graph is prepared already", "prepare the graph that Exported.module() returned"
         raise QuantflowError("prepare", reason, node=next(iter(observers_of(graph))), remedy=remedy)
-
-
-def _check_writes(module: GraphModule) -> None:
-    """Refuse integers for a tensor that is written where others see it: a copy would be written, or not see it."""
-    written = written_tensors(module.graph)
-    for node in module.graph.nodes:
-        annotation, base = annotation_of(node), written_by(node)
-        if annotation is None or node not in written:
-            continue
-        if annotation.output_qspec is not None or (
-            base is not None and annotation.input_qspec_map.get(base) is not None
-        ):
-            what = f"{node.target} writes into" if base is not None else "an operator writes in place into"
-            reason = f"the quantizer asks for integers, and {what} what others read"
-            remedy = (
-                "leave the layer in float, as quantizers.XNNPACKQuantizer does, or write it without in-place operators"
-            )
-            raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:

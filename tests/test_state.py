@@ -7,6 +7,7 @@ import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as Stock
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.metrics import signal_to_noise as sqnr
@@ -262,9 +263,25 @@ def test_inputs_that_the_model_writes_are_written_by_the_program(scheme, tmp_pat
 
 def test_integers_that_another_quantizer_asks_for_state_are_refused_by_name():
     quantizer = Stock().set_global(get_symmetric_quantization_config())
-    graph = qf.export(MAKE["numbers"]().eval(), (CALLS[0],)).module()
+    model = MAKE["numbers"]().eval()
     with pytest.raises(qf.QuantflowError, match=r"\[prepare\] (mul|add|clamp)_: .*writes into"):
-        qf.prepare(graph, quantizer)
+        qf.prepare(qf.export(model, (CALLS[0],)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (CALLS[0],)).module(), quantizer)
+    qf.calibrate(prepared, CALLS, progress=False)
+    with pytest.raises(qf.QuantflowError, match=r"\[convert\] (mul|add|clamp)_: .*writes into"):
+        qf.convert(prepared)
+
+
+def test_verify_gives_each_stage_the_inputs_as_they_were():
+    model, (args, kwargs) = WritesInputs().eval(), three()
+    exported = qf.export(model, args, kwargs)
+    program = exported.to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    batch = {"x": args[0], "y": args[1], **kwargs}
+    before = copy.deepcopy(batch)
+    stages = {"graph": exported.module(), ".pte": program, "again": program, "eager": model}
+    figures = qf.verify(stages, [batch], latency_runs=0, progress=False)
+    assert min(output.sqnr_db for stage in figures.stages[1:] for output in stage.outputs) > 60
+    assert all(torch.equal(batch[name], given) for name, given in before.items())
 
 
 class OlderView(nn.Module):

@@ -55,10 +55,12 @@ def writes_for_others(node: Node) -> bool:
     return base is not None
 
 
-def written_tensors(graph: Graph) -> frozenset[Node]:
-    """The nodes whose values lie in memory that is written where that can be seen: in state, in an input, or in a tensor that a
-    node reads, after the write, by an older name. A copy made of these before the write would not see it.
+def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
+    """The nodes whose values lie in memory that is written where that can be seen: in state, in an input (where the ``caller``
+    counts), or in a tensor that a node reads, after the write, by an older name. A copy that is made of these before the write
+    would not see it.
     """
+    lasting = {"get_attr", "placeholder"} if caller else {"get_attr"}
     order = {node: i for i, node in enumerate(graph.nodes)}
     root: dict[Node, Node] = {}
     named: defaultdict[Node, list[Node]] = defaultdict(list)  # the nodes that name the memory of each root
@@ -72,7 +74,7 @@ def written_tensors(graph: Graph) -> frozenset[Node]:
         if base is None or root[base] in seen:
             continue
         older = (user for name in named[root[base]] if order[name] < order[node] for user in name.users)
-        if root[base].op != "call_function" or any(order[user] > order[node] for user in older):
+        if root[base].op in lasting or any(order[user] > order[node] for user in older):
             seen.add(root[base])
     return frozenset(name for memory in seen for name in named[memory])
 
@@ -103,9 +105,12 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 
 def inputs_kept(module: GraphModule, inputs: T) -> T:
     """``inputs``, in any structure, for one call of ``module``: copies of their tensors where its graph writes an input."""
-    if not any(is_written(node) for node in module.graph.find_nodes(op="placeholder")):
-        return inputs
-    return pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    return pytree.tree_map_only(torch.Tensor, torch.clone, inputs) if writes_inputs(module) else inputs
+
+
+def writes_inputs(module: GraphModule) -> bool:
+    """Whether the graph of ``module`` writes to one of its inputs."""
+    return any(is_written(node) for node in module.graph.find_nodes(op="placeholder"))
 
 
 def _has_graph(module: nn.Module) -> bool:

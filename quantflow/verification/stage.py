@@ -27,7 +27,7 @@ from quantflow.exported import Exported
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.modes import training_literals
-from quantflow.graph.state import inputs_kept, state_kept
+from quantflow.graph.state import state_kept, writes_inputs
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.inspection import inspect as inspection
 from quantflow.inspection import pte
@@ -140,8 +140,8 @@ class Stage:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             with torch.no_grad():
-                if isinstance(self.module, GraphModule):
-                    args, kwargs = inputs_kept(self.module, (args, kwargs))
+                if self._may_write_inputs():
+                    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 return in_rows(self.run, self.signature, args, kwargs)
         except QuantflowError as error:
             where = self.name + (f", {error.node}" if error.node else "")
@@ -164,6 +164,11 @@ class Stage:
         parameters = inspect.signature(self.module.forward).parameters.values() if self.module is not None else ()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         return [p.name for p in named if p.default is p.empty], [p.name for p in named]
+
+    def _may_write_inputs(self) -> bool:
+        if isinstance(self.module, GraphModule):
+            return writes_inputs(self.module)
+        return self.module is not None or (self.signature is not None and bool(self.signature.written))
 
     def _device(self) -> torch.device | None:
         tensors = () if self.module is None else itertools.chain(self.module.parameters(), self.module.buffers())
