@@ -14,6 +14,7 @@ from tqdm import tqdm
 from quantflow.batches import PickInputs, batches
 from quantflow.distributed import world_size
 from quantflow.errors import QuantflowError
+from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.requantization import warn_of_dead_activations
 from quantflow.observers import Observer
@@ -48,6 +49,9 @@ def calibrate(
         sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
         progress: Show a progress bar.
 
+    State that the graph writes (a counter, a cache) goes on from batch to batch, and is given back as it was at the end; inputs
+    that it writes are copied first.
+
     Under ``torchrun`` each process takes its own share of the data; at the end all hold the same statistics, with the
     extremes of all data to the bit. What was observed is in ``state_dict()``, from which a calibration goes on.
 
@@ -69,10 +73,11 @@ def calibrate(
     signature = Signature.of_graph(graph)
     settled = _Settled(graph, patience)
     seen = 0
-    with _calibrating(graph), torch.no_grad():
+    with _calibrating(graph), state_kept(graph), torch.no_grad():
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
             try:
-                graph(*batch.args, **batch.kwargs)
+                args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
+                graph(*args, **kwargs)
             except QuantflowError:
                 raise
             except Exception as error:

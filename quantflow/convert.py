@@ -30,6 +30,7 @@ from quantflow.graph.parameters import (
     set_tensor,
     unused_name,
 )
+from quantflow.graph.state import writes_for_others
 from quantflow.grid.biases import round_biases, separate_biases
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight
@@ -44,6 +45,7 @@ from quantflow.observers.observation import (
     qparams_of,
     saw_no_number,
 )
+from quantflow.observers.writes import check_observed_writes
 
 decomposed = torch.ops.quantized_decomposed
 
@@ -71,6 +73,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
         )
     converted = adopt(graph).eval()
     check_observed(converted)
+    check_observed_writes(converted)
     _erase_inference_identities(converted)
     with torch.no_grad():
         limit_resolution(converted, {pair.layer: pair for pair in normed_layers(converted.graph)})
@@ -247,7 +250,7 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
 def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Node:
     """What a clamp before quantizing takes, where the end of the grid clamps to the very same integers."""
     limits = clamp_limits(x)
-    if limits is None or only_user(x) is not reader:
+    if limits is None or only_user(x) is not reader or writes_for_others(x):
         return x
     low, high = ((q - zero_point) * scale for q in (quant_min, quant_max))
     # What lies half a step beyond the grid is rounded into it.

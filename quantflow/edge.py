@@ -14,6 +14,7 @@ from quantflow.core_aten import CoreAten, lower_to_core_aten
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
+from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
 from quantflow.inspection.pte import SIGNATURE_METHOD
@@ -124,7 +125,8 @@ class Edge:
 
         delegation = self.delegation()  # what follows changes the graph
         try:
-            manager = run_fast(lambda: self.manager.to_executorch(config))
+            with lowering_state(self.manager):
+                manager = run_fast(lambda: self.manager.to_executorch(config))
         except Exception as error:
             raise QuantflowError(
                 "executorch",

@@ -22,6 +22,7 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode, never_trained
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
+from quantflow.graph.state import state_kept
 from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -229,8 +230,8 @@ def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
     """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
     args, kwargs = inputs
     try:
-        with torch.no_grad():
-            copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        with torch.no_grad(), state_kept(model):
+            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     except Exception as error:
         return error
     return None

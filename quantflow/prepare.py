@@ -6,11 +6,11 @@ import copy
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from quantflow.aten import argument, is_inplace, is_view, label
+from quantflow.aten import argument, label
 from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
@@ -26,7 +26,7 @@ from quantflow.observers.insertion import (
     make_observers,
 )
 from quantflow.observers.observation import is_converted, observer_of, observers_of
-from quantflow.observers.sharing import annotation_of
+from quantflow.observers.writes import check_annotated_writes
 
 
 def prepare(
@@ -59,7 +59,7 @@ def prepare(
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
-    _check_writes(prepared)
+    check_annotated_writes(prepared.graph)
     observers = make_observers(prepared, fake_quantize if qat else None)
     if not observers:
         raise QuantflowError(
@@ -116,28 +116,6 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
     if observers_of(graph):
         reason, remedy = "the graph is prepared already", "prepare the graph that Exported.module() returned"
         raise QuantflowError("prepare", reason, node=next(iter(observers_of(graph))), remedy=remedy)
-
-
-def _check_writes(module: GraphModule) -> None:
-    """Refuse a write into part of a tensor that is quantized and that others read: its quantized copies would not see it."""
-    for node in module.graph.nodes:
-        if not is_inplace(node) or not isinstance(node.args[0], Node):
-            continue
-        base = node.args[0]
-        while is_view(base):
-            base = base.args[0]
-            if len(base.users) > 1 and _is_annotated(base):
-                reason = f"{node.target} writes into part of {label(base)}, which other nodes read"
-                remedy = "write it without in-place assignment (torch.where, torch.cat, masked_fill)"
-                raise QuantflowError("prepare", reason, node=label(node), remedy=remedy)
-
-
-def _is_annotated(node: Node) -> bool:
-    """Whether ``node`` is quantized, as an output or on its way to a user."""
-    own = annotation_of(node)
-    readers = (annotation_of(user) for user in node.users)
-    edges = any(a is not None and a.input_qspec_map.get(node) is not None for a in readers)
-    return edges or (own is not None and own.output_qspec is not None)
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:

@@ -74,7 +74,8 @@ class Program:
         return tuple(sorted(self._program.method_names - {SIGNATURE_METHOD}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward`` on the runtime.
+        """Run ``forward`` on the runtime. Inputs that the model writes to are changed as the model changes them, and state goes
+        on from call to call.
 
         Raises:
             QuantflowError: at stage ``"runtime"``, before the runtime sees them, when the inputs differ from the
@@ -82,8 +83,9 @@ class Program:
         """
         flat = self.signature.flatten(args, kwargs, stage="runtime")
         # The runtime reads memory as contiguous, whatever the strides say.
-        flat = [t.detach().cpu().contiguous() if isinstance(t, torch.Tensor) else t for t in flat]
-        return self.signature.unflatten(runtime.execute(self._forward, "forward", flat))
+        given = [t.detach().cpu().contiguous() if isinstance(t, torch.Tensor) else t for t in flat]
+        found = runtime.execute(self._forward, "forward", given)
+        return self.signature.unflatten(self.signature.write_back(flat, found))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the ``.pte`` to ``path``, whole or not at all."""

@@ -11,10 +11,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
+from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.observers.observation import is_converted
 from quantflow.program import Program
 from quantflow.runtime import isolated
+from quantflow.signature import Signature
 
 # Where a network cancels to nothing, what is left is rounding.
 _ROUNDING = 1e-5
@@ -60,9 +62,9 @@ def check(program: Program, source: ExportedProgram) -> Finding | None:
     Returns:
         What is wrong, None for nothing. Without example inputs the program is only loaded.
     """
-    if source.example_inputs is None or source.graph_signature.user_inputs_to_mutate:
+    if source.example_inputs is None:
         return load(program)
-    reference = _Reference(source)
+    reference = _Reference(source, program.signature)
     calls = [program.signature.leaves(*inputs, stage="runtime") for inputs in reference.inputs]
     trial = isolated.run(program.buffer, calls)
     if trial.failure:
@@ -81,15 +83,13 @@ class _Reference:
 
     Attributes:
         inputs: The positional and keyword inputs of each call, in a row.
-        outputs: The flat outputs of each.
+        outputs: What each returns, flat: the inputs that it writes, then the outputs.
     """
 
-    def __init__(self, source: ExportedProgram) -> None:
-        self.graph = source.module(check_guards=False)
+    def __init__(self, source: ExportedProgram, signature: Signature) -> None:
+        self.graph, self.signature = source.module(check_guards=False), signature
         self.in_integers = is_converted(self.graph)
-        first, repeats = source.example_inputs, 1
-        if source.graph_signature.buffers_to_mutate:
-            repeats = _STATEFUL_CALLS
+        first, repeats = source.example_inputs, _STATEFUL_CALLS if _keeps_state(source) else 1
         self.inputs = [first, pytree.tree_map(_other, first), *[first] * (repeats - 2)]
         try:
             self.outputs = self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
@@ -109,10 +109,21 @@ class _Reference:
             yield self._run(graph, inputs)
 
     def _run(self, graph: Any, inputs: Any) -> list[list[Any]]:
+        found = []
         with torch.no_grad():
-            results = (graph(*args, **kwargs) for args, kwargs in inputs)
-            # A result may be a view of state that the next call writes to.
-            return [[copy.deepcopy(leaf) for leaf in pytree.tree_leaves(result)] for result in results]
+            for args, kwargs in inputs:
+                outputs = pytree.tree_leaves(graph(*args, **kwargs))
+                flat = self.signature.leaves(args, kwargs, stage="runtime")
+                # A result may be a view of state that the next call writes to.
+                found.append(copy.deepcopy([*(flat[place] for place in self.signature.written), *outputs]))
+        return found
+
+
+def _keeps_state(source: ExportedProgram) -> bool:
+    """Whether ``source`` writes buffers, with in-place operators or as further outputs."""
+    signature = source.graph_signature
+    reads = (n for n in source.graph.find_nodes(op="placeholder") if n.name in signature.inputs_to_buffers)
+    return bool(signature.buffers_to_mutate) or any(map(is_written, reads))
 
 
 class _Move:

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 
 from quantflow.errors import QuantflowError
+from quantflow.graph.state import is_written
 from quantflow.spec_text import spec_is_plain
 
 
@@ -48,18 +49,22 @@ class Input:
 class Signature:
     """The flat inputs of a program and the structures around inputs ``(args, kwargs)`` and outputs.
 
-    The structures are ``torch.utils._pytree`` specs, or None for a program of which only the flat form is known.
+    The structures are ``torch.utils._pytree`` specs, or None for a program of which only the flat form is known. ``written``
+    are the positions of the inputs that the program writes: it returns their new values before its outputs.
     """
 
     inputs: tuple[Input, ...]
     in_spec: pytree.TreeSpec | None = None
     out_spec: pytree.TreeSpec | None = None
+    written: tuple[int, ...] = ()
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Signature:
         """The signature of an exported program, with the bounds of its dynamic dimensions."""
         nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-        inputs = []
+        inputs: list[Input] = []
+        written: list[int] = []
+        changed = set(program.graph_signature.user_inputs_to_mutate.values())
         names: dict[str, str] = {}
         for spec in program.graph_signature.input_specs:
             if spec.kind != InputKind.USER_INPUT:
@@ -67,8 +72,10 @@ class Signature:
             if hasattr(spec.arg, "value"):
                 inputs.append(Input(spec.arg.name, constant=spec.arg.value))
             else:
+                if spec.arg.name in changed or is_written(nodes[spec.arg.name]):  # without or with in-place operators
+                    written.append(len(inputs))
                 inputs.append(_input(nodes[spec.arg.name], program.range_constraints, names))
-        return cls(tuple(inputs), program.call_spec.in_spec, program.call_spec.out_spec)
+        return cls(tuple(inputs), program.call_spec.in_spec, program.call_spec.out_spec, tuple(written))
 
     @classmethod
     def of_graph(cls, module: GraphModule) -> Signature:
@@ -128,17 +135,20 @@ class Signature:
         args, kwargs = pytree.tree_unflatten(list(flat), self.in_spec)
         return tuple(args), kwargs
 
+    def write_back(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
+        """Give the flat ``inputs`` of a call the values that the program wrote to them, and return the other ``outputs``."""
+        with torch.no_grad():
+            for position, new in zip(self.written, outputs, strict=False):
+                inputs[position].copy_(new)
+        return outputs[len(self.written) :]
+
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """``outputs`` in the model's own structure; where that is unknown, one output alone or a tuple."""
         if self.out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         if len(outputs) != self.out_spec.num_leaves:
-            reason = (
-                f"{len(outputs)} outputs, where the model returns {self.out_spec.num_leaves}: it changes its inputs"
-            )
-            raise QuantflowError(
-                "runtime", reason, remedy="return what the model writes, instead of writing to an input"
-            )
+            reason = f"{len(outputs)} outputs, where the model returns {self.out_spec.num_leaves}"
+            raise QuantflowError("runtime", reason, remedy="lower it again: the program is of another model")
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def describe_inputs(self) -> str:
@@ -161,7 +171,12 @@ class Signature:
             for i in self.inputs
         ]
         return json.dumps(
-            {"inputs": inputs, "in_spec": _dump_spec(self.in_spec), "out_spec": _dump_spec(self.out_spec)}
+            {
+                "inputs": inputs,
+                "in_spec": _dump_spec(self.in_spec),
+                "out_spec": _dump_spec(self.out_spec),
+                "written": self.written,
+            }
         )
 
     @classmethod
@@ -177,7 +192,8 @@ class Signature:
             )
             for i in data["inputs"]
         )
-        return cls(inputs, _load_spec(data["in_spec"]), _load_spec(data["out_spec"]))
+        written = tuple(int(position) for position in data.get("written", ()))
+        return cls(inputs, _load_spec(data["in_spec"]), _load_spec(data["out_spec"]), written)
 
 
 def _dump_spec(spec: pytree.TreeSpec | None) -> str | None:

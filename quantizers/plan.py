@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from quantflow.aten import (
 from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.parameters import is_constant
+from quantflow.graph.state import written_tensors
 from quantflow.text_table import aligned
 from quantizers.fate import Fate
 from quantizers.forecast import Forecast, forecast
@@ -184,6 +185,7 @@ def make_plan(
     """
     by_op = {o: rule for rule in rules for o in rule.ops}
     matched: set[Override] = set()
+    written = written_tensors(graph)
     decided: dict[Node, Decision] = {}
     integers: set[Node] = set()  # nodes whose value lies on an integer grid
     for node in graph.nodes:
@@ -196,7 +198,7 @@ def make_plan(
         override = _override_for(node, overrides, matched)
         asked = override.scheme if override is not None else scheme
         if (rule := by_op.get(op(node))) is not None:
-            decision = _decide(node, rule, asked, override, integers, refuse)
+            decision = _decide(node, rule, asked, override, integers, written, refuse)
         else:
             reason = (lacks or {}).get(op(node)) or f"no rule for {short_name(op(node))}"
             decision = Decision((node,), None, None, reason, asked, override)
@@ -235,6 +237,7 @@ def _decide(
     asked: Scheme | None,
     override: Override | None,
     integers: set[Node],
+    written: Set[Node],
     refuse: Refusal,
 ) -> Decision:
     candidate = Decision(_chain(node, rule), rule, asked, "", asked, override)
@@ -242,6 +245,10 @@ def _decide(
         reason = f"override: {override}" if override is not None else "no scheme given"
     else:
         reason = refuse(node) or _refusal(candidate, rule, asked, integers)
+        if not written.isdisjoint(
+            candidate.nodes
+        ):  # a quantized copy would not see what is written, or be written instead
+            reason = "it is written in place, or writes, where others see it"
     return Decision((node,), rule, None, reason, asked, override) if reason else candidate
 
 

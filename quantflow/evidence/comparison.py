@@ -18,7 +18,8 @@ from quantflow.evidence.reference import reference_values
 from quantflow.evidence.statistics import Sums
 from quantflow.evidence.twins import computes, converts, source, twins, vanishes
 from quantflow.graph.parameters import is_constant
-from quantflow.recovery.originals import attribute
+from quantflow.graph.state import written_by
+from quantflow.recovery.originals import attribute, given_input
 from quantflow.recovery.walk import Values, evaluate
 
 _WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
@@ -123,7 +124,7 @@ class Comparison:
         given, values = iter(flat), Values()
         for node in self.converted.graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(given)
+                values[node] = given_input(node, next(given))
             elif node.op == "get_attr":
                 values[node] = attribute(self.converted, node)
             elif node.op == "call_module":
@@ -139,18 +140,21 @@ class Comparison:
         """
         exact, local, honest = Values(), Values(), Values()
         for node in self.converted.graph.nodes:
-            if node in self.constants or node.op in ("get_attr", "call_module", "output"):
+            if node.op == "get_attr":
+                exact[node] = local[node] = attribute(self.converted, node)
+                continue
+            if node in self.constants or node.op in ("call_module", "output"):
                 exact[node] = local[node] = running.get(node)
                 continue
             twin = self.twins.get(node)
             if converts(node):
                 exact[node] = exact[source(node)]
-                local[node] = evaluate(node, local)
+                local[node] = evaluate(node, _apart(node, local))
             elif node.op == "placeholder":
                 exact[node] = local[node] = running[node]
             else:
                 inputs: Values = {n: exact[n] for n in node.all_input_nodes}
-                local[node] = evaluate(node, inputs)
+                local[node] = evaluate(node, _apart(node, inputs))
                 exact[node] = local[node] if twin is None else floats[twin]
                 if twin is not None:
                     honest[node] = self._honest(node, twin, inputs, floats)
@@ -173,7 +177,7 @@ class Comparison:
                 swapped[ours] = inputs[ours] if rounded is None else rounded
             elif is_constant(ours) and floats[theirs].shape == inputs[ours].shape:
                 swapped[ours] = floats[theirs]
-        y = evaluate(node, swapped)
+        y = evaluate(node, _apart(node, swapped))
         behind: Values = {first: y}
         while first is not twin:  # clamps that the end of the grid stands for
             first = next(iter(first.users))
@@ -214,6 +218,12 @@ class Comparison:
             ends = None if tail.grid is None or tail.grid.scale is None else tail.grid.ends
             found.append(LayerErrors.of((node.name, layer(node), kind), tail.sums, self.outputs, ends))
         return Diagnosis(tuple(sorted(found, key=lambda errors: -errors.excess)))
+
+
+def _apart(node: Node, values: Values) -> Values:
+    """``values`` with what ``node`` writes in place as a copy of its own."""
+    base = written_by(node)
+    return values if base is None else {**values, base: values[base].clone()}
 
 
 def _dequantizes(node: Node) -> bool:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
+from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.program import Program
 from quantflow.recovery.sample import cut_inputs
 from quantflow.signature import Signature
@@ -75,7 +76,9 @@ class Judge:
     @torch.no_grad()
     def _float_classes(self, flat: Flat) -> torch.Tensor:
         args, kwargs = pytree.tree_unflatten(flat, self.signature.in_spec)  # type: ignore[arg-type]
-        return _classes(self.graph(*args, **kwargs))
+        with state_kept(self.graph):
+            args, kwargs = inputs_kept(self.graph, (args, kwargs))
+            return _classes(self.graph(*args, **kwargs))
 
     def _flat(self) -> Iterator[tuple[Flat, Any]]:
         for args, kwargs, target in batches(self.data, self.graph, stage="budget", inputs=self.inputs):

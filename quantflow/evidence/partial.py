@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import is_inplace, op
+from quantflow.graph.state import is_written, writes_for_others
 from quantflow.observers.observation import observer_of
-from quantflow.recovery.originals import attribute
+from quantflow.recovery.originals import attribute, given_input
 from quantflow.recovery.walk import Values, evaluate, float_outputs, quantized
 
 
@@ -23,9 +23,10 @@ class PartialNetwork:
 
     def __init__(self, graph: GraphModule, flat: Sequence[Any], active: Collection[Node]) -> None:
         self.graph, self.flat, self.active = graph, flat, frozenset(active)
-        self.fixed = {n: attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
+        reads = [n for n in graph.graph.nodes if n.op == "get_attr" and not is_written(n)]
+        self.fixed = {n: attribute(graph, n) for n in reads}
         # A write into memory that several nodes see can't be done again.
-        self.once = any(is_inplace(n) and op(n) is not n.target and len(n.args[0].users) > 1 for n in graph.graph.nodes)  # type: ignore[union-attr]
+        self.once = any(writes_for_others(n) for n in graph.graph.nodes)
         self.values: Values = {}
         self.returned = self._run(self.active, self.values)
 
@@ -40,10 +41,9 @@ class PartialNetwork:
             if node.op == "output":
                 return float_outputs(node, values)
             if node.op == "placeholder":
-                x = next(given)
-                values[node] = self.values.get(node, x)
+                values[node] = given_input(node, next(given))
             elif node.op == "get_attr":
-                values[node] = self.fixed[node]
+                values[node] = self.fixed[node] if node in self.fixed else attribute(self.graph, node)
             elif self._same(node, active, values):
                 values[node] = self.values[node]
             else:

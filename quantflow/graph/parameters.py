@@ -9,12 +9,14 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from quantflow.graph.state import is_written
+
 Reads = Counter[str]
 
 
 def is_constant(node: object) -> TypeGuard[Node]:
-    """Whether ``node`` reads a parameter, a buffer or a lifted constant."""
-    return isinstance(node, Node) and node.op == "get_attr"
+    """Whether ``node`` reads a parameter, a buffer or a lifted constant, and none that the graph writes."""
+    return isinstance(node, Node) and node.op == "get_attr" and not is_written(node)
 
 
 def tensor_of(module: GraphModule, node: Node) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 from quantflow.aten import is_float_tensor, value
 from quantflow.errors import QuantflowError
 from quantflow.graph.parameters import is_constant
+from quantflow.graph.state import written_tensors
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.per_token import is_per_token
 from quantflow.grid.per_token_fake_quantize import PerTokenFakeQuantize
@@ -88,12 +89,15 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
     """Call the observers on the tensors they are annotated for, and let the users of those read their output."""
     device = next((p.device for p in (*module.parameters(), *module.buffers())), None)
     names: dict[int, str] = {}  # by identity: a shared observer is one submodule
+    written = written_tensors(module.graph)
 
-    def call(observer: nn.Module, observed: Node, after: Node) -> Node:
+    def call(observer: nn.Module, observed: Node, given: Node, reader: Node | None = None) -> Node:
         if id(observer) not in names:
             names[id(observer)] = _add_submodule(module, observed.name, observer.to(device))
-        with module.graph.inserting_after(after):
-            node = module.graph.call_module(names[id(observer)], (after,))
+        # Behind what makes the tensor; where that is written in place, only when it is read.
+        place = module.graph.inserting_after(given) if reader is None else module.graph.inserting_before(reader)
+        with place:
+            node = module.graph.call_module(names[id(observer)], (given,))
         node.meta = {k: observed.meta[k] for k in ("nn_module_stack", "stack_trace", "val") if k in observed.meta}
         return node
 
@@ -104,6 +108,9 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
             original = _observed(producer)
             observer = observers.get((original, node))
             if observer is None or (not is_float_tensor(original) and value(original) is not None):
+                continue
+            if original in written:
+                node.replace_input_with(producer, call(observer, original, producer, node))
                 continue
             already = [u for u in (producer, *producer.users) if _calls(u, names.get(id(observer)))]
             node.replace_input_with(producer, already[0] if already else call(observer, original, producer))

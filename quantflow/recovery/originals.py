@@ -9,14 +9,22 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import set_tensor, tensor_of
+from quantflow.graph.state import is_written
 
 ORIGINAL = "quantflow_original"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
 
 
 def attribute(graph: GraphModule, read: Node) -> Any:
-    """What the ``get_attr`` node reads now: a tensor, without its gradient, or a submodule."""
+    """What the ``get_attr`` node reads now: a tensor, without its gradient, or a submodule. State comes as a copy, so that who
+    walks the graph does not change it.
+    """
     found = tensor_of(graph, read)
-    return found.detach() if isinstance(found, torch.Tensor) else found
+    return given_input(read, found.detach()) if isinstance(found, torch.Tensor) else found
+
+
+def given_input(read: Node, x: Any) -> Any:
+    """``x``, which the node ``read`` stands for: a copy where the graph writes it."""
+    return x.clone() if isinstance(x, torch.Tensor) and is_written(read) else x
 
 
 def original(read: Node, now: Any) -> Any:

@@ -9,9 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
+from quantflow.graph.state import is_written
 from quantflow.observers.observation import observer_of
 from quantflow.recovery.layers import Layer
-from quantflow.recovery.originals import attribute, original
+from quantflow.recovery.originals import attribute, given_input, original
 from quantflow.recovery.sample import Inputs
 from quantflow.recovery.walk import Values, evaluate, last_reads, quantized
 
@@ -58,10 +59,12 @@ def side_by_side(
             break
         for batch, (reference, values) in enumerate(zip(floats, integers, strict=True)):
             if node.op == "placeholder":
-                reference[node] = values[node] = next(given[batch])
+                x = next(given[batch])
+                values[node] = given_input(node, x)
+                reference[node] = given_input(node, x) if is_written(node) else values[node]
             elif node.op == "get_attr":
                 values[node] = attribute(graph, node)
-                reference[node] = original(node, values[node])
+                reference[node] = attribute(graph, node) if is_written(node) else original(node, values[node])
             elif node in weights and batch:
                 reference[node], values[node] = floats[0][node], integers[0][node]
             elif node.op == "call_module":

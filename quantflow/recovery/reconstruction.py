@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, only_user, op, value
+from quantflow.graph.state import writes_for_others
 from quantflow.observers import SettledObserver
 from quantflow.observers.observation import observer_of, qparams_of
 from quantflow.recovery.blocks import Block
@@ -15,7 +16,7 @@ from quantflow.recovery.layers import Layer
 from quantflow.recovery.originals import attribute
 from quantflow.recovery.paired_walk import Stop
 from quantflow.recovery.sensitivity import ROWS, float_value, row_weights
-from quantflow.recovery.walk import Values, has_grid, last_reads, quantized, value_at, writes_for_others
+from quantflow.recovery.walk import Values, has_grid, last_reads, quantized, value_at
 
 Prices = dict[str, list[torch.Tensor]]  # a layer's rows, by the name of its node
 

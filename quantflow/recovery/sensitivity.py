@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quantflow.observers.observation import observer_of
 from quantflow.recovery.layers import Layer, quantized_layers
-from quantflow.recovery.originals import attribute, original
+from quantflow.recovery.originals import attribute, given_input, original
 from quantflow.recovery.sample import Inputs
 from quantflow.recovery.walk import Values, evaluate, float_outputs, has_grid, last_reads
 
@@ -124,7 +124,7 @@ def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> A
     if node.op == "placeholder":
         x = next(given)
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return x.detach().clone().requires_grad_() if floating else x
+        return given_input(node, x.detach().clone().requires_grad_() if floating else x)  # a leaf can't be written
     if node.op == "get_attr":
         return original(node, attribute(graph, node))
     if node.op == "call_function":

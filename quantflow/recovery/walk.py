@@ -11,15 +11,16 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import is_inplace, is_view, op
+from quantflow.aten import op
 from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.graph.state import is_written, writes_for_others
 from quantflow.grid.biases import as_converted
 from quantflow.grid.per_token import is_per_token, round_per_token
 from quantflow.grid.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.observers.observation import observer_of, qparams_of
-from quantflow.recovery.originals import attribute
+from quantflow.recovery.originals import attribute, given_input
 
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
 
@@ -49,14 +50,6 @@ def evaluate(node: Node, values: Values) -> Any:
 def _target(node: Node) -> Any:
     """What to call: an in-place operator as its functional twin, unless others are to see what it writes."""
     return node.target if writes_for_others(node) else op(node)
-
-
-def writes_for_others(node: Node) -> bool:
-    """Whether ``node`` writes in place into what others read."""
-    if not is_inplace(node):
-        return False
-    written: Any = node.args[0]
-    return is_view(written) or len(written.users) > 1
 
 
 def quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ()) -> torch.Tensor:
@@ -118,7 +111,8 @@ def steps(
 class Simulation:
     """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
 
-    Observers learn nothing from it. Returns all that the graph returns, flat.
+    Observers learn nothing from it, and state is its own, which goes on from call to call. Returns all that the graph returns,
+    flat.
     """
 
     @torch.no_grad()
@@ -131,11 +125,12 @@ class Simulation:
         }
         if integers:
             self.constants |= as_converted(graph)
+        self.state = {n: attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr" and is_written(n)}
 
     @torch.no_grad()
     def __call__(self, *batch: Any) -> list[Any]:
         result: list[Any] = []
-        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants):
+        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants | self.state):
             if node.op == "output":
                 result = returned(node, values)
         return result
@@ -165,7 +160,7 @@ def peak_bytes(graph: GraphModule, batch: tuple) -> int:
 def value_at(graph: GraphModule, node: Node, values: Values, given: Any = (), *, integers: bool) -> Any:
     """The value of any ``node`` but the output, of those of the nodes before it; an input's is the next of ``given``."""
     if node.op == "placeholder":
-        return next(given)
+        return given_input(node, next(given))
     if node.op == "get_attr":
         return attribute(graph, node)
     if node.op == "call_function":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from quantflow.exported import Exported
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.modes import training_literals
+from quantflow.graph.state import state_kept, writes_inputs
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.inspection import inspect as inspection
 from quantflow.inspection import pte
@@ -92,6 +94,7 @@ class Stage:
 
     @classmethod
     def _of_program(cls, name: str, program: Program) -> Stage:
+        program = dataclasses.replace(program)  # one of its own, whose state begins anew
         program.load()
 
         def run(args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -137,6 +140,8 @@ class Stage:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             with torch.no_grad():
+                if self._may_write_inputs():
+                    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 return in_rows(self.run, self.signature, args, kwargs)
         except QuantflowError as error:
             where = self.name + (f", {error.node}" if error.node else "")
@@ -145,15 +150,25 @@ class Stage:
             reason = f"does not run on the data: {type(error).__name__}: {str(error)[:400]}"
             raise QuantflowError("verify", reason, node=self.name, remedy="check the inputs it was made for") from error
 
-    def mode(self) -> AbstractContextManager[None]:
-        """Inference mode for a while."""
-        return nullcontext() if self.module is None else inference_mode(self.module)
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Inference mode for a while; state that the calls in between write is given back as it was."""
+        if self.module is None:
+            yield
+            return
+        with inference_mode(self.module), state_kept(self.module):
+            yield
 
     def names(self) -> tuple[list[str], list[str]]:
         """For an eager model, the names of its inputs: those that it must have, and all."""
         parameters = inspect.signature(self.module.forward).parameters.values() if self.module is not None else ()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         return [p.name for p in named if p.default is p.empty], [p.name for p in named]
+
+    def _may_write_inputs(self) -> bool:
+        if isinstance(self.module, GraphModule):
+            return writes_inputs(self.module)
+        return self.module is not None or (self.signature is not None and bool(self.signature.written))
 
     def _device(self) -> torch.device | None:
         tensors = () if self.module is None else itertools.chain(self.module.parameters(), self.module.buffers())

@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import is_inplace, is_view, op, value
+from quantflow.aten import op, value
 from quantflow.graph.parameters import read_attribute, unused_name
+from quantflow.graph.state import written_tensors
 
 # Takes a node and returns the one that replaces it, or None where the rewrite does not apply.
 Rewrite = Callable[[GraphModule, Node], Node | None]
@@ -18,10 +19,10 @@ Rewrite = Callable[[GraphModule, Node], Node | None]
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
     """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
-    changed = False
+    changed, written = False, written_tensors(module.graph)
     for node in list(module.graph.nodes):
         apply = rewrites.get(op(node))
-        replacement = apply(module, node) if apply is not None and not _writes(node) else None
+        replacement = apply(module, node) if apply is not None and node not in written else None
         if replacement is None:
             continue
         changed = True
@@ -33,16 +34,6 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
         module.graph.lint()
         module.recompile()
     return module
-
-
-def _writes(node: Node) -> bool:
-    """Whether another node sees what ``node`` writes into its first argument."""
-    base = node.args[0] if is_inplace(node) else None
-    while isinstance(base, Node) and base.op == "call_function":
-        if len(base.users) > 1:
-            return True
-        base = base.args[0] if is_view(base) else None
-    return base is not None  # a parameter, a buffer, an input
 
 
 def call_before(node: Node, target: Any, *args: Any) -> Node:
