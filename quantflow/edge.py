@@ -14,6 +14,7 @@ from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
 from quantflow.signature import Signature
@@ -179,14 +180,16 @@ def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
+    source = rewritten(core.source, backend.rewrite)
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
 
     def lower() -> Any:
         if not partitioners:
-            return exir.to_edge(core.program, constant_methods=constant_methods)
+            program = core.program if source is core.source else source.run_decompositions()
+            return exir.to_edge(program, constant_methods=constant_methods)
         passes = backend.passes() or None
         return exir.to_edge_transform_and_lower(
-            core.source, transform_passes=passes, partitioner=partitioners, constant_methods=constant_methods
+            source, transform_passes=passes, partitioner=partitioners, constant_methods=constant_methods
         )
 
     try:
