@@ -11,6 +11,8 @@ from torch.fx import GraphModule
 
 from quantflow.aten import label
 from quantflow.errors import QuantflowError
+from quantflow.graph.lifted import rewritten
+from quantflow.graph.rewrites import CORE_REWRITES, rewrite
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:
@@ -72,9 +74,12 @@ class CoreAten:
 
 
 def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
-    """Decompose ``program`` to core ATen and check that nothing else is left."""
+    """Decompose ``program`` to core ATen and check that nothing else is left.
+
+    What has no decomposition and can be written in core operators (adaptive maxima, medians) is written so first.
+    """
     try:
-        core = program.run_decompositions()
+        core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()
     except Exception as error:
         raise QuantflowError(
             "core-aten",

@@ -17,6 +17,7 @@ from quantflow.delegates.fast_lowering import run_fast
 from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
+from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
 from quantflow.runtime import isolated
@@ -192,14 +193,16 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
+    source = rewritten(core.source, backend.rewrite)
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
 
     def lower() -> Any:
         if not partitioners:
-            return exir.to_edge(core.program, constant_methods=constant_methods)
+            program = core.program if source is core.source else source.run_decompositions()
+            return exir.to_edge(program, constant_methods=constant_methods)
         passes = backend.passes() or None
         return exir.to_edge_transform_and_lower(
-            core.source, transform_passes=passes, partitioner=partitioners, constant_methods=constant_methods
+            source, transform_passes=passes, partitioner=partitioners, constant_methods=constant_methods
         )
 
     try:

@@ -27,6 +27,11 @@ FUNCTIONS = {
     "select from the end": lambda x: x[:, -1],
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
     "avg_pool2d padded": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "avg_pool2d whose ceiling adds no window": lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
+    "avg_pool2d whose ceiling adds a window": lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True),
+    "pad that cuts off": lambda x: F.pad(x, (-1, 2, 0, -2), value=0.5),
+    "unfold": lambda x: F.unfold(x, (2, 3), dilation=(1, 2), padding=1, stride=2),
+    "fold": lambda x: F.fold(F.unfold(x, 2, stride=(1, 2)), (6, 6), 2, stride=(1, 2)),
     "avg_pool2d without padding in the mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
     "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
     "adaptive pool of single pixels": lambda x: F.adaptive_avg_pool2d(x, 6) * 2,
@@ -72,12 +77,25 @@ def test_function_and_gradients_stay(name, dynamic):
     assert rewrite(copy.deepcopy(rewritten), REWRITES).code == rewritten.code  # done once, all is done
 
 
-@pytest.mark.parametrize("name", ["silu", "hardsigmoid", "mean", "avg_pool2d", "split", "squeeze", "one tensor joined"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "silu",
+        "hardsigmoid",
+        "mean",
+        "avg_pool2d",
+        "avg_pool2d whose ceiling adds no window",
+        "split",
+        "squeeze",
+        "fold",
+        "one tensor joined",
+    ],
+)
 def test_what_the_backend_lacks_is_gone(name):
     graph = qf.export(Function(FUNCTIONS[name]), (IMAGE,)).module()
     before = {op(n) for n in graph.graph.nodes}
     rewritten = rewrite(copy.deepcopy(graph), REWRITES)
-    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze")
+    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze", "im2col", "col2im")
     assert not any(word in str(op(n)) for n in rewritten.graph.nodes for word in lacking)
     assert {op(n) for n in rewritten.graph.nodes} != before
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch.fx import GraphModule
+
+from quantflow.delegates.portable_lacks import PORTABLE_LACKS
+from quantflow.graph.rewrites import rewrite
+
 
 class Delegate:
     """A backend, as partitioners that claim nodes of the edge program for it. This one is any executorch partitioners."""
@@ -19,6 +24,14 @@ class Delegate:
     def one_by_one(self) -> list[Any]:
         """Partitioners that call the delegate for each operator alone, to find the one that it refuses; none if unknown."""
         return []
+
+    def rewrite(self, graph: GraphModule) -> None:
+        """Write what the backend lacks, or computes wrongly, as what it has, in place and exact in float, for inference.
+
+        What foreign partitioners take is not known here: for them a graph is left as it is.
+        """
+        if not self._partitioners:
+            rewrite(graph, PORTABLE_LACKS)
 
     def passes(self) -> list[Any]:
         """Passes over the edge program, before it is partitioned."""

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import GraphModule
+
 from quantflow.delegates.delegate import Delegate
+from quantflow.delegates.portable_lacks import PORTABLE_LACKS
+from quantflow.graph import modes
+from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
+from quantflow.graph.rewrites import rewrite
 
 
 class Xnnpack(Delegate):
@@ -21,6 +27,16 @@ class Xnnpack(Delegate):
         from quantflow.delegates.xnnpack_int8 import Int8Partitioner
 
         return [Int8Partitioner(one_by_one=True)]
+
+    def rewrite(self, graph: GraphModule) -> None:
+        """Batch norm is folded, or written as a scale and a shift, since executorch's own fusion writes to weights that others
+        read; and what portable kernels lack is written as what they have.
+        """
+        modes.mark_switched(graph.graph)
+        fold_batch_norm(graph)
+        norm_as_convolution(graph)
+        norm_as_arithmetic(graph)
+        rewrite(graph, PORTABLE_LACKS)
 
     def passes(self) -> list[Any]:
         """What the edge program needs before it is partitioned."""

@@ -179,6 +179,29 @@ def norm_as_convolution(module: GraphModule) -> None:
     drop_unused(module)
 
 
+def norm_as_arithmetic(module: GraphModule) -> None:
+    """Write each batch norm that is a constant scale and shift, of any rank, as a product and a sum with one number a channel.
+
+    In place, for inference. The caller recompiles.
+    """
+    for norm in list(module.graph.nodes):
+        if not _is_affine(norm) or (val := value(norm)) is None:
+            continue
+        scale, shift = NormedLayer(norm, norm, norm).scale_and_shift(module)
+        path = str(argument(norm, "running_mean").target).rpartition(".")[0]
+        new = norm.args[0]
+        for name, tensor, apply in (("scale", scale, aten.mul.Tensor), ("shift", shift, aten.add.Tensor)):
+            full = unused_name(module, f"{path}.folded_{name}" if path else f"folded_{name}")
+            set_tensor(module, full, tensor.to(val.dtype).reshape(-1, *[1] * (val.ndim - 2)), parameter=True)
+            read = read_attribute(module, full, norm, norm)
+            with module.graph.inserting_before(norm):
+                new = module.graph.call_function(apply, (new, read))
+            new.meta = {k: v for k, v in norm.meta.items() if k != SWITCHED}
+        norm.replace_all_uses_with(new)
+        module.graph.erase_node(norm)
+    drop_unused(module)
+
+
 def fold_into_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> None:
     """Replace the batch norm of ``pair`` by the layer's bias alone: its scale is in the layer's integers already."""
     _replace_norm(module, pair, _fold_bias(module, pair, reads))

@@ -3,33 +3,61 @@
 A table says which rewrite belongs to which operator; a quantizer or a delegate names those that its backend needs.
 """
 
+from typing import Any
+
+import torch
+
 from quantflow.graph.rewrites.activations import ACTIVATION_REWRITES
+from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
+from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
+from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
+from quantflow.graph.rewrites.pads import PAD_REWRITES
 from quantflow.graph.rewrites.pools import POOL_REWRITES
 from quantflow.graph.rewrites.products import PRODUCT_REWRITES
 from quantflow.graph.rewrites.rewriting import Rewrite, rewrite
+from quantflow.graph.rewrites.rounding import ROUNDING_REWRITES
 from quantflow.graph.rewrites.scalars import NUMBER_REWRITES
 from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
-from quantflow.graph.rewrites.volumes import VOLUME_REWRITES
+from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
+from quantflow.graph.rewrites.windows import WINDOW_REWRITES
 
 # Those over scalars, vectors and images.
-REWRITES: dict[object, Rewrite] = {
+REWRITES: dict[Any, Rewrite] = {
     **ACTIVATION_REWRITES,
     **NUMBER_REWRITES,
     **PADDING_REWRITES,
+    **PAD_REWRITES,
+    **PATCH_REWRITES,
     **POOL_REWRITES,
     **SHAPE_REWRITES,
 }
 
+# Those of operators that are not in core ATen and have no decomposition into it.
+CORE_REWRITES: dict[Any, Rewrite] = {
+    target: apply
+    for target, apply in {**ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()
+    if torch.Tag.core not in target.tags
+}
+
 __all__ = [
     "ACTIVATION_REWRITES",
+    "CORE_REWRITES",
+    "EMBEDDING_BAG_REWRITES",
+    "FOLD_REWRITES",
     "NUMBER_REWRITES",
+    "ORDER_REWRITES",
     "PADDING_REWRITES",
+    "PAD_REWRITES",
+    "PATCH_REWRITES",
     "POOL_REWRITES",
     "PRODUCT_REWRITES",
     "REWRITES",
+    "ROUNDING_REWRITES",
     "SHAPE_REWRITES",
+    "VOLUME_INFERENCE_REWRITES",
     "VOLUME_REWRITES",
+    "WINDOW_REWRITES",
     "Rewrite",
     "rewrite",
 ]

@@ -26,12 +26,15 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     x = node.args[0]
     val = value(x)  # type: ignore[arg-type]
     kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
+    stride = pair(argument(node, "stride") or kernel)
     whole = argument(node, "count_include_pad") or padding == [0, 0]
-    if val is None or val.ndim != 4 or argument(node, "ceil_mode") or not whole or argument(node, "divisor_override"):
+    if val is None or val.ndim != 4 or not whole or argument(node, "divisor_override"):
         return None
+    steps = zip(val.shape[2:], kernel, padding, stride, strict=True)
+    if argument(node, "ceil_mode") and any(not isinstance(n, int) or (n + 2 * p - k) % s for n, k, p, s in steps):
+        return None  # a window reaches beyond the image
     channels = val.shape[1]
     weight = constant_before(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
-    stride = pair(argument(node, "stride") or kernel)
     return call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -46,18 +48,47 @@ def call_before(node: Node, target: Any, *args: Any) -> Node:
         (n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
     )
     if mode is not None:
-        with mode:
+        with mode, enable_python_dispatcher():  # without it, a size that varies becomes the example's
             new.meta["val"] = target(*values)
     return new
 
 
-def constant_before(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:
-    """A read of a tensor full of ``number``, in the dtype of ``node``, before it: a buffer that no checkpoint holds."""
+def call_part(node: Node, several: Node, index: int) -> Node:
+    """The result ``index`` of ``several``, a call with more than one, before ``node``."""
+    with node.graph.inserting_before(node):
+        part = node.graph.call_function(operator.getitem, (several, index))
+    part.meta = {key: given for key, given in several.meta.items() if key != "val"}
+    if "val" in several.meta:
+        part.meta["val"] = several.meta["val"][index]
+    return part
+
+
+def reads_part(node: Node, index: int) -> bool:
+    """Whether anything reads the result ``index`` of ``node``, a call with more than one."""
+    return any(user.users and user.args[1] == index for user in node.users)
+
+
+def replace_parts(node: Node, *parts: Node) -> Node:
+    """Let ``parts`` stand for the results of ``node``, a call with more than one; gives ``node``, which nothing then reads."""
+    for user in list(node.users):
+        if user.users:
+            user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
+        node.graph.erase_node(user)
+    return node
+
+
+def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
+    """A read of ``tensor`` before ``node``: a buffer that no checkpoint holds."""
     name = unused_name(module, f"{node.name}_constant")
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-    dtype = value(node).dtype  # type: ignore[union-attr]
-    module.register_buffer(name, torch.full(shape, number, dtype=dtype, device=device), persistent=False)
-    return read_attribute(module, name, node, node)
+    module.register_buffer(name, tensor.to(device), persistent=False)
+    like = next((n for n in (node, *node.all_input_nodes) if value(n) is not None), node)
+    return read_attribute(module, name, node, like)
+
+
+def constant_before(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:
+    """A read of a tensor full of ``number``, in the dtype of ``node``, before it."""
+    return tensor_before(module, node, torch.full(shape, number, dtype=value(node).dtype))  # type: ignore[union-attr]
 
 
 def open_shape(node: Node) -> list[int] | None:

@@ -21,9 +21,8 @@ def select(module: GraphModule, node: Node) -> Node | None:
     sizes, dim, index = open_shape(node), argument(node, "dim"), argument(node, "index")
     if sizes is None or not isinstance(index, int) or index < 0:
         return None
-    return call_before(
-        node, aten.reshape.default, call_before(node, aten.slice.Tensor, node.args[0], dim, index, index + 1), sizes
-    )
+    picked = call_before(node, aten.slice.Tensor, node.args[0], dim, index, index + 1)
+    return call_before(node, aten.reshape.default, picked, sizes)
 
 
 def split(module: GraphModule, node: Node) -> Node | None:

@@ -1,0 +1,70 @@
+"""Sums, means and maxima of bags of embeddings as products with the matrix that says which rows are in which bag."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, has_argument, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_part, replace_parts, tensor_before
+
+_SUM, _MEAN, _MAX = range(3)  # the operator's modes
+
+
+def embedding_bag(module: GraphModule, node: Node) -> Node | None:
+    """A bag's rows are those from its offset to that of the next bag."""
+    weight, indices, offsets = (argument(node, name) for name in ("weight", "indices", "offsets"))
+    ids, starts = value(indices), value(offsets)
+    if ids is None or starts is None or any(reads_part(node, part) for part in (1, 2, 3)):
+        return None
+    if not all(isinstance(size, int) for size in (*ids.shape, *starts.shape)):
+        return None
+    dtype, count = value(weight).dtype, ids.shape[0]  # type: ignore[union-attr]
+    places = tensor_before(module, node, torch.arange(count, dtype=starts.dtype))
+    column = call_before(node, aten.reshape.default, offsets, [-1, 1])
+    reached = _cast(node, call_before(node, aten.ge.Tensor, places, column), dtype)
+    if not argument(node, "include_last_offset"):
+        none = tensor_before(module, node, torch.zeros(1, count, dtype=dtype))
+        reached = call_before(node, aten.cat.default, [reached, none])
+    bags = value(reached).shape[0] - 1  # type: ignore[union-attr]
+    here, next_one = (call_before(node, aten.slice.Tensor, reached, 0, first, first + bags) for first in (0, 1))
+    inside = call_before(node, aten.sub.Tensor, here, next_one)  # [bags, rows]: 1 for a row of the bag
+    padding = argument(node, "padding_idx") if has_argument(node, "padding_idx") else None
+    if padding is not None and padding >= 0:
+        counts = call_before(node, aten.ne.Scalar, indices, padding)
+        inside = call_before(node, aten.mul.Tensor, inside, _cast(node, counts, dtype))
+    rows = call_before(node, aten.embedding.default, weight, indices)
+    if (scales := argument(node, "per_sample_weights")) is not None:
+        rows = call_before(node, aten.mul.Tensor, rows, call_before(node, aten.reshape.default, scales, [-1, 1]))
+    sizes = call_before(node, aten.sum.dim_IntList, inside, [1], True)
+    if argument(node, "mode") == _MAX:
+        return replace_parts(node, _greatest(module, node, rows, inside, sizes))
+    sums = call_before(node, aten.mm.default, inside, rows)
+    if argument(node, "mode") == _MEAN:
+        sums = call_before(node, aten.div.Tensor, sums, call_before(node, aten.clamp.default, sizes, 1.0))
+    return replace_parts(node, sums)
+
+
+def _greatest(module: GraphModule, node: Node, rows: Node, inside: Node, sizes: Node) -> Node:
+    """The maximum over each bag, zero for an empty one."""
+    chosen = call_before(node, aten.gt.Scalar, call_before(node, aten.unsqueeze.default, inside, 2), 0.0)
+    lowest, zero = (_number(module, rows, node, number) for number in (-math.inf, 0.0))
+    spread = call_before(node, aten.where.self, chosen, call_before(node, aten.unsqueeze.default, rows, 0), lowest)
+    greatest = call_before(node, aten.amax.default, spread, [1])
+    return call_before(node, aten.where.self, call_before(node, aten.gt.Scalar, sizes, 0.0), greatest, zero)
+
+
+def _number(module: GraphModule, like: Node, node: Node, number: float) -> Node:
+    return tensor_before(module, node, torch.full((1,), number, dtype=value(like).dtype))  # type: ignore[union-attr]
+
+
+def _cast(node: Node, given: Node, dtype: torch.dtype) -> Node:
+    return call_before(node, aten.to.dtype, given, dtype)
+
+
+EMBEDDING_BAG_REWRITES: dict[Any, Rewrite] = dict.fromkeys(
+    (aten.embedding_bag.default, aten.embedding_bag.padding_idx), embedding_bag
+)

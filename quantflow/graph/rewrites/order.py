@@ -1,0 +1,63 @@
+"""Medians and sorted tensors as the largest (or smallest) values, in order: exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, call_part, replace_parts
+
+
+def median(module: GraphModule, node: Node) -> Node | None:
+    """The median of all elements; NaN where one of them is."""
+    x = argument(node, "self")
+    val = value(x)
+    if val is None or not val.numel() or not all(isinstance(size, int) for size in val.shape):
+        return None
+    flat = call_before(node, aten.reshape.default, x, [val.numel()])
+    return _middle(node, flat, 0, keepdim=False)[0]
+
+
+def median_of_rows(module: GraphModule, node: Node) -> Node | None:
+    """The median along a dimension and where it lies; NaN where one of its elements is, there."""
+    x, dim = argument(node, "self"), argument(node, "dim")
+    val = value(x)
+    if val is None or not val.ndim or not isinstance(val.shape[dim], int):
+        return None
+    return replace_parts(node, *_middle(node, x, dim % val.ndim, keepdim=argument(node, "keepdim")))
+
+
+def sort(module: GraphModule, node: Node) -> Node | None:
+    """All values along a dimension in order, and where they lie."""
+    x, dim = argument(node, "self"), argument(node, "dim")
+    val = value(x)
+    if val is None or not val.ndim or not isinstance(val.shape[dim], int):
+        return None
+    found = call_before(node, aten.topk.default, x, val.shape[dim], dim, argument(node, "descending"), True)
+    return replace_parts(node, call_part(node, found, 0), call_part(node, found, 1))
+
+
+def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
+    """The median of ``x`` along ``dim`` and where it lies, before ``node``: the greatest of the smaller half."""
+    size = value(x).shape[dim]  # type: ignore[union-attr]
+    smallest = call_before(node, aten.topk.default, x, (size + 1) // 2, dim, False, True)
+    middle = [call_before(node, aten.slice.Tensor, call_part(node, smallest, part), dim, -1) for part in (0, 1)]
+    if value(x).is_floating_point():  # type: ignore[union-attr]
+        missing = call_before(node, aten.isnan.default, x)
+        # The greatest of a row that holds NaN is NaN, and lies there.
+        greatest = call_before(node, aten.topk.default, x, 1, dim, True, True)
+        unclear = call_before(node, aten.any.dim, missing, dim, True)
+        middle = [
+            call_before(node, aten.where.self, unclear, call_part(node, greatest, part), given)
+            for part, given in enumerate(middle)
+        ]
+    return middle if keepdim else [call_before(node, aten.squeeze.dim, given, dim) for given in middle]
+
+
+ORDER_REWRITES: dict[Any, Rewrite] = {
+    aten.median.default: median,
+    aten.median.dim: median_of_rows,
+    aten.sort.default: sort,
+}

@@ -1,0 +1,23 @@
+"""Rounding to decimals as rounding to integers: exact, by the operator's own arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
+
+
+def round_decimals(module: GraphModule, node: Node) -> Node:
+    """``round(x·10ᵈ)/10ᵈ``, for negative ``d`` the other way around."""
+    x, decimals = argument(node, "self"), argument(node, "decimals")
+    if decimals == 0:
+        return call_before(node, aten.round.default, x)
+    tens = constant_before(module, node, 10.0 ** abs(decimals))
+    into, back = (aten.mul.Tensor, aten.div.Tensor) if decimals > 0 else (aten.div.Tensor, aten.mul.Tensor)
+    return call_before(node, back, call_before(node, aten.round.default, call_before(node, into, x, tens)), tens)
+
+
+ROUNDING_REWRITES: dict[Any, Rewrite] = {aten.round.decimals: round_decimals}

@@ -1,0 +1,177 @@
+"""Convolutions over volumes as convolutions over images: exact in float.
+
+A convolution of depth ``k`` becomes one over images whose channels are those of ``k`` neighbours: one sum, so that integers are
+rounded once, as in the convolution itself. The weight ``[O, C/g, k, h, w]`` becomes one ``[O, k·C/g, h, w]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, op, value
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
+from quantflow.graph.rewrites.padding import same_padding
+from quantflow.graph.rewrites.rewriting import call_before
+from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes
+
+# Rewrites a convolution, whose weight may be its own.
+_Rewrite = Callable[[GraphModule, Node, bool], Node | None]
+# Operators that change the form of a weight, with their arguments behind it.
+_Steps = Sequence[tuple[Any, list[int]]]
+
+
+def convolution(module: GraphModule, node: Node) -> Node | None:
+    """A convolution whose weight is its own. The weight keeps its name, and trains as before, element by element."""
+    return any_convolution(module, node) if _has_own_weight(node) else None
+
+
+def any_convolution(module: GraphModule, node: Node) -> Node | None:
+    """A convolution of any weight, for inference: a shared weight is copied, a computed one is changed as it is computed."""
+    return _batched(module, node, _over_images, _has_own_weight(node))
+
+
+def transposed_convolution(module: GraphModule, node: Node) -> Node | None:
+    """A transposed convolution: over depth a plain one, between whose rows lie zeros; over height and width transposed."""
+    return _batched(module, node, _transposed_over_images, _has_own_weight(node))
+
+
+def _has_own_weight(node: Node) -> bool:
+    """Whether nothing else reads the weight of ``node``."""
+    weight = argument(node, "weight")
+    return is_constant(weight) and reads_of(node.graph)[str(weight.target)] == 1
+
+
+def _batched(module: GraphModule, node: Node, rewrite: _Rewrite, own: bool) -> Node | None:
+    """``rewrite`` of ``node``, with a batch of one around a single volume."""
+    x = node.args[0]
+    val = value(x)  # type: ignore[arg-type]
+    if val is None or val.ndim != 4:
+        return rewrite(module, node, own)
+    if not all(isinstance(size, int) for size in val.shape):
+        return None
+    batch = call_before(node, aten.reshape.default, x, [1, *val.shape])
+    names = [declared.name for declared in node.target._schema.arguments[1:]]  # type: ignore[union-attr]
+    within = call_before(node, node.target, batch, *(argument(node, name) for name in names))
+    written = rewrite(module, within, own)
+    if written is None:
+        return None
+    return call_before(node, aten.reshape.default, written, list(value(node).shape))  # type: ignore[union-attr]
+
+
+def _over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
+    if op(node) is aten.conv3d.padding:
+        numbered = same_padding(module, node)
+        return None if numbered is None else _over_images(module, numbered, own)
+    x, weight = argument(node, "input"), argument(node, "weight")
+    sizes, kernel = volume_sizes(x), value(weight)
+    if sizes is None or kernel is None:
+        return None
+    stride, padding, dilation = (triple(argument(node, name)) for name in ("stride", "padding", "dilation"))
+    groups, taps = argument(node, "groups"), kernel.shape[2]
+    images = as_images(node, x)
+    if (taps, stride[0], padding[0]) != (1, 1, 0):
+        images = _neighbours(node, images, sizes, taps, stride[0], padding[0], dilation[0], groups)
+
+    outputs, _, _, height, width = kernel.shape
+    steps = [(aten.permute.default, DEPTH_BEFORE_CHANNELS), (aten.reshape.default, [outputs, -1, height, width])]
+    bias, flat = argument(node, "bias"), _flat_weight(module, node, steps, own)
+    out = call_before(node, aten.conv2d.default, images, flat, bias, stride[1:], padding[1:], dilation[1:], groups)
+    return as_volumes(node, out)
+
+
+def _transposed_over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
+    x, weight, groups = (argument(node, name) for name in ("input", "weight", "groups"))
+    sizes, kernel = volume_sizes(x), value(weight)
+    if sizes is None or kernel is None:
+        return None
+    names = ("stride", "padding", "output_padding", "dilation")
+    stride, padding, output_padding, dilation = (triple(argument(node, name)) for name in names)
+    channels, per_group, taps, height, width = kernel.shape
+    steps = [
+        (aten.flip.default, [2]),
+        (aten.reshape.default, [groups, channels // groups, per_group, taps, height, width]),
+        (aten.permute.default, [0, 3, 1, 2, 4, 5]),
+        (aten.reshape.default, [-1, per_group, height, width]),
+    ]
+    flat = _flat_weight(module, node, steps, own)
+    reach = dilation[0] * (taps - 1) - padding[0]
+    images = _spread(node, as_images(node, x), sizes, stride[0], reach, reach + output_padding[0])
+    spread = [sizes[0], (sizes[1] - 1) * stride[0] + 1 + 2 * reach + output_padding[0], *sizes[2:]]
+    if taps > 1:
+        images = _neighbours(node, images, spread, taps, 1, 0, dilation[0], groups)
+    sides = (stride[1:], padding[1:], output_padding[1:], groups, dilation[1:])
+    out = call_before(node, aten.conv_transpose2d.input, images, flat, argument(node, "bias"), *sides)
+    return as_volumes(node, out)
+
+
+def _spread(node: Node, images: Node, sizes: list[int], stride: int, before: int, behind: int) -> Node:
+    """The images of each volume with ``stride - 1`` of zeros after each but the last, and more at both ends (or fewer)."""
+    channels, depth, height, width = sizes
+    rows = call_before(node, aten.reshape.default, images, [-1, depth, channels * height * width])
+    if stride > 1:
+        rows = call_before(node, aten.reshape.default, rows, [-1, depth, 1, channels * height * width])
+        rows = call_before(node, aten.constant_pad_nd.default, rows, [0, 0, 0, stride - 1], 0.0)
+        rows = call_before(node, aten.reshape.default, rows, [-1, depth * stride, channels * height * width])
+        behind -= stride - 1
+    if before < 0 or behind < 0:
+        length = depth * stride
+        rows = call_before(node, aten.slice.Tensor, rows, 1, max(-before, 0), length - max(-behind, 0))
+    if before > 0 or behind > 0:
+        rows = call_before(node, aten.constant_pad_nd.default, rows, [0, 0, max(before, 0), max(behind, 0)], 0.0)
+    return call_before(node, aten.reshape.default, rows, [-1, channels, height, width])
+
+
+def _neighbours(
+    node: Node, images: Node, sizes: list[int], taps: int, stride: int, padding: int, dilation: int, groups: int
+) -> Node:
+    """For each image of the output, those that its window sees, joined by channels (within each group)."""
+    channels, depth, height, width = sizes
+    flat = channels * height * width
+    windows = (depth + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    rows = call_before(node, aten.reshape.default, images, [-1, depth, flat])
+    # Whole strides, so that every stride-th row is a slice of a view: backends have no slices with a step.
+    length = windows + dilation * (taps - 1) // stride
+    end = length * stride - depth - padding
+    if padding or end > 0:
+        rows = call_before(node, aten.constant_pad_nd.default, rows, [0, 0, padding, max(end, 0)], 0.0)
+    if end < 0:
+        rows = call_before(node, aten.slice.Tensor, rows, 1, 0, length * stride)
+    if stride > 1:
+        rows = call_before(node, aten.reshape.default, rows, [-1, length, stride, flat])
+    seen = []
+    for tap in range(taps):
+        start, phase = divmod(tap * dilation, stride)
+        picked = rows
+        if stride > 1:
+            picked = call_before(node, aten.slice.Tensor, picked, 2, phase, phase + 1)
+        if windows != length:
+            picked = call_before(node, aten.slice.Tensor, picked, 1, start, start + windows)
+        if stride > 1 or groups > 1:
+            picked = call_before(node, aten.reshape.default, picked, [-1, windows, groups, flat // groups])
+        seen.append(picked)
+    joined = seen[0] if taps == 1 else call_before(node, aten.cat.default, seen, -1)
+    return call_before(node, aten.reshape.default, joined, [-1, taps * channels, height, width])
+
+
+def _flat_weight(module: GraphModule, node: Node, steps: _Steps, own: bool) -> Node:
+    """The weight of ``node`` in another form: under its own name where it is its ``own``, else a copy."""
+    weight = argument(node, "weight")
+    if not is_constant(weight):
+        for target, given in steps:
+            weight = call_before(node, target, weight, given)
+        return weight
+    name, old = str(weight.target), tensor_of(module, weight)
+    with torch.no_grad():
+        flat = old.detach()
+        for target, given in steps:
+            flat = target(flat, given)
+    name = name if own else unused_name(module, f"{name}_over_images")
+    set_tensor(module, name, flat.contiguous(), parameter=isinstance(old, nn.Parameter))
+    new = read_attribute(module, name, weight, weight)
+    tensor_of(module, new).requires_grad_(old.requires_grad)
+    return new

@@ -1,0 +1,125 @@
+"""Pools over volumes as pools over images and over depth: exact in float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, value
+from quantflow.graph.rewrites.pools import average_pool
+from quantflow.graph.rewrites.rewriting import call_before, open_shape, tensor_before
+from quantflow.graph.rewrites.volume_form import as_images, as_volumes, triple, volume_sizes
+
+
+def global_mean(module: GraphModule, node: Node) -> Node | None:
+    """The mean of a whole volume, as one over its depth and height in one dimension and its width."""
+    sizes = volume_sizes(node.args[0])
+    whole = sizes is not None and sorted(d % 5 for d in argument(node, "dim") or []) == [2, 3, 4]
+    return _mean(node) if whole and argument(node, "dtype") is None else None
+
+
+def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
+    """An average over windows of any sizes: the mean where there is one window, else over images and then over depth."""
+    x = node.args[0]
+    sizes, size = volume_sizes(x), triple(argument(node, "output_size"))
+    if sizes is None:
+        return None
+    if size == [1, 1, 1]:
+        return _mean(node)
+    depth, height, width = (given if want is None else want for want, given in zip(size, sizes[1:], strict=True))
+    images = call_before(node, aten.adaptive_avg_pool2d.default, as_images(node, x), [height, width])
+    return as_volumes(
+        node, _over_depth(node, images, sizes[1], lambda c: _adaptive(node, c, depth), changes=depth != sizes[1])
+    )
+
+
+def max_pool(module: GraphModule, node: Node) -> Node | None:
+    """The maximum over windows, over height and width and then over depth."""
+    sizes = volume_sizes(node.args[0])
+    if sizes is None:
+        return None
+    kernel, padding, dilation = (triple(argument(node, name)) for name in ("kernel_size", "padding", "dilation"))
+    stride, ceil = triple(argument(node, "stride") or kernel), argument(node, "ceil_mode")
+
+    def over(images: Node, *dims: int) -> Node:
+        sides = [[side[d] for d in dims] for side in ([*kernel, 1], [*stride, 1], [*padding, 0], [*dilation, 1])]
+        return call_before(node, aten.max_pool2d.default, images, *sides, ceil)
+
+    images = over(as_images(node, node.args[0]), 1, 2)  # type: ignore[arg-type]
+    changes = (kernel[0], stride[0], padding[0]) != (1, 1, 0)
+    return as_volumes(node, _over_depth(node, images, sizes[1], lambda column: over(column, 0, 3), changes=changes))
+
+
+def any_average_pool(module: GraphModule, node: Node) -> Node | None:
+    """The average over windows, over height and width and then over depth; where they are of different sizes, what the sums are
+    divided by makes up for it.
+    """
+    sizes, val = volume_sizes(node.args[0]), value(node)
+    if sizes is None or val is None:
+        return None
+    kernel, padding = triple(argument(node, "kernel_size")), triple(argument(node, "padding"))
+    stride, x = triple(argument(node, "stride") or kernel), node.args[0]
+    behind = [
+        max((windows - 1) * s + k - size - p, 0)
+        for windows, s, k, size, p in zip(val.shape[2:], stride, kernel, sizes[1:], padding, strict=True)
+    ]
+    if any(padding) or any(behind):
+        pads = [n for side in zip(reversed(padding), reversed(behind), strict=True) for n in side]
+        x = call_before(node, aten.constant_pad_nd.default, x, pads, 0.0)
+
+    def over(images: Node, *dims: int) -> Node:
+        sides = [[side[d] for d in dims] for side in ([*kernel, 1], [*stride, 1])]
+        averaged = average_pool(module, call_before(node, aten.avg_pool2d.default, images, *sides))
+        assert averaged is not None
+        return averaged
+
+    images = over(as_images(node, x), 1, 2)  # type: ignore[arg-type]
+    depth = volume_sizes(x)[1]  # type: ignore[index]
+    changes = (kernel[0], stride[0]) != (1, 1)
+    pooled = as_volumes(node, _over_depth(node, images, depth, lambda column: over(column, 0, 3), changes=changes))
+    share = math.prod(kernel) / _divisors(node, sizes[1:], kernel, stride, padding)
+    if bool((share == 1).all()):
+        return pooled
+    return call_before(node, aten.mul.Tensor, pooled, tensor_before(module, node, share.to(val.dtype)))
+
+
+def _divisors(node: Node, sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> torch.Tensor:
+    """What the operator divides the sum of each window by, float64, [depth, height, width] of its output."""
+    override = argument(node, "divisor_override")
+    lengths = []
+    for size, k, s, p, windows in zip(sizes, kernel, stride, padding, value(node).shape[2:], strict=True):  # type: ignore[union-attr]
+        start = torch.arange(windows) * s - p
+        end = (start + k).clamp(max=size + p)  # a window may reach beyond the padding, whose rest does not count
+        if not argument(node, "count_include_pad"):
+            start, end = start.clamp(min=0), end.clamp(max=size)
+        lengths.append((end - start).double())
+    depth, height, width = lengths
+    counted = depth[:, None, None] * height[:, None] * width
+    return torch.full_like(counted, override) if override else counted
+
+
+def _mean(node: Node) -> Node | None:
+    x, shape = node.args[0], open_shape(node)
+    sizes = volume_sizes(x)
+    if sizes is None or shape is None:
+        return None
+    channels, depth, height, width = sizes
+    image = call_before(node, aten.reshape.default, x, [-1, channels, depth * height, width])
+    return call_before(node, aten.reshape.default, call_before(node, aten.mean.dim, image, [2, 3], True), shape)
+
+
+def _adaptive(node: Node, column: Node, depth: int) -> Node:
+    width = value(column).shape[3]  # type: ignore[union-attr]
+    return call_before(node, aten.adaptive_avg_pool2d.default, column, [depth, width])
+
+
+def _over_depth(node: Node, images: Node, depth: int, pool: Callable[[Node], Node], *, changes: bool) -> Node:
+    """``images``, of ``depth`` a volume, after ``pool`` over the depth, which is the height of the image that it takes."""
+    if not changes:
+        return images
+    _, *rest = value(images).shape  # type: ignore[union-attr]
+    column = call_before(node, aten.reshape.default, images, [-1, 1, depth, math.prod(rest)])
+    return call_before(node, aten.reshape.default, pool(column), [-1, *rest])
