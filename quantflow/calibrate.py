@@ -12,13 +12,13 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow.batches import PickInputs, batches
-from quantflow.distributed import world_size
+from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
 from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.requantization import warn_of_dead_activations
-from quantflow.observers import Observer
-from quantflow.observers.observation import observers_of
+from quantflow.observers.observation import observers_of, watching
+from quantflow.observers.together import check_synchronizable, synchronize
 from quantflow.recovery.sample import Sample
 from quantflow.signature import Signature
 
@@ -44,7 +44,8 @@ def calibrate(
         data: An iterable of batches: tensors, tuples or dicts of inputs, or ``(inputs, target)`` as a DataLoader gives.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         max_batches: Stop after so many.
-        patience: Stop when, for so many batches in a row, no activation's range grew by more than 1 %.
+        patience: Stop when, for so many batches in a row, no activation's range grew by more than 1 %. Of several processes
+            each stops by itself.
         device: Where to run; by default where the graph's parameters are.
         sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
         progress: Show a progress bar.
@@ -52,8 +53,9 @@ def calibrate(
     State that the graph writes (a counter, a cache) goes on from batch to batch, and is given back as it was at the end; inputs
     that it writes are copied first.
 
-    Under ``torchrun`` each process takes its own share of the data; at the end all hold the same statistics, with the
-    extremes of all data to the bit. What was observed is in ``state_dict()``, from which a calibration goes on.
+    Under ``torchrun`` each process takes its own share of the data, of any number of batches; at the end all hold the same
+    statistics, with the extremes of all data to the bit. A process that fails, is killed or hangs ends the others in an
+    error that names it. What was observed is in ``state_dict()``, from which a calibration goes on.
 
     Returns:
         ``graph``.
@@ -73,7 +75,8 @@ def calibrate(
     signature = Signature.of_graph(graph)
     settled = _Settled(graph, patience)
     seen = 0
-    with _calibrating(graph), state_kept(graph), torch.no_grad():
+    check_synchronizable(graph)
+    with Peers("calibrate") as peers, _calibrating(graph), state_kept(graph), torch.no_grad():
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
             try:
                 args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
@@ -89,32 +92,39 @@ def calibrate(
             seen += 1
             if settled():
                 break
-        if world_size() > 1:
-            for observer in observers_of(graph).values():
-                inner = getattr(observer, "activation_post_process", observer)
-                if isinstance(inner, Observer) and not inner.is_dynamic:
-                    inner.synchronize()
-            if sample is not None:
-                sample.synchronize()
+        _check_seen(peers.answers(seen))
+        synchronize(graph)
+        if sample is not None:
+            sample.synchronize()
     warn_of_dead_activations(graph)
-    if not seen:
-        raise QuantflowError("calibrate", "the calibration set is empty", node="data", remedy="pass at least one batch")
     return graph
+
+
+def _check_seen(counts: list[int]) -> None:
+    """Refuse to go on where a process had no data."""
+    if all(counts):
+        return
+    empty = ", ".join(f"rank {rank}" for rank, count in enumerate(counts) if not count)
+    if len(counts) == 1:
+        raise QuantflowError("calibrate", "the calibration set is empty", node="data", remedy="pass at least one batch")
+    reason, remedy = "its share of the calibration set is empty", "give each process at least one batch"
+    raise QuantflowError("calibrate", reason, node=empty, remedy=remedy)
 
 
 class _Settled:
     """Whether ranges have stopped growing."""
 
     def __init__(self, graph: GraphModule, patience: int | None) -> None:
-        self.graph, self.patience, self.quiet = graph, patience, 0
+        self.watching = [watching(o) for o in observers_of(graph).values() if not getattr(o, "is_dynamic", False)]
+        self.patience, self.quiet = patience, 0
         self.widths: torch.Tensor | None = None
 
     def __call__(self) -> bool:
         if self.patience is None:
             return False
-        observers = (getattr(o, "activation_post_process", o) for o in observers_of(self.graph).values())
-        widths = [o.max_val - o.min_val for o in observers if isinstance(o, Observer) and not o.is_dynamic]
-        now = torch.cat([width.flatten().cpu() for width in widths])
+        # An observer of torchao may have no range (fixed parameters), or none of its own shape before any data.
+        ranged = [o for o in self.watching if isinstance(getattr(o, "min_val", None), torch.Tensor)]
+        now = torch.cat([torch.empty(0), *((o.max_val - o.min_val).flatten().float().cpu() for o in ranged)])
         grew = self.widths is None or len(now) != len(self.widths) or bool((now > self.widths * (1 + _SETTLED)).any())
         self.quiet = 0 if grew else self.quiet + 1
         self.widths = now if grew else self.widths

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
 from quantflow.allocator import keep_freed_memory
-from quantflow.distributed import world_size
+from quantflow.distributed import init_process_group, world_size
 from quantflow.vision.images import first, image_data
 from quantflow.vision.models import classifier
 from quantizers import XNNPACKQuantizer
@@ -55,10 +55,8 @@ def main() -> None:
     start = time.perf_counter()
     distributed = "LOCAL_RANK" in os.environ
     if distributed:
-        torch.distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
-        if options.device.startswith("cuda"):
-            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(options.device)
+        own = init_process_group()
+        options.device = str(own) if options.device.startswith("cuda") else options.device
     keep_freed_memory()
     folder = output_folder(options.output)
     torch.manual_seed(options.seed)

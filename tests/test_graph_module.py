@@ -99,6 +99,39 @@ def test_frozen_batch_norm_stays_in_inference_while_dropout_trains():
     assert not torch.equal(graph.stem_bn.running_mean, before)
 
 
+class PrecisionInRegions(nn.Module):
+    """Regions that never train, each with a body of its own inside: export calls them by the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.backbone(x)
+            x = x.float() * 2
+        x = self.head(x)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = x @ x.T
+        return x * scores.float().mean()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_regions_keep_bodies_of_their_own(copied):
+    model, x = PrecisionInRegions(), torch.randn(3, 6)
+    graph = qf.export(model, (x,)).module()
+    graph = pickle.loads(pickle.dumps(copy.deepcopy(graph))) if copied else graph
+    for mode in (True, False):
+        assert torch.equal(graph.train(mode)(x), model.train(mode)(x))
+    for module in (graph, model):
+        module(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        mine = graph.get_parameter(name).grad
+        assert (mine is None) == (parameter.grad is None)
+        assert mine is None or torch.allclose(mine, parameter.grad)
+
+
 class MonteCarloDropout(nn.Module):
     def forward(self, x):
         return F.dropout(x, 0.5, training=True)

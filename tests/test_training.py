@@ -187,6 +187,53 @@ class DropsItsBranch(nn.Module):
         return self.head(x)
 
 
+class Renamed(StochasticDepth):
+    """Its forward is that of its base."""
+
+
+class Checkpointed(nn.Module):
+    """A base whose branch computes the same."""
+
+    gradient_checkpointing = False
+
+    def __call__(self, *args):
+        if self.gradient_checkpointing and self.training:
+            return torch.utils.checkpoint.checkpoint(super().__call__, *args)
+        return super().__call__(*args)
+
+
+class Plain(Checkpointed):
+    def forward(self, x):
+        return x * 2
+
+
+class Widened(nn.MultiheadAttention):
+    """Branches on its own, besides what attention does."""
+
+    def forward(self, x):
+        return x * 2 if self.training else super().forward(x, x, x)[0]
+
+
+class DropsInBranches(DropsItsBranch):
+    """The layer and the network are both subclasses, and a class of torch.nn is one's base."""
+
+    def __init__(self):
+        super().__init__()
+        self.depth, self.attention = Renamed(0.2, "row"), Widened(4, 1)
+        self.plain = Plain()
+
+    def forward(self, x):
+        return super().forward(self.plain(self.attention(x)))
+
+
+def test_subclasses_that_train_as_in_inference_are_named():
+    found = qf.export(DropsInBranches(), (torch.randn(8, 4),)).inference_only
+    assert found == ("depth (Renamed)", "attention (Widened)")
+    parametrized = DropsItsBranch()
+    torch.nn.utils.parametrizations.weight_norm(parametrized.stem)
+    assert qf.export(parametrized, (torch.randn(8, 4),)).inference_only == ("depth (StochasticDepth)",)
+
+
 def test_layers_that_train_as_in_inference_are_named():
     exported = qf.export(DropsItsBranch(), (torch.randn(8, 4),))
     assert exported.inference_only == ("depth (StochasticDepth)",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
-from quantflow.graph.parameters import set_tensor, submodule_at
+from quantflow.graph.parameters import set_tensor, submodule_at, unused_name
 
 _SETS_GRAD_MODE = "quantflow_sets_grad_mode"
 
@@ -127,9 +128,10 @@ def inline_grad_mode_regions(module: GraphModule) -> bool:
             for inner in body.graph.nodes:
                 if inner.op in ("placeholder", "output"):
                     continue
-                if inner.op in ("get_attr", "call_module"):
-                    setattr(module, f"{node.name}_{inner.name}", getattr(body, str(inner.target)))
                 env[inner] = graph.node_copy(inner, lambda n, env=env: env[n])
+                if inner.op in ("get_attr", "call_module"):
+                    held = operator.attrgetter(str(inner.target))(body)
+                    env[inner].target = _taken_over(module, f"{node.name}_{inner.name}", held)
             graph.call_function(torch._C._set_grad_enabled, (before,))
         results = next(n for n in body.graph.nodes if n.op == "output").args[0]
         results = results if isinstance(results, (tuple, list)) else (results,)
@@ -150,6 +152,16 @@ def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
     for name in program.state_dict.keys() - there:
         tensor = program.state_dict[name]
         set_tensor(module, name, tensor.detach().clone(), parameter=isinstance(tensor, torch.nn.Parameter))
+
+
+def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
+    """The name, ``wanted`` or like it, under which ``module`` now has what a body ``held``."""
+    name = unused_name(module, wanted)
+    if isinstance(held, torch.nn.Module):
+        module.add_submodule(name, held)
+    else:
+        set_tensor(module, name, held, parameter=isinstance(held, torch.nn.Parameter))
+    return name
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:

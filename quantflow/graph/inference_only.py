@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 
 from torch import nn
 from torch.fx import GraphModule
 
-# Dropout and batch norm switch on their nodes, whether called as layers or with ``training=self.training``.
-_SWITCHED_ON_NODES = re.compile(r"training\s*=\s*self\.training|dropout\w*\([^()]*self\.training[^()]*\)")
+# Dropout and batch norm switch on their nodes, whether called as layers or with ``training=self.training``; with gradient
+# checkpointing the result is the same.
+_SWITCHED_ON_NODES = re.compile(
+    r"training\s*=\s*self\.training|dropout\w*\([^()]*self\.training[^()]*\)"
+    r"|gradient_checkpointing and self\.training|self\.training and self\.gradient_checkpointing"
+)
 
 
 def captured_as_inference(model: nn.Module) -> tuple[str, ...]:
@@ -22,16 +27,23 @@ def captured_as_inference(model: nn.Module) -> tuple[str, ...]:
 
 
 def _branches(module: nn.Module) -> bool:
-    kind = type(module)
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
-    if kind.__module__.startswith("torch.nn.") or isinstance(module, GraphModule):
+    if isinstance(module, GraphModule):
         return False
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        return True
     switches = (getattr(module, name, None) for name in ("p", "drop_prob", "aux_logits"))
     if any(isinstance(switch, (int, float)) and not switch for switch in switches):
         return False  # switched off
+    # A subclass may leave its forward, or a part of it, to any of its bases.
+    return any("self.training" in _SWITCHED_ON_NODES.sub("", _source(kind)) for kind in type(module).__mro__)
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """The source of a class, but for those of torch.nn, which switch on nodes."""
+    if kind.__module__.startswith("torch.nn.") or kind is object:
+        return ""
     try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into a console
-        return False
-    return "self.training" in _SWITCHED_ON_NODES.sub("", source)
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into a console, or written in C
+        return ""

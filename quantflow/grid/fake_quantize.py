@@ -52,14 +52,22 @@ class FakeQuantize(FakeQuantizeBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.calibrating:
-            (self.calibrator or self.activation_post_process)(x.detach())
+            self.watching(x.detach())
             return x
-        if self.is_dynamic or (self.training and self.observer_enabled and self._follows_data()):
+        if self.is_dynamic:  # a grid of each input's own
             self.activation_post_process(x.detach())
+            self.update_qparams()
+        elif self.training and self.observer_enabled and self._follows_data():
+            self.activation_post_process.observe_together(x.detach())
             self.update_qparams()
         if not self.fake_quant_enabled:
             return x
         return self._round(x)
+
+    @property
+    def watching(self) -> Observer:
+        """The observer that sees the data of a calibration."""
+        return self.calibrator or self.activation_post_process
 
     def _follows_data(self) -> bool:
         return True
@@ -74,8 +82,8 @@ class FakeQuantize(FakeQuantizeBase):
             return
         if self.calibrator is not None and self.calibrator.min_val.isfinite().all():
             scale, zero_point = self.calibrator.calculate_qparams()
-            self.activation_post_process.min_val = (self.quant_min - zero_point) * scale
-            self.activation_post_process.max_val = (self.quant_max - zero_point) * scale
+            low, high = ((end - zero_point) * scale for end in (self.quant_min, self.quant_max))
+            self.activation_post_process.start_from(low, high)
         self.update_qparams()
 
     def update_qparams(self) -> None:

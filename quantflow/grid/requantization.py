@@ -30,7 +30,7 @@ from quantflow.graph.modes import BATCH_NORM
 from quantflow.graph.parameters import is_constant
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.qparams import PER_CHANNEL
-from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
+from quantflow.observers.observation import has_seen_data, observer_of, qparams_of, watching
 from quantflow.observers.settled import SettledObserver
 
 _MOST_STEPS = 255.0  # of the output for each step of the sums; XNNPACK takes less than 256
@@ -66,8 +66,9 @@ def warn_of_dead_activations(module: GraphModule) -> None:
     dead = []
     for node in module.graph.nodes:
         observer = _static(module, node)
-        watching = getattr(observer, "calibrator", None) or getattr(observer, "activation_post_process", observer)
-        low, high = getattr(watching, "min_val", None), getattr(watching, "max_val", None)
+        if observer is None:
+            continue
+        low, high = (getattr(watching(observer), name, None) for name in ("min_val", "max_val"))
         if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor) or not low.numel():
             continue
         if not low.any() and not high.any() and not is_constant(node.args[0]):

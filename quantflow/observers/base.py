@@ -71,6 +71,15 @@ class Observer(ObserverBase):
         self.min_val = torch.tensor(float("inf"), device=self.min_val.device)
         self.max_val = torch.tensor(float("-inf"), device=self.max_val.device)
 
+    def start_from(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Take a range that was found by other means as what was seen."""
+        self.min_val, self.max_val = low, high
+
+    def observe_together(self, x: torch.Tensor) -> None:
+        """See the ``x`` of all processes, of which each has its own; in each the range is then the same."""
+        self(x)
+        self.synchronize()
+
     def synchronize(self) -> None:
         """Take what all processes saw together, the same in each."""
         if self.min_val.ndim == 0 or self.min_val.numel():

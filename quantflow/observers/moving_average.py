@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from quantflow.distributed import widest
+from quantflow.distributed import grouped, total, widest
 from quantflow.observers.base import Observer
 
 
 class MovingAverageMinMaxObserver(Observer):
-    """The exponential moving average of each batch's extremes (Jacob et al. 2018, arXiv:1712.05877, section 3.1).
+    """The moving average of each batch's extremes (Jacob et al. 2018, arXiv:1712.05877, section 3.1).
+
+    The first batches count alike, so that the average does not hang on the very first: the newest of ``n`` has the weight
+    ``1 / n``, and from ``1 / averaging_constant`` batches on the average is exponential.
 
     Args:
-        averaging_constant: Weight of the newest batch; 1 takes the newest alone. The first batch counts whole.
+        averaging_constant: Weight of the newest batch among many; 1 takes the newest alone.
         spec: The grid, as for :class:`Observer`.
+
+    Attributes:
+        count: How many batches were seen, int64.
     """
+
+    count: torch.Tensor
 
     def __init__(self, averaging_constant: float = 0.01, **spec: Any) -> None:
         super().__init__(**spec)
         self.averaging_constant = averaging_constant
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        super().reset()
+        self.count = torch.zeros_like(self.count)
+
+    def start_from(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Take a range as that of many batches, which the next ones move little."""
+        super().start_from(low, high)
+        self.count = torch.full_like(self.count, math.ceil(1 / self.averaging_constant))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.numel():
-            return x
-        low, high = widest(*self.extremes(x))
-        if self.averaging_constant != 1.0:
-            # lerp from infinity is no number, so the first batch is chosen, without asking the tensor for its value.
-            low = torch.where(self.min_val.isfinite(), torch.lerp(self.min_val, low, self.averaging_constant), low)
-            high = torch.where(self.max_val.isfinite(), torch.lerp(self.max_val, high, self.averaging_constant), high)
-        self.min_val, self.max_val = low, high
+        if x.numel():
+            self.min_val, self.max_val = self._followed(*self.extremes(x))
+            self.count = self.count + 1
         return x
+
+    def observe_together(self, x: torch.Tensor) -> None:
+        """Follow the extremes of all processes' ``x``, which count as one batch."""
+        if not grouped():
+            self(x)
+            return
+        low, high = self.extremes(x) if x.numel() else self._nothing(x)
+        low, high = widest(low, high)  # also where this process has nothing: the others wait
+        some = ~(low > high)
+        followed = zip(self._followed(low, high), (self.min_val, self.max_val), strict=True)
+        self.min_val, self.max_val = (torch.where(some, new, old) for new, old in followed)
+        self.count = self.count + some.any()
+
+    def synchronize(self) -> None:
+        """Take the average over the batches of all processes, the same in each."""
+        if not grouped():
+            return
+        batches = total(self.count.double())
+        share = self.count / batches.clamp(min=1)
+        ends = torch.stack([self.min_val, self.max_val]).double()
+        low, high = total(torch.where(share > 0, ends * share, 0.0)).float()
+        self.min_val, self.max_val = (
+            torch.where(batches > 0, new, old) for new, old in ((low, self.min_val), (high, self.max_val))
+        )
+        self.count = batches.to(self.count.dtype)
+
+    def _followed(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range with a batch of these extremes."""
+        if self.averaging_constant == 1.0:
+            return low, high
+        weight = (1 / (self.count + 1)).clamp(min=self.averaging_constant)
+        # lerp from infinity is no number, so the first batch is chosen, without asking the tensor for its value.
+        low = torch.where(self.min_val.isfinite(), torch.lerp(self.min_val, low, weight), low)
+        high = torch.where(self.max_val.isfinite(), torch.lerp(self.max_val, high, weight), high)
+        return low, high
+
+    def _nothing(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The extremes of no values."""
+        shape = (x.shape[self.ch_axis],) if self.per_channel else ()
+        low = torch.full(shape, float("inf"), device=x.device)
+        return low, -low
 
 
 class PerChannelMovingAverageMinMaxObserver(MovingAverageMinMaxObserver):

@@ -52,6 +52,13 @@ def _called(module: GraphModule) -> set[nn.Module]:
     return {inner for value in read if isinstance(value, nn.Module) for inner in value.modules()}
 
 
+def watching(observer: nn.Module) -> nn.Module:
+    """What sees the data of a calibration: the observer inside a fake quantizer that watches then, or ``observer`` itself."""
+    if isinstance(observer, FakeQuantize):
+        return observer.watching
+    return getattr(observer, "activation_post_process", observer)
+
+
 def is_converted(module: GraphModule) -> bool:
     """Whether ``module`` holds quantize or dequantize operators already."""
     targets = (n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))

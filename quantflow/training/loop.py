@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs, batches
+from quantflow.batches import Batch, PickInputs
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.exported import INFERENCE_ONLY
@@ -25,10 +26,11 @@ from quantflow.grid.learned_step_size import LearnedStepSize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation, MixedLoss
+from quantflow.training.epochs import Epochs
 from quantflow.training.history import History
-from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.schedule import Schedule
 from quantflow.training.state import TrainingState
+from quantflow.training.updates import check_usable, end_epoch_on_plateau, update
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Validate = Callable[[TrainableGraphModule], float]
@@ -61,7 +63,9 @@ def train(
     """Train ``graph`` on ``(inputs, target)`` batches with ``loss(output, target).backward()`` on the graph itself.
 
     Under ``torchrun`` the processes train as one: gradients are averaged, batch norm and observers see all batches, and the
-    process of rank 0 writes. Give each its part of the data (``torch.utils.data.DistributedSampler``).
+    process of rank 0 writes. Give each its part of the data (``torch.utils.data.DistributedSampler``); an epoch ends with the
+    shortest part, and a warning says so. A process that fails, is killed or hangs ends the others in an error that names it
+    (:class:`quantflow.distributed.Peers`).
 
     Args:
         graph: A captured graph, prepared with ``qat=True`` to learn its integers. Trained in place; left in inference mode.
@@ -71,7 +75,8 @@ def train(
         loss: Of output and target; scalar.
         optimizer: By default SGD with momentum 0.9 at ``lr``, decaying along a cosine to zero.
         lr: Learning rate of the default optimizer.
-        scheduler: A learning rate scheduler, stepped after each batch.
+        scheduler: A learning rate scheduler, stepped after each batch; ``ReduceLROnPlateau`` after each epoch, with what
+            ``validate`` gave (mode "max") or with the mean loss (mode "min").
         schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
             QAT, never for one in float.
         distill: Learn from a teacher besides.
@@ -80,6 +85,7 @@ def train(
         amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
         compile: Run forward and backward through ``torch.compile``.
         validate: Called with the graph in inference mode after each epoch; higher is better. The best epoch's state is kept.
+            Of several processes each calls it, on data of its own or on all, and the mean over them counts.
         validate_converted: Call it with the converted graph as well.
         patience: Stop after so many epochs without a better figure.
         checkpoints: Save the run as it goes, and resume it: killed at any moment and started again with the same arguments,
@@ -90,79 +96,88 @@ def train(
         progress: Show a progress bar.
 
     Raises:
-        QuantflowError: at stage ``"train"``, when there is no data or target, or the loss stops being a number.
+        QuantflowError: at stage ``"train"``, when there is no data or target, the loss stops being a number, the optimizer or
+            scheduler can't be used (or saved, with ``checkpoints``), or another process fails.
     """
     if not isinstance(graph, TrainableGraphModule):
         remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
         raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
     _check(graph)
-    target_device = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
-    graph.to(target_device)
-    steps_per_epoch = len(data) if isinstance(data, Sized) else None
-    if optimizer is None:
-        optimizer = torch.optim.SGD(graph.parameters(), lr=lr, momentum=0.9)
-        if scheduler is None and steps_per_epoch:
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_per_epoch * epochs)
+    there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
+    distributed.check_carries(there, "train")
+    graph.to(there)
     if schedule is None:
         schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
     average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
-    scaler = torch.amp.GradScaler(target_device.type, enabled=amp and target_device.type == "cuda")
-    run = TrainingState(graph, optimizer, scheduler, scaler, average)
-    fingerprint = run.fingerprint(epochs, steps_per_epoch, schedule.to_json(), ema, amp, seed, distributed.world_size())
-    seed_everything(seed + distributed.rank())
-    if checkpoints is not None and checkpoints.resume and (found := checkpoints.last_good(fingerprint)) is not None:
-        run.restore(*found)
-        run.history.resumed_at.append(run.step)
-
-    autocast_dtype = torch.float16 if target_device.type == "cuda" else torch.bfloat16
+    scaler = torch.amp.GradScaler(there.type, enabled=amp and there.type == "cuda")
+    autocast_dtype = torch.float16 if there.type == "cuda" else torch.bfloat16
     synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
     frozen = graph.batch_norm_frozen
     switched: tuple[bool, ...] | None = None
+    source = Epochs(data, inputs, there, seed)
 
-    def save() -> None:
+    def save(*, ended: bool) -> None:
         if checkpoints is None:
             return
-        tensors = run.tensors()  # all take part: each has a random state of its own
+        if run.step == 1:
+            run.check_can_be_saved()  # now that the optimizer has a state
+        if not ended and run.step % checkpoints.every:
+            return
+        tensors, plain = run.saved()  # all take part: each has a random state of its own
         if distributed.rank() == 0:
-            checkpoints.save(run.step, tensors, {**run.plain(), "fingerprint": fingerprint})
+            checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
 
-    total = steps_per_epoch * epochs if steps_per_epoch else None
-    try:
-        with (
-            distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed,
-            tqdm(
-                desc="train",
-                total=total,
-                initial=run.step,
-                unit="step",
-                disable=not progress or distributed.rank() > 0,
-                leave=False,
-            ) as bar,
-        ):
-            parallel = _in_parallel(graph, target_device, schedule)
-            forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
-            while run.epoch < epochs and not _exhausted(run, patience):
-                graph.train()
-                switched = None
-                for batch in _epoch(run, data, graph, inputs, target_device, seed):
-                    at = run.step / total if total else run.epoch / epochs
-                    if switched != schedule.state(at):
-                        schedule.apply(graph, at, frozen=frozen)
-                        switched = schedule.state(at)
-                    with torch.autocast(target_device.type, dtype=autocast_dtype, enabled=amp), synchronized:
-                        value = _loss(forward, batch, loss, mixed, run.batch)
-                    _update(run, value, clip_norm)
-                    bar.update()
-                    if checkpoints is not None and run.step % checkpoints.every == 0:
-                        save()
-                _end_epoch(run, validate, validate_converted)
-                if run.history.metric:
-                    bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")
-                save()
-    finally:
-        Schedule.never().apply(graph, 0.0, frozen=frozen)
-        graph.eval()
-    _keep_best(run)
+    with distributed.Peers("train") as peers:
+        source.agree(peers)
+        total = source.steps * epochs if source.steps else None
+        if optimizer is None:
+            optimizer = torch.optim.SGD(graph.parameters(), lr=lr, momentum=0.9)
+            if scheduler is None and total:
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        run = TrainingState(graph, optimizer, scheduler, scaler, average)
+        check_usable(run, validated=validate is not None, saved=checkpoints is not None)
+        options = (epochs, source.steps, schedule.to_json(), ema, amp, seed, distributed.world_size())
+        fingerprint = run.fingerprint(*options)
+        source.start(run)
+        if checkpoints is not None and checkpoints.resume and (found := checkpoints.last_good(fingerprint)) is not None:
+            run.restore(*found)
+            run.history.resumed_at.append(run.step)
+        _check_alike(peers.answers([fingerprint, run.step]))
+        try:
+            with (
+                distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed,
+                tqdm(
+                    desc="train",
+                    total=total,
+                    initial=run.step,
+                    unit="step",
+                    disable=not progress or distributed.rank() > 0,
+                    leave=False,
+                ) as bar,
+            ):
+                parallel = _in_parallel(graph, there, schedule)
+                forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
+                while run.epoch < epochs and not _exhausted(run, patience):
+                    graph.train()
+                    switched = None
+                    for batch in source.batches(run, peers):
+                        at = run.step / total if total else run.epoch / epochs
+                        if switched != schedule.state(at):
+                            schedule.apply(graph, at, frozen=frozen)
+                            switched = schedule.state(at)
+                        with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
+                            value = _loss(forward, batch, loss, mixed, run.batch)
+                        update(run, value, clip_norm)
+                        bar.update()
+                        save(ended=False)
+                    _end_epoch(run, peers, validate, validate_converted)
+                    if run.history.metric:
+                        bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")
+                    save(ended=True)
+        finally:
+            Schedule.never().apply(graph, 0.0, frozen=frozen)
+            graph.eval()
+        _keep_best(run)
     return run.history
 
 
@@ -182,6 +197,22 @@ def _check(graph: TrainableGraphModule) -> None:
         warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
 
 
+def _check_alike(everyone: list[list[Any]]) -> None:
+    """Refuse to train together what is not the same in all processes."""
+    (kind, step), *others = everyone
+    for rank, (theirs, their_step) in enumerate(others, 1):
+        if theirs != kind:
+            reason, remedy = (
+                "it has another graph, optimizer or options than rank 0",
+                "the same script for all processes",
+            )
+            raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
+        if their_step != step:
+            reason = f"it resumes at step {their_step}, rank 0 at {step}"
+            remedy = "a folder of checkpoints that all processes see"
+            raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
+
+
 def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Schedule) -> nn.Module:
     """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
     if distributed.world_size() == 1:
@@ -194,40 +225,6 @@ def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Sc
     )
 
 
-def _epoch(
-    run: TrainingState,
-    data: Iterable[Any],
-    graph: TrainableGraphModule,
-    inputs: PickInputs | None,
-    device: torch.device,
-    seed: int,
-) -> Iterator[Batch]:
-    """The batches of the epoch that are still to be done, in the order that its seed gives."""
-    here = random_state() if run.batch else None  # resumed within the epoch
-    if here is None:
-        run.epoch_start = random_state()
-    else:
-        set_random_state(run.epoch_start)
-    generator = getattr(data, "generator", None)
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed * 1_000_003 + run.epoch)
-    set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(run.epoch)
-    done, index = run.batch, 0
-    for index, batch in enumerate(batches(data, graph, stage="train", inputs=inputs, device=device), 1):
-        if index <= done:
-            continue
-        if here is not None:
-            set_random_state(here)
-            here = None
-        yield batch
-    if not index:
-        reason = "the training set is empty" if not run.epoch else f"the data gave nothing in epoch {run.epoch + 1}"
-        remedy = "pass a DataLoader or a list with at least one batch; a generator can be read once only"
-        raise QuantflowError("train", reason, node="data", remedy=remedy)
-
-
 def _loss(forward: Callable[..., Any], batch: Batch, loss: Loss, mixed: MixedLoss | None, index: int) -> torch.Tensor:
     if batch.target is None:
         remedy = "give (inputs, target) batches"
@@ -237,38 +234,22 @@ def _loss(forward: Callable[..., Any], batch: Batch, loss: Loss, mixed: MixedLos
     return value if mixed is None else mixed(value, output, batch.args, batch.kwargs)
 
 
-def _update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> None:
-    """One step of the optimizer along the gradient of ``value``."""
-    figure = value.item()
-    if not torch.isfinite(value):
-        remedy = "lower the learning rate, or pass clip_norm"
-        raise QuantflowError("train", f"the loss is {figure}", node=f"batch {run.batch}", remedy=remedy)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(value).backward()
-    if clip_norm is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.graph.parameters(), clip_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.scheduler is not None:
-        run.scheduler.step()
-    if run.average is not None:
-        run.average.update_parameters(run.graph)
-    run.batch, run.step, run.loss_sum = run.batch + 1, run.step + 1, run.loss_sum + figure
-
-
-def _end_epoch(run: TrainingState, validate: Validate | None, converted: bool) -> None:
-    run.history.loss.append(distributed.mean(run.loss_sum / max(run.batch, 1)))
+def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:
+    run.history.loss.append(statistics.fmean(peers.answers(run.loss_sum / max(run.batch, 1))))
     run.graph.eval()
     if validate is not None:
         kept = _averaged(run)
         with torch.no_grad():
-            run.history.metric.append(float(validate(kept)))
+            figures = [float(validate(kept))]
             if converted and observers_of(kept):
-                run.history.converted_metric.append(float(validate(convert(kept))))
-        if run.history.metric[-1] > run.best_metric:
-            run.best_metric, run.history.best_epoch = run.history.metric[-1], run.epoch
+                figures.append(float(validate(convert(kept))))
+        metric, *rest = map(statistics.fmean, zip(*peers.answers(figures), strict=True))
+        run.history.metric.append(metric)
+        run.history.converted_metric += rest
+        if metric > run.best_metric:
+            run.best_metric, run.history.best_epoch = metric, run.epoch
             run.best = {name: t.detach().clone() for name, t in kept.state_dict().items()}
+    end_epoch_on_plateau(run)
     run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
 
 

@@ -11,9 +11,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from quantflow import distributed
+from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.training.encoding import Tensors, decode, difference, encode
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, set_random_state
+
+# What has a state of its own, by the name of its attribute.
+_STATEFUL = ("optimizer", "scheduler", "scaler")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class TrainingState:
     Attributes:
         graph: What is trained.
         optimizer: Its optimizer.
-        scheduler: Learning rate scheduler, stepped each batch, or None.
+        scheduler: Learning rate scheduler, or None.
         scaler: Gradient scaler of mixed precision.
         average: Exponential moving average of the parameters, or None.
         history: Figures so far.
@@ -33,7 +38,8 @@ class TrainingState:
         loss_sum: Sum of their losses in this epoch.
         best: The state of the graph with the best metric so far, None before any.
         best_metric: That metric.
-        epoch_start: The random state in which this epoch's loader was started.
+        data_random: The random state in which the data go on: they draw from a stream of their own.
+        epoch_start: That in which this epoch's data began.
     """
 
     graph: TrainableGraphModule
@@ -46,9 +52,10 @@ class TrainingState:
     batch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    best: dict[str, torch.Tensor] | None = None
+    best: Tensors | None = None
     best_metric: float = float("-inf")
-    epoch_start: dict[str, torch.Tensor] = field(default_factory=dict)
+    data_random: Tensors = field(default_factory=dict)
+    epoch_start: Tensors = field(default_factory=dict)
 
     def fingerprint(self, *options: Any) -> str:
         """What a checkpoint must share to be one of this run: the graph, the optimizer, and ``options``."""
@@ -57,46 +64,40 @@ class TrainingState:
         groups = [{k: v for k, v in g.items() if _plain(v)} for g in self.optimizer.state_dict()["param_groups"]]
         # Learning rates move; where they started tells the run.
         groups = [{k: v for k, v in g.items() if k not in ("lr", "params") or k == "initial_lr"} for g in groups]
-        text = json.dumps([shapes, nodes, type(self.optimizer).__name__, groups, options], default=str, sort_keys=True)
+        kinds = [type(self.optimizer).__name__, type(self.scheduler).__name__]
+        text = json.dumps([shapes, nodes, kinds, groups, options], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the run, by name."""
-        parts: dict[str, dict[str, torch.Tensor]] = {
+    def saved(self) -> tuple[Tensors, dict[str, Any]]:
+        """The tensors of the run, by name, and the rest of it, as JSON data. All processes take part.
+
+        Raises:
+            QuantflowError: at stage ``"train"``, naming what can't be saved.
+        """
+        parts: dict[str, Tensors] = {
             "graph": self.graph.state_dict(),
             "best": self.best or {},
             "average": dict(self.average.module.state_dict()) if self.average else {},
-            **{f"random{rank}": state for rank, state in enumerate(distributed.gathered(random_state()))},
-            **{f"epoch_start{rank}": state for rank, state in enumerate(distributed.gathered(self.epoch_start))},
-            "optimizer": {
-                f"{index}.{name}": value
-                for index, entries in self.optimizer.state_dict()["state"].items()
-                for name, value in entries.items()
-                if isinstance(value, torch.Tensor)
-            },
         }
-        return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-    def plain(self) -> dict[str, Any]:
-        """The rest of the run, as JSON data."""
-        state = self.optimizer.state_dict()
-        return {
+        for name, own in (("random", random_state()), ("data", self.data_random), ("start", self.epoch_start)):
+            parts |= {f"{name}{rank}": theirs for rank, theirs in enumerate(distributed.gathered(own))}
+        tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+        plain, held = self._stateful()
+        figures = {
             "history": asdict(self.history),
             "position": [self.epoch, self.batch, self.step, self.loss_sum],
             "best_metric": self.best_metric,
             "averaged": int(self.average.n_averaged) if self.average else 0,
-            "scheduler": _jsonable(self.scheduler.state_dict()) if self.scheduler is not None else None,
-            "scaler": _jsonable(self.scaler.state_dict()),
-            "param_groups": _jsonable(state["param_groups"]),
-            "optimizer": {
-                str(index): {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
-                for index, entries in state["state"].items()
-            },
         }
+        return tensors | held, {**figures, **plain}
 
-    def restore(self, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-        """Bring the run into the state of a checkpoint."""
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+    def restore(self, tensors: Tensors, plain: dict[str, Any]) -> None:
+        """Bring the run into the state of a checkpoint.
+
+        Raises:
+            QuantflowError: at stage ``"train"``, when the optimizer, the scheduler or the scaler does not take up its own.
+        """
+        parts: dict[str, Tensors] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor
@@ -105,27 +106,41 @@ class TrainingState:
         if self.average is not None:
             self.average.module.load_state_dict(parts["average"])
             self.average.n_averaged.fill_(plain["averaged"])
-        states: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in plain["optimizer"].items()}
-        for name, tensor in parts.get("optimizer", {}).items():
-            index, _, entry = name.partition(".")
-            states[int(index)][entry] = tensor
-        self.optimizer.load_state_dict({"state": states, "param_groups": plain["param_groups"]})
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(plain["scheduler"])
-        self.scaler.load_state_dict(plain["scaler"])
+        for name in _STATEFUL:
+            if (owner := getattr(self, name)) is not None:
+                owner.load_state_dict(decode(plain[name], tensors))
+        self._check_taken_up(tensors, plain)
         self.history = History(**plain["history"])
         self.epoch, self.batch, self.step, self.loss_sum = plain["position"]
         self.best_metric = plain["best_metric"]
-        self.epoch_start = parts[f"epoch_start{distributed.rank()}"]
+        self.data_random = parts[f"data{distributed.rank()}"]
+        self.epoch_start = parts.get(f"start{distributed.rank()}", {})
         set_random_state(parts[f"random{distributed.rank()}"])
+
+    def check_can_be_saved(self) -> None:
+        """Refuse what has no form in a checkpoint.
+
+        Raises:
+            QuantflowError: at stage ``"train"``, naming it.
+        """
+        self._stateful()
+
+    def _stateful(self) -> tuple[dict[str, Any], Tensors]:
+        """The states of the optimizer, the scheduler and the scaler: JSON data, and their tensors."""
+        tensors: Tensors = {}
+        owners = {name: getattr(self, name) for name in _STATEFUL}
+        return {n: o if o is None else encode(o.state_dict(), n, tensors) for n, o in owners.items()}, tensors
+
+    def _check_taken_up(self, tensors: Tensors, plain: dict[str, Any]) -> None:
+        """Refuse to go on from another state than the one saved: the run would end elsewhere, silently."""
+        now, held = self._stateful()
+        for name in _STATEFUL:
+            differs = difference(plain[name], now[name], tensors, held)
+            if differs is not None:
+                reason = f"a {type(getattr(self, name)).__name__} does not take up the state that it gave: {differs}"
+                remedy = "start anew with Checkpoints(..., resume=False), or use another"
+                raise QuantflowError("train", reason, node=name, remedy=remedy)
 
 
 def _plain(value: Any) -> bool:
     return isinstance(value, (int, float, bool, str, list, tuple, type(None)))
-
-
-def _jsonable(value: Any) -> Any:
-    """``value`` with only what JSON holds; a scheduler keeps callables of its own, which it makes again."""
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items() if _plain(v) or isinstance(v, dict)}
-    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value

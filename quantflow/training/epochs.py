@@ -1,0 +1,106 @@
+"""The batches of an epoch: in the order that the seed gives, from where the run stands, as many in each process."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantflow import distributed
+from quantflow.batches import Batch, PickInputs, batches
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.training.randomness import random_state, seed_everything, set_random_state
+from quantflow.training.state import TrainingState
+
+_OF_DATA = 0x9E3779B9  # apart from the seeds of models
+
+
+@dataclass
+class Epochs:
+    """Where the batches of a run come from.
+
+    The data draw from a random stream of their own, so that they can be gone through again up to where a run stands without
+    what the network drew in between.
+
+    Attributes:
+        data: A loader, iterated once an epoch.
+        inputs: Picks the inputs out of a batch.
+        device: Where the tensors go.
+        seed: Of the order.
+        steps: How many steps an epoch has, None where the data do not say.
+    """
+
+    data: Iterable[Any]
+    inputs: PickInputs | None
+    device: torch.device
+    seed: int
+    steps: int | None = None
+
+    def agree(self, peers: distributed.Peers) -> None:
+        """Take as many steps an epoch as the shortest share of the data has."""
+        counts = peers.answers(len(self.data) if isinstance(self.data, Sized) else None)
+        self.steps = None if None in counts else min(counts)
+        if self.steps is not None and max(counts) > self.steps:
+            longer = [f"rank {rank} has {count}" for rank, count in enumerate(counts) if count > self.steps]
+            self._warn(counts.index(self.steps), f"its share of the data has {self.steps} batches, {', '.join(longer)}")
+
+    def start(self, run: TrainingState) -> None:
+        """Seed the streams of a new run."""
+        seed = self.seed + distributed.rank()
+        seed_everything(seed ^ _OF_DATA)
+        run.data_random = random_state()
+        seed_everything(seed)
+
+    def batches(self, run: TrainingState, peers: distributed.Peers) -> Iterator[Batch]:
+        """The batches of the epoch that are still to be done, until any process has none."""
+        done, feed = run.batch, self._begun(run)
+        for _ in range(done):
+            self._next(run, feed)
+        for count in itertools.count(done):
+            batch = self._next(run, feed)
+            if batch is None and not count:
+                raise self._empty(run)
+            have = peers.answers(batch is not None)
+            if batch is None or not all(have):
+                break
+            yield batch
+        if any(have) and self.steps is None:
+            longer = ", ".join(f"rank {rank}" for rank, more in enumerate(have) if more)
+            self._warn(have.index(False), f"its share of the data has {count} batches, and more has {longer}")
+
+    def _begun(self, run: TrainingState) -> Iterator[Batch]:
+        """What this process's data give from the start of the epoch."""
+        if run.batch:  # resumed within the epoch
+            run.data_random = run.epoch_start
+        run.epoch_start = run.data_random
+        generator = getattr(self.data, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(self.seed * 1_000_003 + run.epoch)
+        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(run.epoch)
+        return batches(self.data, run.graph, stage="train", inputs=self.inputs, device=self.device)
+
+    def _next(self, run: TrainingState, feed: Iterator[Batch]) -> Batch | None:
+        """The next batch, which draws from the stream of the data."""
+        networks = random_state()
+        set_random_state(run.data_random)
+        try:
+            return next(feed, None)
+        finally:
+            run.data_random = random_state()
+            set_random_state(networks)
+
+    def _empty(self, run: TrainingState) -> QuantflowError:
+        reason = "the training set is empty" if not run.epoch else f"the data gave nothing in epoch {run.epoch + 1}"
+        remedy = "pass a DataLoader or a list with at least one batch; a generator can be read once only"
+        return QuantflowError("train", reason, node="data", remedy=remedy)
+
+    def _warn(self, rank: int, reason: str) -> None:
+        if distributed.rank() == 0:
+            remedy = "DistributedSampler gives equal shares: the rest of the longer ones is left out"
+            warnings.warn(QuantflowWarning("train", reason, node=f"rank {rank}", remedy=remedy), stacklevel=4)

@@ -1,0 +1,55 @@
+"""Calibration ends when what watches has settled, whatever prepared the graph."""
+
+import pytest
+import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as StockQuantizer
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
+from networks import ConvNet
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+
+import quantflow as qf
+from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
+
+EXAMPLE = (torch.randn(2, 3, 16, 16),)
+
+
+class Counted:
+    """Batches whose range grows each time, until it stays; ``taken`` tells how many were asked for."""
+
+    def __init__(self, growing, count=50):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 16, 16)
+        self.batches = [x * (1 + 0.2 * min(i, growing - 1)) for i in range(count)]
+        self.taken = 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.taken += 1
+            yield batch
+
+
+def stock(*, qat=False):
+    graph = qf.export(ConvNet(p=0.0).eval(), EXAMPLE).module()
+    quantizer = StockQuantizer().set_global(get_symmetric_quantization_config(is_qat=qat))
+    return (prepare_qat_pt2e if qat else prepare_pt2e)(graph, quantizer)
+
+
+def ours(*, qat=False, quantizer=None):
+    graph = qf.export(ConvNet(p=0.0).eval(), EXAMPLE).module()
+    return qf.prepare(graph, quantizer or XNNPACKQuantizer(), qat=qat)
+
+
+@pytest.mark.parametrize("prepared", [ours, stock])
+@pytest.mark.parametrize("qat", [False, True])
+def test_patience_waits_while_ranges_grow(prepared, qat):
+    data = Counted(growing=20)
+    qf.calibrate(prepared(qat=qat), data, patience=3, progress=False)
+    # The stock average for training lags behind its batches.
+    assert data.taken == 23 if prepared is ours or not qat else 23 <= data.taken <= 50
+
+
+def test_patience_where_there_is_no_range_to_follow():
+    data = Counted(growing=20)
+    graph = ours(quantizer=XNNPACKQuantizer(DYNAMIC_INT8))
+    qf.calibrate(graph, data, patience=3, progress=False)
+    assert data.taken == 4
