@@ -8,7 +8,7 @@
 float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
 in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
 where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
-is at fault. A seed gives network, weights and inputs. Writes JSON: counts, reasons, and what ended otherwise as scripts.
+is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, every case, and those that failed as scripts.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzzing.compare import AMPLIFIES
 from fuzzing.generate import generate
 from fuzzing.isolate import isolated
 from fuzzing.minimise import minimised
-from fuzzing.network import Network
+from fuzzing.network import PRELUDE, Network
 from fuzzing.paths import PATHS
-from fuzzing.verdict import NAMED, VERDICTS, Verdict, answer, judge
+from fuzzing.verdict import VERDICTS, Verdict, answer, judge
 from fuzzing.warm_up import warm_up
 
 from quantflow.text_table import aligned
@@ -70,6 +69,7 @@ def main() -> None:
     for ended in bar:
         run.add(ended.task, judge(ended))
         bar.set_postfix(failed=len(run.failures))
+    run.write()
     if options.minimise:
         run.minimise()
     print(run.table())
@@ -90,22 +90,23 @@ class _Run:
     def __init__(self, output: Path, seconds: float) -> None:
         self.output, self.seconds = output, seconds
         self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        self.told: list[dict[str, Any]] = []
+        self.cases: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.failed: list[tuple[Network, str, Verdict]] = []
 
     def add(self, case: tuple[Network, str], verdict: Verdict) -> None:
         network, path = case
         self.counts[path][verdict.ending] += 1
-        if verdict.ending in (NAMED, AMPLIFIES):
-            self.told.append({"seed": network.seed, "path": path, "ending": verdict.ending, "reason": verdict.reason})
+        told = ("ending", "reason", "db", "seconds")
+        self.cases.append({"seed": network.seed, "path": path, **{name: getattr(verdict, name) for name in told}})
         if not verdict.good:
             self.failed.append((network, path, verdict))
             self.failures.append(_described(network, path, verdict))
-        self.write()
+        if not verdict.good or len(self.cases) % 20 == 0:
+            self.write()
 
     def write(self) -> None:
-        record = {"counts": self.counts, "failures": self.failures, "told": self.told}
+        record = {"counts": self.counts, "prelude": PRELUDE, "failures": self.failures, "cases": self.cases}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -121,7 +122,7 @@ class _Run:
                 (ended,) = isolated(answer, [(smaller, path)], seconds=self.seconds)
                 return judge(ended).kind == verdict.kind
 
-            self.failures[index]["minimised"] = minimised(network, alike).source().split("\n\n\n", 1)[1]
+            self.failures[index]["minimised"] = _script(minimised(network, alike))
             self.write()
 
     def table(self) -> str:
@@ -136,7 +137,12 @@ class _Run:
 
 def _described(network: Network, path: str, verdict: Verdict) -> dict[str, Any]:
     told = {k: v for k, v in vars(verdict).items() if v}
-    return {"seed": network.seed, "path": path, **told, "network": network.source().split("\n\n\n", 1)[1]}
+    return {"seed": network.seed, "path": path, **told, "network": _script(network)}
+
+
+def _script(network: Network) -> str:
+    """The source without what all have in common, which stands once in the results."""
+    return network.source().removeprefix(PRELUDE).strip()
 
 
 def _failed(results: Path) -> list[tuple[int, str]]:

@@ -12,7 +12,7 @@ from fuzzing.rounding import Outputs
 from quantflow.metrics import signal_to_noise
 
 RIGHT, AMPLIFIES, WRONG = "right", "amplifies", "wrong"
-EXACT = 999.0  # dB, for no difference at all
+EXACT = 999.0  # dB, for no difference at all; negative for nothing in common
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def compare(
     draws: list[Outputs] | None = None
     for call, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if len(ours) != len(theirs):
-            return Compared(WRONG, -math.inf, f"call {call}: {len(ours)} outputs, not {len(theirs)}")
+            return Compared(WRONG, -EXACT, f"call {call}: {len(ours)} outputs, not {len(theirs)}")
         for index, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
             where = f"call {call}, output {index}"
             if mine.shape != reference.shape or mine.dtype != reference.dtype:
                 text = f"{mine.dtype}{list(mine.shape)}, not {reference.dtype}{list(reference.shape)}"
-                return Compared(WRONG, -math.inf, f"{where}: {text}")
+                return Compared(WRONG, -EXACT, f"{where}: {text}")
             if not integers and not reference.is_floating_point():
                 continue
             db = nearness(reference, mine, tiny)
@@ -82,4 +82,4 @@ def nearness(reference: torch.Tensor, found: torch.Tensor, tiny: float) -> float
     if torch.allclose(found, reference, rtol=0.0, atol=tiny, equal_nan=True):
         return EXACT
     db = signal_to_noise(reference, found)
-    return -math.inf if math.isnan(db) else min(db, EXACT)
+    return -EXACT if math.isnan(db) else max(-EXACT, min(db, EXACT))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantflow as qf
 from fuzzing.compare import Compared, compare
@@ -76,7 +77,7 @@ def _steps(
 ) -> dict[str, Outputs]:
     """What a network leaves after each step, by part; of the tensors of these names in the eager ``model``, sorted if True."""
     found: dict[str, Outputs] = {part: [] for part in _PARTS}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _DrawsByElement():
         for step, (args, kwargs) in enumerate(copy.deepcopy(list(calls))):
             torch.manual_seed(seed + step)
             network.zero_grad(set_to_none=True)
@@ -96,6 +97,16 @@ def _steps(
             found["gradients"].append(gradients)
             found["buffers"].append(buffers)
     return found
+
+
+class _DrawsByElement(TorchDispatchMode):
+    """Random masks filled element by element, not as memory lies: of two layouts of a tensor neither is the right one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float and not args[0].is_contiguous():
+            mask = func(torch.empty_like(args[0], memory_format=torch.contiguous_format), *args[1:], **kwargs or {})
+            return args[0].copy_(mask)
+        return func(*args, **kwargs or {})
 
 
 def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
