@@ -1,5 +1,5 @@
 """The ExecuTorch runtime: in this process, and in one of its own for programs that may crash it."""
 
-from quantflow.runtime.in_process import execute, load_method, load_program, start, threads
+from quantflow.runtime.in_process import execute, leave_out_exir, load_method, load_program, start, threads
 
-__all__ = ["execute", "load_method", "load_program", "start", "threads"]
+__all__ = ["execute", "leave_out_exir", "load_method", "load_program", "start", "threads"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
+import types
 from typing import Any
 
 from quantflow.errors import QuantflowError
@@ -17,6 +20,18 @@ def start() -> Any:
     from executorch.runtime import Runtime
 
     return Runtime.get()
+
+
+def leave_out_exir() -> None:
+    """Let this process start the runtime without executorch's compiler, of which it needs one warning class: seconds less.
+
+    For processes that only run programs; nothing of ``executorch.exir`` can be imported in them any more.
+    """
+    spec = importlib.util.find_spec("executorch.exir")
+    if spec is not None and "executorch.exir" not in sys.modules:
+        package = types.ModuleType("executorch.exir")
+        package.__path__ = list(spec.submodule_search_locations or ())  # its files are found, its __init__ does not run
+        sys.modules["executorch.exir"] = package
 
 
 def load_program(buffer: bytes) -> Any:

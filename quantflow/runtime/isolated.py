@@ -69,7 +69,8 @@ def run(buffer: bytes, calls: Sequence[Sequence[Any]] = (), *, seconds: float = 
             outputs = decode(worker.connection.recv_bytes(), worker.connection.recv_bytes())
             worker.served = True
         except (EOFError, OSError):
-            reason, log = _how_it_ended(worker.end()), worker.log()
+            code, log = worker.end(), worker.log()
+            reason = _how_it_ended(code, log)
             return Trial(failure=_with(reason, log), operators=failed_operators(log))
         log = worker.log()
     if not said["failure"]:
@@ -83,10 +84,11 @@ def _with(reason: str, log: str) -> str:
     return f"{reason} ({why})" if why else reason
 
 
-def _how_it_ended(code: int) -> str:
+def _how_it_ended(code: int, log: str) -> str:
     if code < 0:
         return f"the runtime crashes on it: {signal.Signals(-code).name}"
-    return f"the process that tried it failed with exit code {code}"
+    last = log.strip().splitlines()[-1:]
+    return f"the process that tried it failed with exit code {code}" + (f": {last[0][:200]}" if last else "")
 
 
 class _Worker:

@@ -78,6 +78,7 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(2, 1)  # what native code prints belongs to the log
+    runtime.leave_out_exir()
     runtime.start()
     serve(Connection(int(sys.argv[1])))
 
