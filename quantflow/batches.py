@@ -68,24 +68,25 @@ def taken_apart(
 
 
 def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage: str, index: int) -> Batch:
-    positional, keyword = _expected(signature)
     if inputs is not None:
         picked = inputs(raw)
-        target = raw[-1] if isinstance(raw, (tuple, list)) and len(raw) > 1 else None
+        target = _left(raw, picked)
         if isinstance(picked, Mapping):
-            return Batch((), dict(picked), target)
+            return Batch(*(_by_name(picked, signature) or ((), dict(picked))), target)
         return Batch(tuple(picked) if isinstance(picked, (tuple, list)) else (picked,), {}, target)
-    if isinstance(raw, Mapping):
-        names = [i.name for i in signature.inputs]
-        if len(names) == positional + len(keyword) and all(n in raw for n in (*names[:positional], *keyword)):
-            by_position = tuple(raw[n] for n in names[:positional])
-            return Batch(by_position, {n: raw[n] for n in keyword}, raw.get("labels"))
-        return Batch((), {k: v for k, v in raw.items() if k in (*keyword, *names)}, raw.get("labels"))
     if isinstance(raw, torch.Tensor):
         return Batch((raw,), {}, None)
+    fitting = next((batch for batch in _readings(raw) if _fits(batch, signature)), None)
+    if fitting is not None:
+        return fitting
+    positional, keyword = _expected(signature)
+    if isinstance(raw, Mapping):
+        known = (*keyword, *(i.name for i in signature.inputs))
+        named = _by_name(raw, signature) or ((), {k: v for k, v in raw.items() if k in known})
+        return Batch(*named, raw.get("labels"))
     if isinstance(raw, (tuple, list)):
         if len(raw) == 2 and isinstance(raw[0], Mapping):
-            return Batch((), dict(raw[0]), raw[1])
+            return Batch(*(_by_name(raw[0], signature) or ((), dict(raw[0]))), raw[1])
         if len(raw) == 2 and isinstance(raw[0], (tuple, list)):
             return Batch(tuple(raw[0]), {}, raw[1])
         if len(raw) == positional and not keyword:
@@ -100,6 +101,56 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
         node=f"batch {index}",
         remedy="pass inputs=lambda batch: ... that picks them",
     )
+
+
+def _by_name(given: Mapping[str, Any], signature: Signature) -> tuple[tuple, dict[str, Any]] | None:
+    """Positional and keyword inputs out of ``given``, None where one is missing or made of several."""
+    positional, keyword = _expected(signature)
+    names = [i.name for i in signature.inputs]
+    if len(names) != positional + len(keyword) or not all(n in given for n in (*names[:positional], *keyword)):
+        return None
+    return tuple(given[n] for n in names[:positional]), {n: given[n] for n in keyword}
+
+
+def _readings(raw: Any) -> Iterator[Batch]:
+    """What a batch may mean, where the structure of the inputs tells: inputs alone first."""
+    if isinstance(raw, (tuple, list)):
+        yield Batch(tuple(raw), {}, None)
+    if isinstance(raw, (tuple, list, Mapping)):
+        yield Batch((raw,), {}, None)
+    if isinstance(raw, (tuple, list)) and raw:
+        yield Batch(tuple(raw[:-1]), {}, raw[-1])
+        if len(raw) == 2 and isinstance(raw[0], (tuple, list)):
+            yield Batch(tuple(raw[0]), {}, raw[1])
+
+
+def _fits(batch: Batch, signature: Signature) -> bool:
+    """Whether the inputs are structured as the model takes them, of whatever shapes."""
+    if signature.in_spec is None:
+        return len(batch.args) == len(signature.inputs) and all(isinstance(a, torch.Tensor) for a in batch.args)
+    return pytree.tree_structure((batch.args, batch.kwargs)) == signature.in_spec
+
+
+def _left(raw: Any, picked: Any) -> Any:
+    """The target of a batch whose inputs were ``picked``: its labels, or its last element where that is none of them."""
+    if isinstance(raw, Mapping):
+        return raw.get("labels")
+    if not isinstance(raw, (tuple, list)) or len(raw) < 2:
+        return None
+    inputs, every = pytree.tree_leaves(picked), pytree.tree_leaves(raw)
+    for leaf in pytree.tree_leaves(raw[-1]):
+        if sum(_same(leaf, other) for other in inputs) >= sum(_same(leaf, other) for other in every):
+            return None
+    # All of them may have been picked, though converted.
+    shapes = [[getattr(leaf, "shape", None) for leaf in leaves] for leaves in (inputs, every)]
+    return None if shapes[0] == shapes[1] else raw[-1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether both are one object, or one view of the same memory."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return a is b
+    return a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _expected(signature: Signature) -> tuple[int, list[str]]:
