@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 
@@ -24,3 +26,5 @@ def warm_up() -> None:
         for program in (exported, qf.export(qf.convert(prepared), (x,))):
             program.to_core_aten().to_edge("xnnpack").manager.to_executorch()
         qf.prepare(exported.module(), XNNPACKQuantizer(), qat=True).train()(x)
+    gc.collect()
+    gc.freeze()  # a collection in the child would touch, and so copy, all that is here
