@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.graph.lifted import rewritten
+from quantizers import XNNPACKQuantizer
 
 VOLUME = torch.randn(2, 4, 5, 6, 7)
 IMAGE = torch.randn(2, 4, 7, 9)
@@ -93,6 +94,50 @@ def test_norms_run_within_the_delegate(name):
     program = lowered(model, x)
     assert not any("batch_norm" in op for op in (program.delegation.delegated | program.delegation.portable))
     assert sqnr(model.eval()(x), program(x)) > 60
+
+
+def test_norms_of_a_program_that_comes_in_decomposed():
+    model = randomize_statistics(TwoNorms()).eval()
+    core = torch.export.export(model, (IMAGE,)).run_decompositions()
+    program = qf.export(core).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert program.delegation.fraction == 1.0
+    assert sqnr(model(IMAGE), program(IMAGE)) > 60
+
+
+class OwnStatistics(nn.Module):
+    """A norm by a mean that the program itself keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        self.mean.mul_(0.5).add_(x.mean((0, 2, 3)), alpha=0.5)
+        return F.batch_norm(x, self.mean, self.var)
+
+
+def test_a_norm_by_statistics_that_change_is_not_frozen():
+    model = OwnStatistics().eval()
+    program = lowered(copy.deepcopy(model), IMAGE + 1)
+    for x in (IMAGE + 1, IMAGE - 3):
+        assert torch.allclose(program(x), model(x), atol=1e-4)
+
+
+ROWS = {
+    "plain": lambda: nn.Conv1d(6, 6, 3, padding="same"),
+    "transposed": lambda: nn.ConvTranspose1d(6, 6, 3, stride=2, padding=1, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_float_convolution_over_rows_between_integers(name):
+    model, x = nn.Sequential(nn.Conv1d(4, 6, 3), ROWS[name](), nn.Conv1d(6, 4, 1)).eval(), torch.randn(2, 4, 12)
+    graph = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(skip=["1"]))
+    converted = qf.convert(qf.calibrate(graph, [x], progress=False))
+    program = lowered(converted, x)
+    assert program.delegation.fraction == 1.0
+    assert sqnr(converted(x), program(x)) > 35
 
 
 PADS = {

@@ -22,7 +22,7 @@ from quantizers.xnnpack import XNNPACK_RULES
 RENAMED = {
     "_clone_dim_order": "clone",
     "lift_fresh_copy": "clone",
-    "_native_batch_norm_legit_no_training": "batch_norm",
+    "batch_norm": "convolution",  # one that stands alone is a convolution of single pixels
 }
 CLAMPS = {"relu", "hardtanh"}
 

@@ -10,7 +10,7 @@ from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.portable_lacks import PORTABLE_LACKS
 from quantflow.graph import modes
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
-from quantflow.graph.rewrites import rewrite
+from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_REWRITES, rewrite
 
 
 class Xnnpack(Delegate):
@@ -30,13 +30,16 @@ class Xnnpack(Delegate):
 
     def rewrite(self, graph: GraphModule) -> None:
         """Batch norm is folded, or written as a scale and a shift, since executorch's own fusion writes to weights that others
-        read; and what portable kernels lack is written as what they have.
+        read; and what portable kernels lack is written as what they have. A float convolution over rows behind integers fails
+        in the delegate, one over images does not.
         """
+        rewrite(graph, COMPOSITE_REWRITES)
         modes.mark_switched(graph.graph)
         fold_batch_norm(graph)
         norm_as_convolution(graph)
         norm_as_arithmetic(graph)
         rewrite(graph, PORTABLE_LACKS)
+        rewrite(graph, ROW_REWRITES)
 
     def passes(self) -> list[Any]:
         """What the edge program needs before it is partitioned."""

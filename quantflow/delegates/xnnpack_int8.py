@@ -117,14 +117,6 @@ class _Prelu(_Integer, PreluConfig):
         return PreluConfig.get_node_and_deps(self, node, ep)
 
 
-class _BatchNorm(BatchNormConfig):
-    """Over rows of three dimensions the delegate makes a convolution of it, and fails where its input is in integers."""
-
-    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
-        given: Any = node.args[0]
-        return not (is_dequant(given) and given.meta["val"].dim() == 3) and super().check_constraints(node, ep)
-
-
 def _widened(
     base: type[XNNPartitionerConfig], kind: type[generic.GenericNodePartitionerConfig]
 ) -> type[XNNPartitionerConfig]:
@@ -161,10 +153,11 @@ _OURS = (
     _LeakyReLU,
     _Elu,
     _BatchedMatmul,
-    _BatchNorm,
     _Prelu,
 )
-_TARGETS = {config.target_name for config in _OURS}  # type: ignore[attr-defined]
+# Batch norm is none of them: what is left of it reads what the program computes or writes to, which the delegate would take for
+# constants.
+_TARGETS = {config.target_name for config in (*_OURS, BatchNormConfig)}  # type: ignore[attr-defined]
 CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
 
 _DIMENSIONS = 6  # XNNPACK's tensors have no more

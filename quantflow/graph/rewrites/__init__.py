@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quantflow.graph.rewrites.activations import ACTIVATION_REWRITES
+from quantflow.graph.rewrites.composite import COMPOSITE_REWRITES
 from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
 from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
 from quantflow.graph.rewrites.order import ORDER_REWRITES
@@ -17,6 +18,7 @@ from quantflow.graph.rewrites.pools import POOL_REWRITES
 from quantflow.graph.rewrites.products import PRODUCT_REWRITES
 from quantflow.graph.rewrites.rewriting import Rewrite, rewrite
 from quantflow.graph.rewrites.rounding import ROUNDING_REWRITES
+from quantflow.graph.rewrites.rows import ROW_REWRITES
 from quantflow.graph.rewrites.scalars import NUMBER_REWRITES
 from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
 from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
@@ -42,6 +44,7 @@ CORE_REWRITES: dict[Any, Rewrite] = {
 
 __all__ = [
     "ACTIVATION_REWRITES",
+    "COMPOSITE_REWRITES",
     "CORE_REWRITES",
     "EMBEDDING_BAG_REWRITES",
     "FOLD_REWRITES",
@@ -54,6 +57,7 @@ __all__ = [
     "PRODUCT_REWRITES",
     "REWRITES",
     "ROUNDING_REWRITES",
+    "ROW_REWRITES",
     "SHAPE_REWRITES",
     "VOLUME_INFERENCE_REWRITES",
     "VOLUME_REWRITES",

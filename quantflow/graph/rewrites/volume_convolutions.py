@@ -6,44 +6,33 @@ rounded once, as in the convolution itself. The weight ``[O, C/g, k, h, w]`` bec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, op, value
-from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes
+from quantflow.graph.rewrites.weights import has_own_weight, reshaped_weight
 
 # Rewrites a convolution, whose weight may be its own.
 _Rewrite = Callable[[GraphModule, Node, bool], Node | None]
-# Operators that change the form of a weight, with their arguments behind it.
-_Steps = Sequence[tuple[Any, list[int]]]
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
     """A convolution whose weight is its own. The weight keeps its name, and trains as before, element by element."""
-    return any_convolution(module, node) if _has_own_weight(node) else None
+    return any_convolution(module, node) if has_own_weight(node) else None
 
 
 def any_convolution(module: GraphModule, node: Node) -> Node | None:
     """A convolution of any weight, for inference: a shared weight is copied, a computed one is changed as it is computed."""
-    return _batched(module, node, _over_images, _has_own_weight(node))
+    return _batched(module, node, _over_images, has_own_weight(node))
 
 
 def transposed_convolution(module: GraphModule, node: Node) -> Node | None:
     """A transposed convolution: over depth a plain one, between whose rows lie zeros; over height and width transposed."""
-    return _batched(module, node, _transposed_over_images, _has_own_weight(node))
-
-
-def _has_own_weight(node: Node) -> bool:
-    """Whether nothing else reads the weight of ``node``."""
-    weight = argument(node, "weight")
-    return is_constant(weight) and reads_of(node.graph)[str(weight.target)] == 1
+    return _batched(module, node, _transposed_over_images, has_own_weight(node))
 
 
 def _batched(module: GraphModule, node: Node, rewrite: _Rewrite, own: bool) -> Node | None:
@@ -79,7 +68,7 @@ def _over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
 
     outputs, _, _, height, width = kernel.shape
     steps = [(aten.permute.default, DEPTH_BEFORE_CHANNELS), (aten.reshape.default, [outputs, -1, height, width])]
-    bias, flat = argument(node, "bias"), _flat_weight(module, node, steps, own)
+    bias, flat = argument(node, "bias"), reshaped_weight(module, node, steps, own)
     out = call_before(node, aten.conv2d.default, images, flat, bias, stride[1:], padding[1:], dilation[1:], groups)
     return as_volumes(node, out)
 
@@ -98,7 +87,7 @@ def _transposed_over_images(module: GraphModule, node: Node, own: bool) -> Node 
         (aten.permute.default, [0, 3, 1, 2, 4, 5]),
         (aten.reshape.default, [-1, per_group, height, width]),
     ]
-    flat = _flat_weight(module, node, steps, own)
+    flat = reshaped_weight(module, node, steps, own)
     reach = dilation[0] * (taps - 1) - padding[0]
     images = _spread(node, as_images(node, x), sizes, stride[0], reach, reach + output_padding[0])
     spread = [sizes[0], (sizes[1] - 1) * stride[0] + 1 + 2 * reach + output_padding[0], *sizes[2:]]
@@ -156,22 +145,3 @@ def _neighbours(
         seen.append(picked)
     joined = seen[0] if taps == 1 else call_before(node, aten.cat.default, seen, -1)
     return call_before(node, aten.reshape.default, joined, [-1, taps * channels, height, width])
-
-
-def _flat_weight(module: GraphModule, node: Node, steps: _Steps, own: bool) -> Node:
-    """The weight of ``node`` in another form: under its own name where it is its ``own``, else a copy."""
-    weight = argument(node, "weight")
-    if not is_constant(weight):
-        for target, given in steps:
-            weight = call_before(node, target, weight, given)
-        return weight
-    name, old = str(weight.target), tensor_of(module, weight)
-    with torch.no_grad():
-        flat = old.detach()
-        for target, given in steps:
-            flat = target(flat, given)
-    name = name if own else unused_name(module, f"{name}_over_images")
-    set_tensor(module, name, flat.contiguous(), parameter=isinstance(old, nn.Parameter))
-    new = read_attribute(module, name, weight, weight)
-    tensor_of(module, new).requires_grad_(old.requires_grad)
-    return new

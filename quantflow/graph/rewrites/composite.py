@@ -1,0 +1,42 @@
+"""Operators of core ATen as those that they are a decomposition of, for programs that come in decomposed: exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, value
+from quantflow.graph.modes import BATCH_NORM
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_part, replace_parts
+
+_PLAIN = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+def convolution(module: GraphModule, node: Node) -> Node | None:
+    """A convolution over one, two or three dimensions."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "output_padding", "groups")
+    x, weight, bias, stride, padding, dilation, output_padding, groups = (argument(node, name) for name in names)
+    dims = len(stride)
+    if value(weight) is None or value(weight).ndim != dims + 2 or not 1 <= dims <= 3:  # type: ignore[union-attr]
+        return None
+    if not argument(node, "transposed"):
+        return call_before(node, _PLAIN[dims - 1], x, weight, bias, stride, padding, dilation, groups)
+    sides = (stride, padding, output_padding, groups, dilation)
+    return call_before(node, _TRANSPOSED[dims - 1], x, weight, bias, *sides)
+
+
+def batch_norm(module: GraphModule, node: Node) -> Node | None:
+    """A batch norm in inference mode, of which only the normed tensor is read."""
+    if reads_part(node, 1) or reads_part(node, 2):
+        return None
+    names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+    *given, momentum, eps = (argument(node, name) for name in names)
+    return replace_parts(node, call_before(node, BATCH_NORM, *given, False, momentum, eps, False))
+
+
+COMPOSITE_REWRITES: dict[Any, Rewrite] = {
+    aten.convolution.default: convolution,
+    aten._native_batch_norm_legit_no_training.default: batch_norm,
+}

@@ -1,0 +1,42 @@
+"""Weights in another form, for the operators that rewrites write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
+from quantflow.graph.rewrites.rewriting import call_before
+
+# Operators that change the form of a weight, with their arguments behind it.
+Steps = Sequence[tuple[Any, int | list[int]]]
+
+
+def has_own_weight(node: Node) -> bool:
+    """Whether nothing else reads the weight of ``node``."""
+    weight = argument(node, "weight")
+    return is_constant(weight) and reads_of(node.graph)[str(weight.target)] == 1
+
+
+def reshaped_weight(module: GraphModule, node: Node, steps: Steps, own: bool) -> Node:
+    """The weight of ``node`` in another form: under its own name where it is its ``own``, else a copy."""
+    weight = argument(node, "weight")
+    if not is_constant(weight):
+        for target, given in steps:
+            weight = call_before(node, target, weight, given)
+        return weight
+    name, old = str(weight.target), tensor_of(module, weight)
+    with torch.no_grad():
+        flat = old.detach()
+        for target, given in steps:
+            flat = target(flat, given)
+    name = name if own else unused_name(module, f"{name}_reshaped")
+    set_tensor(module, name, flat.contiguous(), parameter=isinstance(old, nn.Parameter))
+    new = read_attribute(module, name, weight, weight)
+    tensor_of(module, new).requires_grad_(old.requires_grad)
+    return new
