@@ -7,6 +7,7 @@ import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as Stock
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
 from torch import nn
+from torch.nn import functional as F
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
@@ -98,6 +99,15 @@ def cache_by_parts(net, x):
     return net.cache * 2
 
 
+def as_weights(net, x):
+    """What a delegate would keep as constants."""
+    y = F.conv1d(F.linear(x, net.weight, net.bias).transpose(1, 2), net.kernel).transpose(1, 2)
+    y = F.layer_norm(F.prelu(y, net.slope), (8,), net.bias)
+    for written in (net.weight, net.bias, net.kernel, net.slope):
+        written.mul_(0.5)
+    return y
+
+
 def cache():
     return torch.zeros(1, 8, 8)
 
@@ -110,6 +120,13 @@ MAKE = {
     "numbers": lambda: Stateful(numbers, ema=torch.ones(8)),
     "several": lambda: Stateful(several, calls=torch.tensor(3), seen=torch.tensor(False), ema=torch.linspace(-1, 1, 8)),
     "bounded": lambda: Stateful(bounded, top=torch.zeros(8)),
+    "weights": lambda: Stateful(
+        as_weights,
+        weight=torch.randn(8, 8),
+        bias=torch.randn(8),
+        kernel=torch.randn(8, 8, 1),
+        slope=torch.full((3,), 0.25),
+    ),
     "cache by index": lambda: Stateful(cache_by_index, cache=cache(), place=torch.arange(3)),
     "cache by assignment": lambda: Stateful(cache_by_assignment, cache=cache(), place=torch.arange(3)),
     "cache by slice": lambda: Stateful(cache_by_slice, cache=cache() + 1),
@@ -151,7 +168,13 @@ def prepare(model, scheme, **given):
 
 @pytest.mark.parametrize(
     ("name", "delegate"),
-    [("average from 3", "xnnpack"), ("several", "xnnpack"), ("cache by index", "xnnpack"), ("cache by select", None)],
+    [
+        ("average from 3", "xnnpack"),
+        ("weights", "xnnpack"),
+        ("several", "xnnpack"),
+        ("cache by index", "xnnpack"),
+        ("cache by select", None),
+    ],
 )
 def test_float(name, delegate):
     model = MAKE[name]().eval()

@@ -25,6 +25,7 @@ from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
 
 from quantflow.graph.staging import stages
+from quantflow.graph.state import is_written
 
 
 class _Integer(generic.GenericNodePartitionerConfig):
@@ -176,6 +177,7 @@ class Int8Partitioner(XnnpackPartitioner):
         self.one_by_one = one_by_one
         for config in self.target_partitioner_configs.values():
             config.check_constraints = _unless(refused, config.check_constraints)  # type: ignore[method-assign]
+            config.check_constraints = _without_state(config, config.check_constraints)  # type: ignore[method-assign]
             if isinstance(config, GEMMConfig):
                 config.check_constraints = _with_own_bias(config, config.check_constraints)  # type: ignore[method-assign]
 
@@ -212,6 +214,20 @@ def _belongs_to_reader(delegated: set[Node]) -> Callable[[Node], bool]:
 
 def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:
     return lambda node, ep: node.name not in refused and _highest_rank(node) <= _DIMENSIONS and check(node, ep)
+
+
+def _without_state(config: XNNPartitionerConfig, check: Callable[[Node, ExportedProgram], bool]) -> Callable:
+    """``check``, and none of what the delegate would keep as a constant is a buffer that the program writes."""
+
+    def constant(node: Node, ep: ExportedProgram) -> bool:
+        return check(node, ep) and not any(_is_state(given, ep) for given in config.get_node_and_deps(node, ep))
+
+    return constant
+
+
+def _is_state(node: Node, ep: ExportedProgram) -> bool:
+    buffer = ep.graph_signature.inputs_to_buffers.get(node.name) if node.op == "placeholder" else None
+    return buffer is not None and (buffer in ep.graph_signature.buffers_to_mutate.values() or is_written(node))
 
 
 def _highest_rank(node: Node) -> int:
