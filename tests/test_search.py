@@ -117,6 +117,29 @@ def test_costs_are_measured_ones(found):
     assert cost["first", "float"].noise == 0 < cost["first", "int8"].noise < cost["first", "4-bit weights"].noise
 
 
+class Counted:
+    """Batches, and how many of them were asked for."""
+
+    def __init__(self, batches):
+        self.batches, self.asked = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.asked += 1
+            yield batch
+
+
+def test_data_are_gone_through_once_a_precision(found):
+    """And once for the program that is built: sizes and latencies need no statistics."""
+    model, x, limit, search = found
+    data = Counted(x.split(16))
+    again = qf.search(model, (x[:1],), data, max_bytes=limit, recover=False, progress=False)
+    precisions = {c.precision for c in search.table.choices}
+    assert data.asked <= 4 * (len(precisions - {"float"}) + 1) + 1
+    assert len(search.table.choices) > 9
+    assert again.chosen == search.chosen
+
+
 def test_it_prints_draws_and_writes_json(found, tmp_path):
     _, _, _, search = found
     assert "first" in str(search)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow import latency
-from quantflow.batches import PickInputs
+from quantflow.batches import PickInputs, batches
 from quantflow.calibrate import calibrate
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError
@@ -24,8 +26,10 @@ from quantflow.program import Program
 from quantflow.recovery.given import draw
 from quantflow.recovery.sample import Sample
 from quantflow.search.choices import Choice, Table
+from quantflow.signature import Signature
 
 _BATCHES = 4  # of at most 8 examples, to measure noise on
+_FEW = 16  # examples, to give a program ranges whose values do not matter
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,29 @@ class Subject:
         prepared = prepare(self.graph, quantizer)
         return calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=False), sample
 
+    @cached_property
+    def few(self) -> Sample:
+        """Some examples of the first batch."""
+        sample, signature = Sample(_FEW), Signature.of_graph(self.graph)
+        for batch in itertools.islice(batches(self.data, self.graph, stage="search", inputs=self.inputs), 1):
+            sample.add(signature.flatten(batch.args, batch.kwargs, stage="search"), signature)
+        return sample
+
     def program(self, quantizer: Any) -> Program:
-        """The program that ``quantizer`` leads to; a float one where it quantizes nothing."""
+        """A program of the size and the speed of that which ``quantizer`` leads to, with ranges of a few examples.
+
+        It is a float one where ``quantizer`` quantizes nothing.
+        """
         from quantflow.edge import straight_to_edge  # executorch is imported late: it costs seconds
 
-        integer = bool(quantizer.plan(self.graph).integer)
-        converted = convert(self.calibrated(quantizer)[0]) if integer else self.graph
+        converted = self.graph
+        if quantizer.plan(self.graph).integer:
+            prepared = prepare(self.graph, quantizer)
+            with torch.no_grad():
+                for flat in draw(prepared, self.few, stage="search"):
+                    args, kwargs = Signature.of_graph(prepared).call(flat)
+                    prepared(*args, **kwargs)
+            converted = convert(prepared)
         return straight_to_edge(export(converted, self.args, self.kwargs).program, self.delegate).to_executorch()
 
     def milliseconds(self, program: Program) -> float:
