@@ -1,7 +1,9 @@
 """A program that is not what its graph says is mended or refused, and no trial of one takes this process with it."""
 
+import multiprocessing
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -126,23 +128,41 @@ def xnnpack_names(edge):
 
 def test_a_crash_of_the_runtime_is_a_finding():
     program = edge_of(lambda m, x: m.conv(x), X).to_executorch()
-    os.kill(isolated._worker().process.pid, signal.SIGSTOP)  # it dies while it is asked
-    os.kill(isolated._worker().process.pid, signal.SIGABRT)
-    os.kill(isolated._worker().process.pid, signal.SIGCONT)
+    worker = isolated._worker()
+    os.kill(worker.pid, signal.SIGSTOP)  # it dies while it is asked
+    threading.Timer(0.5, lambda: (os.kill(worker.pid, signal.SIGABRT), os.kill(worker.pid, signal.SIGCONT))).start()
+    assert isolated.run(program.buffer, [[X]]).failure.startswith("the runtime crashes on it: SIGABRT")
     trial = isolated.run(program.buffer, [[X]])
-    if trial.failure:  # the signal came before the question, or with it
-        assert trial.failure.startswith("the runtime crashes on it: SIGABRT")
-        trial = isolated.run(program.buffer, [[X]])
     assert torch.allclose(trial.outputs[0][0], program(X), atol=1e-6)
 
 
 def test_what_does_not_end_is_ended():
     program = edge_of(lambda m, x: m.conv(x), X).to_executorch()
     worker = isolated._worker()
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    os.kill(worker.pid, signal.SIGSTOP)
     assert "no end after 1 s" in isolated.run(program.buffer, [[X]], seconds=1.0).failure
-    assert worker.process.poll() is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
     assert not isolated.run(program.buffer, [[X]]).failure
+
+
+def test_a_fork_has_a_child_of_the_server_of_its_own():
+    program = edge_of(lambda m, x: m.conv(x), X).to_executorch()
+    served = isolated._worker().pid
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def tried():
+        outputs = isolated.run(program.buffer, [[X]]).outputs
+        sender.send((isolated._worker().pid, outputs[0][0].tolist()))
+
+    fork = context.Process(target=tried)
+    fork.start()
+    pid, found = receiver.recv()
+    fork.join(60)
+    assert pid != served
+    assert torch.allclose(torch.tensor(found), program(X), atol=1e-6)
+    assert isolated._worker().pid == served
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The other side of :mod:`quantflow.runtime.isolated`: a process that runs the programs that it is sent."""
+"""The other side of :mod:`quantflow.runtime.isolated`: a server that forks a child for each client that has programs to run.
+
+The server has the runtime loaded and no other thread, so a child is there at once, also in place of one that crashed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import contextlib
 import json
 import os
 import resource
+import select
+import socket
 import sys
+import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,7 +24,7 @@ from quantflow import runtime
 from quantflow.errors import QuantflowError
 from quantflow.runtime.in_process import missing_kernels
 
-IDLE = 300.0  # seconds without a program, after which the process ends
+IDLE = 300.0  # seconds without a program, after which a child ends
 
 
 def encode(values: list[list[Any]]) -> tuple[bytes, bytes]:
@@ -73,14 +80,63 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def listen(listening: socket.socket, owner: socket.socket) -> None:
+    """Take clients until the owner is gone, who holds the other end of ``owner`` and never writes to it.
+
+    A client says ``run`` and hands over the file for the log, and is told the number of the process that serves it; or it says
+    ``wait`` and such a number, and is told how that process ended.
+    """
+    ended: dict[int, int] = {}  # exit codes of children whose clients have not asked
+    while owner not in select.select([listening, owner], [], [])[0]:
+        client, _ = listening.accept()
+        ended.update(_reaped())
+        with client:
+            word, files, _, _ = socket.recv_fds(client, 64, 1)
+            command, _, number = word.decode().partition(" ")
+            if command == "wait":
+                child = int(number)
+                code = ended.pop(child) if child in ended else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                client.sendall(str(code).encode())
+                continue
+            if child := os.fork():
+                os.close(files[0])
+                client.sendall(str(child).encode().ljust(16))
+                continue
+            listening.close()
+            owner.close()
+            _serve_and_end(Connection(os.dup(client.fileno())), files[0])
+
+
+def _reaped() -> Iterator[tuple[int, int]]:
+    """The children that have ended, each with its exit code."""
+    with contextlib.suppress(ChildProcessError):  # there are none
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found[0], os.waitstatus_to_exitcode(found[1])
+
+
+def _serve_and_end(connection: Connection, log: int) -> None:
+    """Serve one client, in a child of this process, which ends with it."""
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        serve(connection)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # nothing of the parent's is to be ended twice
+
+
 def main() -> None:
-    """Serve the file descriptor that the command line names."""
+    """Listen on the sockets that the command line names."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(2, 1)  # what native code prints belongs to the log
     runtime.leave_out_exir()
     runtime.start()
-    serve(Connection(int(sys.argv[1])))
+    torch.set_num_threads(1)  # a thread of the parent would be missing in its children
+    listen(*(socket.socket(fileno=int(number)) for number in sys.argv[1:3]))
 
 
 if __name__ == "__main__":
