@@ -1,5 +1,6 @@
 """Calibration and training under torchrun, on GPUs where there are any; each process tells what it ends with."""
 
+import hashlib
 import sys
 
 import torch
@@ -12,6 +13,14 @@ from quantflow import distributed
 from quantizers import XNNPACKQuantizer
 
 
+def digest(tensors):
+    """What is equal where all tensors are, to the bit."""
+    told = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        told.update(f"{name} {tensor.cpu().tolist()}".encode())
+    return told.hexdigest()
+
+
 def main():
     device = distributed.init_process_group(timeout=120)
     if sys.argv[1] == "nccl":  # which takes nothing of the CPU
@@ -22,14 +31,14 @@ def main():
     mine = batches(2, first=2 * rank)
     graph = qf.prepare(captured().to(device), XNNPACKQuantizer(), qat=True)
     qf.calibrate(graph, mine, sample=qf.Sample(4), progress=False)
-    starts = {name: value.tolist() for name, value in graph.state_dict().items() if name.endswith(".scale")}
+    starts = digest({name: value for name, value in graph.state_dict().items() if name.endswith(".scale")})
     # The pieces of several processes also where there is one.
     low, high = distributed.widest(torch.tensor([-1.0 - rank]), torch.tensor([2.0 + rank]))
     with distributed.SynchronizedBatchNorm():
         graph.train()(mine[0][0].to(device)).sum().backward()
     graph.zero_grad()
     history = qf.train(graph, mine, epochs=2, lr=0.01, validate=lambda g: float(rank), amp=False, progress=False)
-    state = {name: value.tolist() for name, value in graph.state_dict().items()}
+    state = digest(graph.state_dict())
     figures = {"loss": history.loss, "metric": history.metric, "range": [low.item(), high.item()]}
     tell(rank=rank, device=device.type, backend=dist.get_backend_config(), starts=starts, state=state, **figures)
     dist.destroy_process_group()

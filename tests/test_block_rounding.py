@@ -138,7 +138,9 @@ class Halves(nn.Module):
         return self.head(x[..., :4].mean((2, 3)))
 
 
-def test_places_count_by_their_prices():
+def _left_errors(seed):
+    """The error of the places that the head reads, with and without their prices."""
+    torch.manual_seed(seed)
     mixing = torch.randn(2, 8, 8) * torch.tensor([1, 3]).reshape(2, 1, 1)  # of channels, another in each half
     left, right = (torch.einsum("oc,nchw->nohw", m, torch.randn(64, 8, 4, 4)) for m in mixing)
     sample, x = qf.Sample(64), torch.cat([left, right], 3)
@@ -152,9 +154,15 @@ def test_places_count_by_their_prices():
             found, wanted = (
                 {node.name: y for node, y in values_of(g, (x,), i).items()}[end] for g, i in ((rounded, 1), (graph, 0))
             )
-        return (found - wanted)[..., :4].square().sum()
+        return float((found - wanted)[..., :4].square().mean() / wanted[..., :4].square().mean())
 
-    assert error(prices) < 0.9 * error(None)
+    return error(prices), error(None)
+
+
+def test_places_count_by_their_prices():
+    # Learned rounding ends in another place on another processor: one network alone tells little.
+    priced, unpriced = zip(*map(_left_errors, range(3)), strict=True)
+    assert sum(priced) < 0.9 * sum(unpriced)
 
 
 class Writes(nn.Module):
