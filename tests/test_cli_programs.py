@@ -70,6 +70,43 @@ def test_ptq_writes_what_it_scored(made):
     assert pte["bytes"] == (folder / "net.pte").stat().st_size
 
 
+def test_layers_are_not_chosen_on_what_is_reported(made, tmp_path, monkeypatch):
+    """Which images choose and which are scored, as the judge and the verification see them."""
+    folder, _ = made
+    seen = {}
+    judge, verify = qf.quantize.__globals__["Judge"], qf.verify
+
+    def judged(graph, data, inputs):
+        seen["chosen"] = [hash(x.numpy().tobytes()) for batch, _ in data for x in batch]
+        return judge(graph, data, inputs)
+
+    def verified(stages, data):
+        seen["scored"] = [hash(x.numpy().tobytes()) for batch, _ in data for x in batch]
+        return verify(stages, data)
+
+    monkeypatch.setitem(qf.quantize.__globals__, "Judge", judged)
+    monkeypatch.setattr(qf, "verify", verified)
+    arguments = [
+        "ptq",
+        "--model",
+        folder / "net.pt2",
+        "--trust",
+        "--data",
+        "digits",
+        "--image-size",
+        16,
+        "--images",
+        61,
+    ]
+    told = figures(command(*arguments, "--max-drop", 50, "--no-recover", "--output", tmp_path / "net.pte", "--json"))
+    assert told["verification"]["examples"] == len(seen["scored"]) == 31
+    assert told["chosen_by"] == len(seen["chosen"]) == 30
+    assert not set(seen["chosen"]) & set(seen["scored"])
+    result = command(*arguments[:-1], 1, "--max-drop", 50, "--output", tmp_path / "net.pte")
+    assert result.exit_code == 3
+    assert "one image" in result.stderr
+
+
 def test_ptq_writes_a_page_of_what_it_found(made):
     folder, told = made
     page, figures_ = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
@@ -156,7 +193,7 @@ def test_qat(made):
     float_, fake, converted, pte = figures(result)["verification"]["stages"]
     assert float_["metric"] == told["verification"]["stages"][0]["metric"]  # the weights that ptq saved
     assert fake["kind"] == "fake-quantized"
-    assert converted["outputs"][0]["step_sqnr_db"] > 40
+    assert float(converted["outputs"][0]["step_sqnr_db"]) > 40  # "inf" where both are equal
     assert pte["metric"] > 0.9
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from quantflow.errors import QuantflowError
 from quantflow.signature import Signature
@@ -66,8 +67,28 @@ class ChosenImages:
 
     def to_score(self) -> DataLoader | None:
         """The images of ``--validation``, or those held out of ``--data``; None where neither is named."""
-        if self.validation is not None:
-            return DataLoader(images.first(self.folder(self.validation), self.most), self.batch_size)
-        if self.to_learn is None:
+        labelled = self._labelled()
+        return None if labelled is None else DataLoader(labelled, self.batch_size)
+
+    def to_choose_and_score(self) -> tuple[DataLoader, DataLoader] | None:
+        """Those of :meth:`to_score` in two random halves: what is chosen by its figures is not scored on it.
+
+        Raises:
+            QuantflowError: at stage ``"data"``, where there is a single image.
+        """
+        labelled = self._labelled()
+        if labelled is None:
             return None
-        return DataLoader(images.first(self.to_learn.held_out, self.most), self.batch_size)
+        size = len(labelled)  # type: ignore[arg-type]
+        if size < 2:
+            remedy = "more images in --validation, --data or --images"
+            raise QuantflowError("data", "one image can't be chosen by and scored on", node="--max-drop", remedy=remedy)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        halves = (Subset(labelled, sorted(half)) for half in (order[: size // 2], order[size // 2 :]))
+        chosen, scored = (DataLoader(half, self.batch_size) for half in halves)
+        return chosen, scored
+
+    def _labelled(self) -> Dataset | None:
+        if self.validation is not None:
+            return images.first(self.folder(self.validation), self.most)
+        return None if self.to_learn is None else images.first(self.to_learn.held_out, self.most)

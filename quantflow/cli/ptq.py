@@ -28,7 +28,8 @@ _EXAMPLES = (
     "--max-drop",
     type=click.FloatRange(0, 100),
     metavar="POINTS",
-    help="Leave layers in float until no more points of accuracy are lost.",
+    help="Leave layers in float until no more points of accuracy are lost on half of the images to score on; the other half "
+    "is scored.",
 )
 @output_option
 @report_option
@@ -59,10 +60,12 @@ def ptq(
     from quantflow.quantize import default_quantizer
 
     chosen = ChosenImages(**images)
+    scored, chosen_by = chosen.to_score(), None
+    if max_drop is not None and (halves := chosen.to_choose_and_score()) is not None:
+        chosen_by, scored = halves
     start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)
     shown = chosen.to_calibrate(calibration)
     batches = start.calibration(shown, calibration_images, chosen.batch_size)
-    scored = chosen.to_score()
     result = quantize(
         start.network,
         start.example,
@@ -71,7 +74,7 @@ def ptq(
         dynamic_batch=start.rows is None,
         recover=recover,
         max_drop=None if max_drop is None else max_drop / 100,
-        validation=scored,
+        validation=chosen_by,
     )
     result.program.save(output)
     stages = {"float": start.network, "converted": result.graph, output.name: result.program}
@@ -79,4 +82,5 @@ def ptq(
     if page is not None:
         write_report(page, title=model, result=result, verification=figures)
     report = result.report
-    show(Made(str(output), str(report), report.seconds, report.delegated_fraction, figures), as_json)
+    told_by = None if chosen_by is None else len(chosen_by.dataset)  # type: ignore[arg-type]
+    show(Made(str(output), str(report), report.seconds, report.delegated_fraction, figures, told_by), as_json)
