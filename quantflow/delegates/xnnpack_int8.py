@@ -149,8 +149,8 @@ _MOVING = (
 _OURS = (
     *(_widened(base, _Integer) for base in _ELEMENTWISE),
     *(_widened(base, _SameGrid) for base in _MOVING),
-    *(_widened(base, _bounded(2**-10, 2**8)) for base in (generic.AddConfig, generic.SubConfig)),
-    _widened(generic.MulConfig, _bounded(2**-16, 2**8)),
+    *(_widened(base, _bounded(0.0, 2**8)) for base in (generic.AddConfig, generic.SubConfig)),
+    _widened(generic.MulConfig, _bounded(0.0, 2**8)),
     _LeakyReLU,
     _Elu,
     _BatchedMatmul,
