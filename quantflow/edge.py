@@ -14,6 +14,7 @@ from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.containers import with_plain_containers
 from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
@@ -180,7 +181,7 @@ def refused_nodes(core: CoreAten, delegate: Delegate) -> list[str]:
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
-    source = rewritten(core.source, backend.rewrite)
+    source = with_plain_containers(rewritten(core.source, backend.rewrite))
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
 
     def lower() -> Any:
