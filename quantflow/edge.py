@@ -17,6 +17,7 @@ from quantflow.delegates.fast_lowering import run_fast
 from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
+from quantflow.graph.containers import with_plain_containers
 from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
@@ -193,7 +194,7 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
-    source = rewritten(core.source, backend.rewrite)
+    source = with_plain_containers(rewritten(core.source, backend.rewrite))
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
 
     def lower() -> Any:

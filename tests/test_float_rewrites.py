@@ -273,7 +273,7 @@ ORDERS = {
     "adaptive maximum and its place": (nn.AdaptiveMaxPool2d((4, None), return_indices=True), IMAGE),
     "adaptive maximum of rows": (nn.AdaptiveMaxPool1d(4), IMAGE[0]),
     "median": (Function(torch.median), IMAGE[0, 0]),
-    "median of rows": (Function(lambda x: tuple(x.median(1, keepdim=True))), IMAGE),
+    "median of rows": (Function(lambda x: x.median(1)), IMAGE),
     "median with NaN": (
         Function(lambda x: x.median(0).values),
         torch.tensor([[1.0, float("nan")], [2.0, 3.0], [0.0, 1.0]]),
@@ -294,7 +294,7 @@ def test_maxima_medians_and_decimals(name):
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("settings", [{}, {"padding_idx": 2}, {"include_last_offset": True}], ids=str)
 def test_bags_of_embeddings(mode, settings):
-    offsets = torch.tensor([0, 3, 3, 7])  # the second bag is empty, and the fourth
+    offsets = torch.tensor([0, 3, 3, 5])  # the second bag is empty
     assert same(nn.EmbeddingBag(10, 5, mode=mode, **settings), torch.tensor([1, 2, 4, 5, 2, 3, 9]), offsets)
 
 

@@ -26,20 +26,23 @@ def embedding_bag(module: GraphModule, node: Node) -> Node | None:
     places = tensor_before(module, node, torch.arange(count, dtype=starts.dtype))
     column = call_before(node, aten.reshape.default, offsets, [-1, 1])
     reached = _cast(node, call_before(node, aten.ge.Tensor, places, column), dtype)
-    if not argument(node, "include_last_offset"):
-        none = tensor_before(module, node, torch.zeros(1, count, dtype=dtype))
-        reached = call_before(node, aten.cat.default, [reached, none])
-    bags = value(reached).shape[0] - 1  # type: ignore[union-attr]
-    here, next_one = (call_before(node, aten.slice.Tensor, reached, 0, first, first + bags) for first in (0, 1))
-    inside = call_before(node, aten.sub.Tensor, here, next_one)  # [bags, rows]: 1 for a row of the bag
+    bags = starts.shape[0] - int(argument(node, "include_last_offset"))
+    here = call_before(node, aten.slice.Tensor, reached, 0, 0, bags)
+    none = tensor_before(module, node, torch.zeros(1, count, dtype=dtype))
+    # Where the last offset ends the last bag, sums end with it; sizes and maxima do not, and take what is behind it as well.
+    ends_last = bags < starts.shape[0] and argument(node, "mode") != _MAX
+    to_the_end = call_before(node, aten.cat.default, [call_before(node, aten.slice.Tensor, reached, 0, 1, bags), none])
+    next_one = call_before(node, aten.slice.Tensor, reached, 0, 1, bags + 1) if ends_last else to_the_end
+    # [bags, rows]: 1 for a row of the bag
+    inside, counted = (call_before(node, aten.sub.Tensor, here, behind) for behind in (next_one, to_the_end))
     padding = argument(node, "padding_idx") if has_argument(node, "padding_idx") else None
     if padding is not None and padding >= 0:
-        counts = call_before(node, aten.ne.Scalar, indices, padding)
-        inside = call_before(node, aten.mul.Tensor, inside, _cast(node, counts, dtype))
+        real = _cast(node, call_before(node, aten.ne.Scalar, indices, padding), dtype)
+        inside, counted = (call_before(node, aten.mul.Tensor, bag, real) for bag in (inside, counted))
     rows = call_before(node, aten.embedding.default, weight, indices)
     if (scales := argument(node, "per_sample_weights")) is not None:
         rows = call_before(node, aten.mul.Tensor, rows, call_before(node, aten.reshape.default, scales, [-1, 1]))
-    sizes = call_before(node, aten.sum.dim_IntList, inside, [1], True)
+    sizes = call_before(node, aten.sum.dim_IntList, counted, [1], True)
     if argument(node, "mode") == _MAX:
         return replace_parts(node, _greatest(module, node, rows, inside, sizes))
     sums = call_before(node, aten.mm.default, inside, rows)

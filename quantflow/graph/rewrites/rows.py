@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.rewrites.padding import same_padding
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
 from quantflow.graph.rewrites.weights import Steps, has_own_weight, reshaped_weight
 
 
@@ -22,7 +22,11 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
     numbered = same_padding(module, node) if op(node) is aten.conv1d.padding else node
     if numbered is None:
         return None
-    image = call_before(node, aten.unsqueeze.default, argument(numbered, "input"), 2)
+    rows, sizes = argument(numbered, "input"), open_shape(node)
+    given = open_shape(rows)
+    if sizes is None or given is None:
+        return None
+    image = call_before(node, aten.reshape.default, rows, [*given[:2], 1, given[2]])
     row: Steps = [(aten.unsqueeze.default, 2)]
     flat = reshaped_weight(module, numbered, row, own)
     bias, groups = argument(node, "bias"), argument(node, "groups")
@@ -33,7 +37,7 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
         out = call_before(node, aten.conv_transpose2d.input, image, flat, bias, *sides)
     else:
         out = call_before(node, aten.conv2d.default, image, flat, bias, stride, padding, dilation, groups)
-    return call_before(node, aten.squeeze.dim, out, 2)
+    return call_before(node, aten.reshape.default, out, sizes)
 
 
 def _is_dequantized(node: Node) -> bool:

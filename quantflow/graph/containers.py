@@ -1,0 +1,42 @@
+"""Inputs and outputs of a program in containers that can be written to a file."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch.utils._pytree as pytree
+from torch.export import ExportedProgram
+
+
+def with_plain_containers(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with its inputs and outputs in one tuple each, where theirs have no serialised form.
+
+    The results of ``torch.median`` and its like are in such containers. Which tensors they hold, in which order, stays.
+    """
+    whole = program.module_call_graph[0]
+    signature = whole.signature
+    if signature is None or (_is_plain(signature.in_spec) and _is_plain(signature.out_spec)):
+        return program
+    taken = pytree.tree_structure(((0,) * signature.in_spec.num_leaves, {}))
+    given = pytree.tree_structure((0,) * signature.out_spec.num_leaves)
+    plain = replace(whole, signature=replace(signature, in_spec=taken, out_spec=given))
+    return ExportedProgram(
+        program.graph_module,
+        copy.deepcopy(program.graph),
+        program.graph_signature,
+        program.state_dict,
+        program.range_constraints,
+        [plain, *program.module_call_graph[1:]],
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    try:
+        pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return False
+    return True
