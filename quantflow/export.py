@@ -212,7 +212,8 @@ def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Excep
         return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
     remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
     doubled = None if widened is None else _eager_error(model, widened)
-    if doubled is not None or "marked batch as dynamic" in str(error):
+    specialized = "marked batch as dynamic" in str(error)
+    if doubled is not None or specialized:
         remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
     if doubled is not None:
         reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
@@ -222,6 +223,7 @@ def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Excep
     return QuantflowError(
         "export",
         f"torch.export could not trace {name}: {_first_lines(error)}",
+        node="dynamic_batch" if specialized else None,
         remedy=f"{remedy}; no quantization is involved at this stage",
     )
 

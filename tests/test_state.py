@@ -346,3 +346,28 @@ def test_a_layer_before_a_write_that_no_other_sees_becomes_integers():
 
     plan = XNNPACKQuantizer().plan(qf.export(ReadBefore(), (CALLS[0],)).module())
     assert not plan.floating, str(plan)
+
+
+class Grows(nn.Module):
+    """A counter that the output follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.register_buffer("count", torch.tensor(0.3))
+
+    def forward(self, x):
+        self.count += 1
+        return self.conv(x) * 0.5 + self.count * 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*left to portable kernels:quantflow.QuantflowWarning")
+def test_recovery_leaves_the_ranges_that_state_grows_into():
+    model, x = Grows().eval(), torch.rand(2, 3, 6, 6)
+    result = qf.quantize(model, (x,), [x] * 8, progress=False)
+    assert "keeps state" in str(result.report.recovered)
+    twin = copy.deepcopy(model)
+    for _ in range(8):
+        with torch.no_grad():
+            expected = twin(x)
+        assert torch.allclose(result.graph(x), expected, atol=0.02)

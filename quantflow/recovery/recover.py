@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from quantflow.batches import PickInputs
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.given import check_calibrated, draw, within_memory
@@ -32,7 +33,8 @@ class Step:
 
     Attributes:
         name: What it is called.
-        sqnr: Signal to noise of the outputs after it, dB, simulated on data that it was not fitted to.
+        sqnr: Signal to noise of the outputs after it, dB, simulated on data that it was not fitted to; NaN where nothing was
+            measured.
         kept: Whether the graph has it.
         seconds: What it took.
     """
@@ -43,6 +45,8 @@ class Step:
     seconds: float = 0.0
 
     def __str__(self) -> str:
+        if math.isnan(self.sqnr):
+            return self.name
         return f"{self.name}: {self.sqnr:.1f} dB{'' if self.kept else ', not kept'} ({self.seconds:.1f} s)"
 
 
@@ -77,7 +81,8 @@ def recover(
     """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
 
     Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
-    kept where that rises.
+    kept where that rises. A graph that keeps state stays as calibrated: a sample of calls says nothing of what the state, and
+    what follows from it, comes to over many.
 
     Args:
         graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
@@ -92,6 +97,10 @@ def recover(
     """
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()
+    if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
+        return Recovered(
+            current.train(graph.training), (Step("as calibrated, since it keeps state", math.nan, kept=True),)
+        )
     fit, judge = _parted(current, draw(current, data, stage="recover", inputs=inputs))
     reference = outputs(restored(current), judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]

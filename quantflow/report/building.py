@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from quantflow.evidence import Budget
@@ -14,10 +15,9 @@ from quantflow.training import History
 def built(report: Report) -> Markup:
     """What :func:`quantflow.quantize` did."""
     pictures = []
-    if report.recovered is not None:
-        steps = [
-            Bar(s.name, s.sqnr, f"{s.sqnr:.1f} dB" + ("" if s.kept else ", not kept")) for s in report.recovered.steps
-        ]
+    measured = [] if report.recovered is None else [s for s in report.recovered.steps if not math.isnan(s.sqnr)]
+    if measured:
+        steps = [Bar(s.name, s.sqnr, f"{s.sqnr:.1f} dB" + ("" if s.kept else ", not kept")) for s in measured]
         pictures.append(bars("built-recovery", "Signal to noise after each step of recovery, simulated", steps))
     if report.seconds:
         times = [Bar(stage, seconds, f"{seconds:.1f} s") for stage, seconds in report.seconds.items()]
