@@ -35,7 +35,8 @@ import executorch.kernels.quantized  # noqa: F401  before the processes part: no
 import torch
 import torch.utils._pytree as pytree
 from executorch.backends.test.suite import operators
-from isolated import Died, run_isolated
+from fuzzing.isolate import Ended, isolated
+from fuzzing.warm_up import warm_up
 from record import write_record
 from torch import nn
 from tqdm import tqdm
@@ -133,7 +134,6 @@ def decibels(ours: Any, theirs: Any) -> float:
 def run_case(task: tuple[str, str]) -> list[dict[str, Any]]:
     """The ends of the models of one case, ``(flow, case)``."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     flow, case = task
     torch.manual_seed(zlib.crc32(case.encode()))
     module, name = case.split(".")
@@ -146,19 +146,15 @@ def run_case(task: tuple[str, str]) -> list[dict[str, Any]]:
     return runner.ends
 
 
-def ended(flow: str, case: str, answer: Any) -> dict[str, Any]:
-    """The row of one case."""
-    models = [{"ends": answer.how, "reason": answer.says}] if isinstance(answer, Died) else answer
+def row_of(end: Ended[tuple[str, str]]) -> dict[str, Any]:
+    """What is kept of one case."""
+    flow, case = end.task
+    models = end.value
+    if end.kind != "returned":
+        reason = end.text[-300:] if end.kind == "raised" else end.text[:300]
+        models = [{"ends": "exception" if end.kind == "raised" else end.kind, "reason": reason}]
     worst = max(models, key=lambda m: ENDS.index(m["ends"]))
-    return {"flow": flow, "case": case, **worst, "models": [m["ends"] for m in models]}
-
-
-def warm_up() -> None:
-    """Pay here, once, for what is made at first use. The runtime is left out: its threads do not survive a fork."""
-    model, inputs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), (torch.randn(1, 3, 8, 8),)
-    for scheme in (None, INT8):
-        graph = model if scheme is None else quantized(model, inputs, scheme)
-        qf.export(graph, inputs).to_core_aten().to_edge("xnnpack")
+    return {"flow": flow, "case": case, **worst, "models": [m["ends"] for m in models], "seconds": end.seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -180,17 +176,17 @@ def main() -> None:
     chosen = [case for case in cases() if any(part in case for part in options.only)]
     tasks = [(flow, case) for flow in options.flows for case in chosen]
     warm_up()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tqdm(total=len(tasks), desc="cases") as bar:
-        for (flow, case), answer in run_isolated(run_case, tasks, jobs=options.jobs, seconds=options.seconds):
-            rows.append(ended(flow, case, answer))
+        for end in isolated(run_case, tasks, jobs=options.jobs, seconds=options.seconds):
+            rows.append(row_of(end))
+            rows.sort(key=lambda row: tasks.index((row["flow"], row["case"])))
+            write_record(options.output, options, rows)  # also of a run that is ended
             bar.update()
-    rows.sort(key=lambda row: tasks.index((row["flow"], row["case"])))
     print(table(rows))
     for row in rows:
         if row["ends"] not in ("skipped", "right", "nothing"):
             print(row["flow"], row["case"], row["ends"], row.get("node") or "", row.get("reason", ""), sep="  ")
-    write_record(options.output, options, rows)
 
 
 if __name__ == "__main__":
