@@ -26,7 +26,7 @@ def test_float_cases_are_right(case):
     [
         ("int8", "conv2d.test_conv2d_dtype", "right"),
         ("int8", "floor.test_floor_dtype", "nothing"),
-        ("dynamic", "linear.test_linear_no_bias_dtype", "right"),
+        ("dynamic", "linear.test_linear_feature_sizes", "right"),
         ("float", "abs.test_abs_edge_cases", "skipped"),
     ],
 )
