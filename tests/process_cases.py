@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import sys
+import tempfile
 import traceback
 import warnings
 
@@ -155,6 +156,35 @@ def figures_of_torchao():
     return {"said": None}
 
 
+def refused(**options):
+    try:
+        qf.train(prepared(qat=True), batches(2), progress=False, **options)
+    except qf.QuantflowError as error:
+        return {"said": str(error)}
+    return {"said": None}
+
+
+def other_options():
+    return refused(epochs=2 + RANK)
+
+
+def checkpoints_that_one_process_sees():
+    with tempfile.TemporaryDirectory() as folder:
+        # A folder of each process's own: rank 0 alone has written into its.
+        given = {"epochs": 1, "lr": 0.01, "checkpoints": qf.Checkpoints(folder)}
+        qf.train(prepared(qat=True), batches(2), progress=False, **given)
+        return refused(**given)
+
+
+def a_device_that_the_group_does_not_carry():
+    config = dist.get_backend_config
+    dist.get_backend_config = lambda: "cuda:nccl"
+    try:
+        return refused()
+    finally:
+        dist.get_backend_config = config
+
+
 def guarded():
     """All that goes over the group, under the guard. It stays up: the last case."""
     used = guarded_collectives.install()
@@ -185,6 +215,9 @@ CASES = (
     rank_0_looks_alone,
     nothing_in_one_process,
     figures_of_torchao,
+    other_options,
+    checkpoints_that_one_process_sees,
+    a_device_that_the_group_does_not_carry,
     guarded,
 )
 
@@ -206,7 +239,7 @@ def work(rank):
 def main():
     torch.set_num_threads(1)
     captured()
-    together(work, limit=120)
+    together(work, limit=60)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main():
     for case in sys.argv[1:]:
         where, how, culprit = case.split("-")
         given = {"case": case, "where": where, "how": how, "culprit": int(culprit)}
-        together(functools.partial(work, **given), count=3, limit=8, bound=BOUND)
+        together(functools.partial(work, **given), count=3, limit=10, bound=BOUND)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,20 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def outcomes(script, *arguments, limit=300):
-    """What the processes of ``script`` tell (:func:`tell`), in the order in which they do."""
+def outcomes(script, *arguments, limit=600):
+    """What the processes of ``script`` tell (:func:`tell`), in the order in which they do; at the limit all are killed."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-    told = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return told
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        out, errors = started.communicate(timeout=limit)
+    except BaseException:
+        os.killpg(started.pid, signal.SIGKILL)  # what it forked is of its session
+        started.wait()
+        raise
+    assert started.returncode == 0, errors[-3000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 def tell(**outcome):
@@ -32,7 +38,8 @@ def tell(**outcome):
 def together(work, *, count=2, limit=60, bound=60):
     """Run ``work(rank)`` in ``count`` processes that are a gloo group with a timeout of ``bound`` seconds.
 
-    Once the first has ended the others have ``limit`` seconds; then they are killed.
+    Together they have ten times ``limit`` seconds, and once the first has ended the others have ``limit``; then they are
+    killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +52,7 @@ def together(work, *, count=2, limit=60, bound=60):
         if not child:
             _be(rank, work, bound)
         living[child] = rank
-    deadline = time.monotonic() + 5 * limit
+    deadline = time.monotonic() + 10 * limit
     while living and time.monotonic() < deadline:
         child, _ = os.waitpid(-1, os.WNOHANG)
         if living.pop(child, None) is not None:

@@ -102,6 +102,22 @@ def test_observers_of_torchao_are_refused_before_any_data(told):
         assert "quantization.x: what HistogramObserver of torchao saw" in outcome["said"]
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("other_options", "rank 1: it has another graph, optimizer or options than rank 0"),
+        ("checkpoints_that_one_process_sees", "rank 1: it resumes at step 0, rank 0 at 2"),
+        (
+            "a_device_that_the_group_does_not_carry",
+            "cpu: the group's backend (cuda:nccl) takes no tensors of this device",
+        ),
+    ],
+)
+def test_what_can_not_train_together_is_named(told, case, words):
+    for outcome in both(told, case):
+        assert words in outcome["said"]
+
+
 def test_collectives_take_tensors_of_the_groups_device(told):
     first, second = both(told, "guarded")
     agree(first, second)

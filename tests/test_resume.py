@@ -3,23 +3,19 @@
 import copy
 import functools
 import inspect
-import json
 import random
 import warnings
-from collections import Counter, OrderedDict, deque
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler, swa_utils
 from torch.utils.data import DataLoader, Dataset
 
 import quantflow as qf
-from quantflow.training.encoding import decode, difference, encode
+from quantflow.training.encoding import difference, encode
 
 STEPS = 8  # two epochs of four
 
@@ -267,41 +263,9 @@ def test_what_does_not_take_up_its_state_is_refused(tmp_path):
         run(tmp_path, lambda graph: Forgetful(graph.parameters(), 0.1, momentum=0.9), None, cut=3)
 
 
-atoms = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
-keys = st.one_of(st.integers(), st.text(), st.tuples(st.integers(), st.text()), st.booleans(), st.none())
-nested = st.recursive(
-    atoms,
-    lambda inner: st.one_of(
-        st.lists(inner),
-        st.lists(inner).map(tuple),
-        st.dictionaries(keys, inner),
-        st.dictionaries(keys, st.integers()).map(Counter),
-        st.dictionaries(keys, inner).map(OrderedDict),
-        st.lists(atoms).map(deque),
-        st.frozensets(keys),
-        st.builds(lambda size: torch.arange(size) / 3, st.integers(0, 4)),
-    ),
-)
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return (
-            type(one) is type(other) and one.keys() == other.keys() and all(equal(v, other[k]) for k, v in one.items())
-        )
-    if isinstance(one, (list, tuple, deque)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
-    return type(one) is type(other) and one == other
-
-
-@settings(max_examples=200, deadline=None)
-@given(nested)
-def test_what_is_encoded_comes_back(value):
-    tensors = {}
-    encoded = encode(value, "value", tensors)
-    back = decode(json.loads(json.dumps(encoded)), tensors)
-    assert equal(value, back)
-    others = {}
-    assert difference(encoded, encode(back, "value", others), tensors, others) is None
+def test_another_learning_rate_is_another_training(tmp_path):
+    run(tmp_path, optimizer_of("SGD", lr=0.05), None)
+    with pytest.warns(qf.QuantflowWarning, match="another training"):
+        _, rates, history, *_ = run(tmp_path, optimizer_of("SGD", lr=0.01), None)
+    assert not history.resumed_at
+    assert rates == [[0.01]] * STEPS

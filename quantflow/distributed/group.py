@@ -31,7 +31,7 @@ def init_process_group(*, timeout: float | None = None) -> torch.device:
 
     Args:
         timeout: Seconds that a process waits for the others before it ends in an error that names those missing. By default
-            torch's own: 10 minutes with GPUs, else 30.
+            torch's own, 30 minutes.
 
     Returns:
         The device of this process: a GPU of its own where there are GPUs, else the CPU.

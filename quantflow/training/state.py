@@ -62,8 +62,9 @@ class TrainingState:
         shapes = {name: list(t.shape) for name, t in self.graph.state_dict().items()}
         nodes = [f"{n.op} {n.target}" for n in self.graph.graph.nodes if n.op != "get_attr"]
         groups = [{k: v for k, v in g.items() if _plain(v)} for g in self.optimizer.state_dict()["param_groups"]]
-        # Learning rates move; where they started tells the run.
-        groups = [{k: v for k, v in g.items() if k not in ("lr", "params") or k == "initial_lr"} for g in groups]
+        # A scheduler moves the learning rate; where it started tells the run.
+        moved = [{"params"} | ({"lr"} if "initial_lr" in g else set()) for g in groups]
+        groups = [{k: v for k, v in g.items() if k not in left} for g, left in zip(groups, moved, strict=True)]
         kinds = [type(self.optimizer).__name__, type(self.scheduler).__name__]
         text = json.dumps([shapes, nodes, kinds, groups, options], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
