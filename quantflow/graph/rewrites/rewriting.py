@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import op, value
 from quantflow.graph.parameters import read_attribute, unused_name
-from quantflow.graph.state import written_tensors
+from quantflow.graph.state import aliased_by, written_tensors
 
 # Takes a node and returns the one that replaces it, or None where the rewrite does not apply.
 Rewrite = Callable[[GraphModule, Node], Node | None]
@@ -21,11 +21,13 @@ Rewrite = Callable[[GraphModule, Node], Node | None]
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
     """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
-    changed, written = False, written_tensors(module.graph)
+    changed, written, there = False, written_tensors(module.graph), set(module.graph.nodes)
     for node in list(module.graph.nodes):
         apply = rewrites.get(op(node))
-        replacement = apply(module, node) if apply is not None and node not in written else None
-        if replacement is None:
+        # What is made anew may stand for what is written later; a name of memory that others write may not become a copy.
+        kept = node in written and aliased_by(node) is not None
+        replacement = apply(module, node) if apply is not None and not kept else None
+        if replacement is None or (node in written and replacement in there):
             continue
         changed = True
         if replacement is not node:
