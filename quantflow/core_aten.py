@@ -13,6 +13,7 @@ from quantflow.aten import label
 from quantflow.errors import QuantflowError
 from quantflow.graph.lifted import rewritten
 from quantflow.graph.rewrites import CORE_REWRITES, rewrite
+from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
 
     What has no decomposition and can be written in core operators (adaptive maxima, medians) is written so first.
     """
+    program = rewritten(program, make_copies_explicit)
     try:
         core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()
     except Exception as error:

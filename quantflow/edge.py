@@ -19,6 +19,7 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
 from quantflow.graph.containers import with_plain_containers
 from quantflow.graph.lifted import rewritten
+from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
 from quantflow.runtime import isolated
@@ -185,6 +186,7 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
     """
     if delegates.resolve(delegate).partitioners():
         try:
+            program = rewritten(program, make_copies_explicit)
             return lower_to_edge(CoreAten(program, program), delegate)
         except QuantflowError:  # core ATen may know better which operator is at fault
             pass

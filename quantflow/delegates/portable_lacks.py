@@ -10,6 +10,7 @@ from typing import Any
 
 from quantflow.graph.rewrites import (
     EMBEDDING_BAG_REWRITES,
+    EMPTY_REWRITES,
     FOLD_REWRITES,
     ORDER_REWRITES,
     PAD_REWRITES,
@@ -21,6 +22,7 @@ from quantflow.graph.rewrites import (
 
 PORTABLE_LACKS: Mapping[Any, Rewrite] = {
     **EMBEDDING_BAG_REWRITES,
+    **EMPTY_REWRITES,
     **FOLD_REWRITES,
     **ORDER_REWRITES,
     **PAD_REWRITES,

@@ -10,6 +10,7 @@ import torch
 from quantflow.graph.rewrites.activations import ACTIVATION_REWRITES
 from quantflow.graph.rewrites.composite import COMPOSITE_REWRITES
 from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
+from quantflow.graph.rewrites.empties import EMPTY_REWRITES
 from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
 from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
@@ -38,7 +39,7 @@ REWRITES: dict[Any, Rewrite] = {
 # Those of operators that are not in core ATen and have no decomposition into it.
 CORE_REWRITES: dict[Any, Rewrite] = {
     target: apply
-    for target, apply in {**ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()
+    for target, apply in {**EMPTY_REWRITES, **ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()
     if torch.Tag.core not in target.tags
 }
 
@@ -47,6 +48,7 @@ __all__ = [
     "COMPOSITE_REWRITES",
     "CORE_REWRITES",
     "EMBEDDING_BAG_REWRITES",
+    "EMPTY_REWRITES",
     "FOLD_REWRITES",
     "NUMBER_REWRITES",
     "ORDER_REWRITES",

@@ -1,0 +1,46 @@
+"""Copies made explicit: functional graphs take a copied tensor for its source."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, has_argument, op, value
+from quantflow.graph.rewrites.rewriting import call_before
+from quantflow.graph.state import aliased_by, written_tensors
+
+
+def make_copies_explicit(module: GraphModule) -> None:
+    """Convert, expand and clone, in place, what a copy converts, expands and keeps from being written.
+
+    torch's decompositions put the source itself in the place of a copy. It may have another dtype or shape than what it was
+    copied into, and where it lies in an input or in a buffer that the graph writes later, the copy changes with it.
+    """
+    written = written_tensors(module.graph)
+    for node in list(module.graph.nodes):
+        source = node.args[1 if op(node) is aten.copy.default else 0] if node.args else None
+        if not isinstance(source, Node) or value(source) is None or not _copies(node):
+            continue
+        copy = source
+        if op(node) is aten.copy.default:
+            target, (given, wanted) = node.args[0], (value(source), value(node))
+            if given.dtype != wanted.dtype:  # type: ignore[union-attr]
+                copy = call_before(node, aten.to.dtype, copy, wanted.dtype)  # type: ignore[union-attr]
+            if given.shape != wanted.shape:  # type: ignore[union-attr]
+                copy = call_before(node, aten.expand_as.default, copy, target)
+        if copy is source and source in written and _memory(source).op in ("placeholder", "get_attr"):
+            copy = call_before(node, aten.clone.default, source)
+        if copy is not source:
+            node.replace_input_with(source, copy)
+
+
+def _copies(node: Node) -> bool:
+    """Whether ``node`` copies a tensor, though its value may equal it."""
+    if op(node) in (aten.copy.default, aten._to_copy.default):
+        return True
+    return op(node) in (aten.to.dtype, aten.to.device) and has_argument(node, "copy") and argument(node, "copy")
+
+
+def _memory(node: Node) -> Node:
+    while (base := aliased_by(node)) is not None:
+        node = base
+    return node

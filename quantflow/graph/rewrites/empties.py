@@ -1,0 +1,23 @@
+"""Tensors that hold nothing yet, of which only some kinds have kernels, as zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, aten, value
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+
+
+def zeros_for_empty(module: GraphModule, node: Node) -> Node | None:
+    """Zeros of the shape and dtype of another tensor; their order in memory is that of a new tensor."""
+    val = value(node)
+    if val is None:
+        return None
+    like = call_before(node, aten.zeros_like.default, argument(node, "self"))
+    given = value(like)
+    return like if given is None or given.dtype == val.dtype else call_before(node, aten.to.dtype, like, val.dtype)
+
+
+EMPTY_REWRITES: dict[Any, Rewrite] = {aten.empty_like.default: zeros_for_empty}
