@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 
 from quantflow.aten import label
 from quantflow.errors import QuantflowError
+from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.graph.lifted import rewritten
 from quantflow.graph.rewrites import CORE_REWRITES, rewrite
-from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.signature import Signature
 
 if TYPE_CHECKING:

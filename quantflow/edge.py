@@ -18,8 +18,8 @@ from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
 from quantflow.graph.containers import with_plain_containers
-from quantflow.graph.lifted import rewritten
 from quantflow.graph.explicit_copies import make_copies_explicit
+from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
 from quantflow.runtime import isolated
