@@ -15,6 +15,7 @@ from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.graph.lifted import rewritten
 from quantflow.graph.rewrites import CORE_REWRITES, rewrite
 from quantflow.signature import Signature
+from quantflow.upstream.decomposition import fast_decomposition
 
 if TYPE_CHECKING:
     from quantflow.edge import Edge
@@ -81,7 +82,8 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
     """
     program = rewritten(program, make_copies_explicit)
     try:
-        core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()
+        with fast_decomposition():
+            core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()
     except Exception as error:
         raise QuantflowError(
             "core-aten",

@@ -5,7 +5,7 @@ active some of them are replaced, each by what gives the same result with less w
 
 - generated code of graphs is written when it is called, not after each edit;
 - patterns that the graph can't match (bilinear, attention) are not traced;
-- a program is not decomposed again where nothing is left to decompose, and the dispatcher is asked once for its operators;
+- a program is not decomposed again where nothing is left to decompose, and decomposed fast where something is;
 - the verifier takes the operators' results from the graph instead of running it again;
 - a pass that retraces a graph without changing it copies it instead, and operators are run on fake tensors only for inputs
   that they have not seen (of 25 retraces of MobileNetV2, 23 change nothing);
@@ -18,14 +18,11 @@ global: one lowering at a time is fast, others in the meantime wait.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -37,13 +34,13 @@ from torch.utils import _pytree as pytree
 
 from quantflow.delegates import fast_retraces
 from quantflow.delegates.fast_retraces import copied_retraces
-from quantflow.delegates.replaced import replaced
 from quantflow.errors import QuantflowWarning
+from quantflow.upstream.decomposition import LOCK, fast_decomposition
+from quantflow.upstream.replaced import replaced
+from quantflow.upstream.versions import supported
 
 T = TypeVar("T")
 
-_MEASURED_WITH = {"torch": "2.14.1", "executorch": "1.5.1"}
-_LOCK = threading.RLock()
 _FILES = frozenset({__file__, fast_retraces.__file__})
 # What of these files only hands on to what it replaces.
 _PASSING = frozenset({"run_fast", "call", "call_if_possible", "run_decompositions", "forward"})
@@ -52,7 +49,7 @@ _PASSING = frozenset({"run_fast", "call", "call_if_possible", "run_decomposition
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[bool]:
     """Make executorch's lowering fast for a while; gives whether it is."""
-    with _LOCK, contextlib.ExitStack() as stack:
+    with LOCK, contextlib.ExitStack() as stack:
         yield supported() and _enter(stack)
 
 
@@ -88,14 +85,8 @@ def _is_refusal(error: BaseException) -> bool:
     return ours <= _PASSING and said_by.startswith("executorch.") and not isinstance(links[-1], slips)
 
 
-@functools.cache
-def supported() -> bool:
-    """Whether the versions here are those that this was measured with."""
-    return all(version(name).split("+")[0] == wanted for name, wanted in _MEASURED_WITH.items())
-
-
 def _enter(stack: contextlib.ExitStack) -> bool:
-    patches = (_code_when_called, _no_bilinear_patterns, _attention_patterns, _operators_once, _decompose_once)
+    patches = (_code_when_called, _no_bilinear_patterns, _attention_patterns, fast_decomposition, _decompose_once)
     try:
         for patch in (*patches, _verify_by_values, copied_retraces, _delegates_by_values):
             stack.enter_context(patch())
@@ -187,13 +178,6 @@ def _attention_patterns() -> contextlib.AbstractContextManager:
             return call(self, module)
 
     return replaced(convert_to_sdpa.ConvertToSDPAPass, "call", call_if_possible)
-
-
-def _operators_once() -> contextlib.AbstractContextManager:
-    """The dispatcher's composite operators only fill ``torch.ops``."""
-    import torch._export.utils as utils
-
-    return replaced(utils, "_materialize_cpp_cia_ops", functools.lru_cache(utils._materialize_cpp_cia_ops))
 
 
 def _decompose_once() -> contextlib.AbstractContextManager:

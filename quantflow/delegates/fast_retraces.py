@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
-from quantflow.delegates.replaced import replaced
+from quantflow.upstream.replaced import replaced
 
 
 class _Memory:

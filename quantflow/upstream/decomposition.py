@@ -1,0 +1,60 @@
+"""Decomposition of exported programs in two thirds of its time, to the same graph.
+
+``ExportedProgram.run_decompositions`` asks the dispatcher for all composite operators once for each of some 40 namespaces, and
+registers some 6,000 kernels, each through a function whose annotations are evaluated anew. Together that takes half a second,
+whatever the size of the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from quantflow.upstream.replaced import replaced
+from quantflow.upstream.versions import supported
+
+# The names are global: one thread at a time replaces them.
+LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def fast_decomposition() -> Iterator[None]:
+    """Make ``run_decompositions`` fast for a while; with other versions, leave it as it is."""
+    with LOCK, contextlib.ExitStack() as stack:
+        if supported():
+            stack.enter_context(_operators_once())
+            stack.enter_context(_registered_at_once())
+        yield
+
+
+def _operators_once() -> contextlib.AbstractContextManager:
+    """A namespace is searched for composite operators once."""
+    import torch._export.utils as utils
+
+    search = utils._collect_all_valid_cia_ops_for_namespace
+    return replaced(utils, search.__name__, functools.lru_cache(None)(search))
+
+
+def _registered_at_once() -> contextlib.AbstractContextManager:
+    """A kernel for a dispatch key is written into the operator's table; anything else is registered as torch has it."""
+    base = torch._ops.OperatorBase
+    register = base.py_impl
+
+    def py_impl(self: Any, key: Any) -> Callable[[Callable], Callable]:
+        kernels = self.py_kernels
+        if not isinstance(key, torch._C.DispatchKey) or key is torch._C.DispatchKey.Python or key in kernels:
+            return register(self, key)
+
+        def add(kernel):  # type: ignore[no-untyped-def]  # annotations cost more than the rest
+            kernels[key] = kernel
+            self._dispatch_cache.clear()
+            return kernel
+
+        return add
+
+    return replaced(base, "py_impl", py_impl)
