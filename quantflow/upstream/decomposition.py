@@ -32,17 +32,25 @@ def fast_decomposition() -> Iterator[None]:
         yield
 
 
-def _operators_once() -> contextlib.AbstractContextManager:
-    """A namespace is searched for composite operators once."""
+@contextlib.contextmanager
+def _operators_once() -> Iterator[None]:
+    """The dispatcher is asked for its composite operators, and a namespace searched for them, once."""
     import torch._export.utils as utils
 
-    search = utils._collect_all_valid_cia_ops_for_namespace
-    return replaced(utils, search.__name__, functools.lru_cache(None)(search))
+    with contextlib.ExitStack() as stack:
+        for function in (utils._materialize_cpp_cia_ops, utils._collect_all_valid_cia_ops_for_namespace):
+            stack.enter_context(replaced(utils, function.__name__, functools.lru_cache(None)(function)))
+        yield
 
 
-def _registered_at_once() -> contextlib.AbstractContextManager:
-    """A kernel for a dispatch key is written into the operator's table; anything else is registered as torch has it."""
-    base = torch._ops.OperatorBase
+@contextlib.contextmanager
+def _registered_at_once() -> Iterator[None]:
+    """A kernel for a dispatch key is written into the operator's table; anything else is registered as torch has it. The kernel
+    that stands for "no gradient" is made once an operator, not once a key.
+    """
+    from torch.export import exported_program
+
+    base, no_gradient = torch._ops.OperatorBase, exported_program.autograd_not_implemented
     register = base.py_impl
 
     def py_impl(self: Any, key: Any) -> Callable[[Callable], Callable]:
@@ -57,4 +65,6 @@ def _registered_at_once() -> contextlib.AbstractContextManager:
 
         return add
 
-    return replaced(base, "py_impl", py_impl)
+    made_once = functools.lru_cache(None)(no_gradient)
+    with replaced(base, "py_impl", py_impl), replaced(exported_program, "autograd_not_implemented", made_once):
+        yield
