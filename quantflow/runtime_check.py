@@ -89,12 +89,13 @@ class _Reference:
     def __init__(self, source: ExportedProgram, signature: Signature) -> None:
         self.graph, self.signature = source.module(check_guards=False), signature
         self.in_integers = is_converted(self.graph)
-        first, repeats = source.example_inputs, _STATEFUL_CALLS if _keeps_state(source) else 1
+        example, repeats = source.example_inputs, _STATEFUL_CALLS if _keeps_state(source) else 1
+        first = pytree.tree_map(_filled, example)
         self.inputs = [first, pytree.tree_map(_other, first), *[first] * (repeats - 2)]
         try:
             self.outputs = self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
         except Exception:  # values that the network does not take
-            self.inputs = [first] * repeats
+            self.inputs = [example] * repeats
             self.outputs = self._run(copy.deepcopy(self.graph), copy.deepcopy(self.inputs))
 
     def moved(self) -> Iterator[list[list[Any]]]:
@@ -140,6 +141,13 @@ class _Move:
         return leaf + offset * self.step * leaf.abs().max()
 
 
+def _filled(leaf: Any) -> Any:
+    """``leaf``, or random numbers from 0 to 1 where it holds zeros alone: they tell a shape, and no rounding moves them."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.any():
+        return leaf
+    return torch.rand(leaf.shape, generator=torch.Generator().manual_seed(1)).to(leaf)
+
+
 def _other(leaf: Any) -> Any:
     """Another tensor of the shape, dtype and range of ``leaf``; what is no tensor stays."""
     if not isinstance(leaf, torch.Tensor) or not leaf.numel():
@@ -148,7 +156,7 @@ def _other(leaf: Any) -> Any:
     if not leaf.is_floating_point():
         return backwards
     factors = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
-    return backwards * (0.5 + factors / 2) if leaf.any() else factors
+    return backwards * (0.5 + factors / 2)
 
 
 def _difference(ours: Any, theirs: Any, reference: _Reference, call: int, index: int) -> str:

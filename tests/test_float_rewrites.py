@@ -149,6 +149,22 @@ PADS = {
 
 
 @pytest.mark.parametrize("delegate", ["xnnpack", None])
+class Recurrent(nn.Module):
+    """One convolution over rows, called twice."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x):
+        return self.convolution(torch.erf(self.convolution(x)) + x)
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d(8, 8, 3, padding="same"), nn.ConvTranspose1d(8, 8, 3, padding=1)])
+def test_a_convolution_over_rows_that_is_called_twice(convolution):
+    same(Recurrent(convolution).eval(), torch.randn(2, 8, 5))
+
+
 @pytest.mark.parametrize("name", PADS)
 def test_pads_that_cut_off(name, delegate):
     assert same(Function(lambda x: F.pad(x, PADS[name], value=0.5) * 2), IMAGE, delegate=delegate)

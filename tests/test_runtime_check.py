@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantflow.delegates import xnnpack_int8
 from quantflow.delegates.xnnpack import Xnnpack
+from quantflow.edge import lower_to_edge
 from quantflow.fault_search import FaultSearch
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
@@ -81,8 +82,33 @@ def test_outputs_that_are_no_floats_are_compared(monkeypatch, function):
 def test_inputs_that_tell_nothing_do_not_hide_it(monkeypatch):
     planted(monkeypatch, ops.edge.aten.add.Tensor, ops.edge.aten.sub.Tensor)
     zeros = torch.zeros(2, 4, 8, 8)
-    with pytest.raises(qf.QuantflowError, match="dB only, at call 2"):
+    with pytest.raises(qf.QuantflowError, match="dB only"):
         edge_of(lambda m, x: x * 2 + x, zeros).to_executorch()
+
+
+class Amplifies(nn.Module):
+    """The order in which 64 products are summed decides over its outputs, with zeros too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.sin(1e7 * self.second(torch.erf(self.first(x))))
+
+
+def test_rounding_that_a_network_amplifies_is_told_with_an_example_of_zeros():
+    zeros = torch.zeros(2, 64)
+    program = qf.export(Amplifies(), (zeros,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert program(zeros).shape == (2, 64)
+
+
+@pytest.mark.parametrize("refused", ["aten_max_pool2d_default", "aten_hardswish_default", "aten_prelu_default"])
+def test_what_the_delegate_keeps_whole_is_decomposed_where_it_is_left_out(refused):
+    layers = nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU(4), nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU(4)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), *layers).eval()
+    edge = lower_to_edge(qf.export(model, (X,)).to_core_aten(), "xnnpack", frozenset({refused}))
+    assert signal_to_noise(model(X).detach(), edge.to_executorch()(X)) > 100
 
 
 class Counter(nn.Module):

@@ -30,8 +30,8 @@ class Xnnpack(Delegate):
 
     def rewrite(self, graph: GraphModule) -> None:
         """Batch norm is folded, or written as a scale and a shift, since executorch's own fusion writes to weights that others
-        read; and what portable kernels lack is written as what they have. A float convolution over rows behind integers fails
-        in the delegate, one over images does not.
+        read; and what portable kernels lack is written as what they have. A float convolution over rows fails in the delegate
+        behind integers and where others read its weight; one over images does not.
         """
         rewrite(graph, COMPOSITE_REWRITES)
         modes.mark_switched(graph.graph)

@@ -7,6 +7,7 @@ Each class here widens or guards one of them. Where a guard says no, the node ru
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +162,8 @@ _OURS = (
 _TARGETS = {config.target_name for config in (*_OURS, BatchNormConfig)}  # type: ignore[attr-defined]
 CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
 
+# What the partitioner keeps from being decomposed, and no portable kernel runs.
+_WITHOUT_KERNEL = frozenset({"hardswish.default", "max_pool2d.default", "prelu.default"})
 _DIMENSIONS = 6  # XNNPACK's tensors have no more
 
 
@@ -173,7 +176,7 @@ class Int8Partitioner(XnnpackPartitioner):
     """
 
     def __init__(self, refused: frozenset[str] = frozenset(), *, one_by_one: bool = False) -> None:
-        super().__init__(configs=list(CONFIGS))
+        super().__init__(configs=[config for config in CONFIGS if not _would_be_stranded(config, refused)])
         self.one_by_one = one_by_one
         for config in self.target_partitioner_configs.values():
             config.check_constraints = _unless(refused, config.check_constraints)  # type: ignore[method-assign]
@@ -210,6 +213,15 @@ def _belongs_to_reader(delegated: set[Node]) -> Callable[[Node], bool]:
     portable kernel reads (one that does must not wait).
     """
     return lambda node: node.op == "placeholder" or (is_dequant(node) and delegated.issuperset(node.users))
+
+
+def _would_be_stranded(config: type[XNNPartitionerConfig], refused: frozenset[str]) -> bool:
+    """Whether ``config`` keeps an operator whole that no portable kernel runs, and one of its nodes is among the ``refused``.
+    All of them are decomposed then, since those that are left would change their names.
+    """
+    name = config.target_name
+    whole = name in _WITHOUT_KERNEL
+    return whole and any(re.fullmatch(rf"aten_{re.escape(name.replace('.', '_'))}(_\d+)?", node) for node in refused)
 
 
 def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:

@@ -1,4 +1,4 @@
-"""Float convolutions over rows that read integers as convolutions over images of one row: exact."""
+"""Float convolutions over rows that XNNPACK gets wrong as convolutions over images of one row: exact."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from quantflow.graph.rewrites.weights import Steps, has_own_weight, reshaped_wei
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution of a constant float weight over rows that were dequantized."""
+    """A convolution of a constant float weight that others read too, which executorch would make an image twice, or over rows
+    that were dequantized.
+    """
     x, weight = argument(node, "input"), argument(node, "weight")
-    if not _is_dequantized(x) or not is_constant(weight) or value(x).ndim != 3:  # type: ignore[union-attr]
-        return None
     own = has_own_weight(node)
+    if not is_constant(weight) or value(x).ndim != 3 or (own and not _is_dequantized(x)):  # type: ignore[union-attr]
+        return None
     numbered = same_padding(module, node) if op(node) is aten.conv1d.padding else node
     if numbered is None:
         return None
