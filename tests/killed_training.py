@@ -1,5 +1,10 @@
-"""A small training in a process of its own, for the test that kills it."""
+"""Small trainings, each in a process of its own, for the test that kills them.
 
+Reads folders, a line each. For each it forks a training, which prints its process id and then a word at each step, and prints
+the exit code at its end. A fork spares each training the seconds that the imports take.
+"""
+
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,8 +24,7 @@ def loss(output, target):
     return torch.nn.functional.cross_entropy(output, target)
 
 
-def main():
-    folder = Path(sys.argv[1])
+def train(folder):
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -34,6 +38,17 @@ def main():
     save_file({k: v.clone() for k, v in graph.state_dict().items()}, folder / "weights.safetensors")
     program = qf.export(qf.convert(graph), (images[:1],)).to_core_aten().to_edge("xnnpack").to_executorch()
     program.save(folder / "model.pte")
+
+
+def main():
+    for line in sys.stdin:
+        if (pid := os.fork()) == 0:
+            print(os.getpid(), flush=True)
+            train(Path(line.strip()))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 
 
 if __name__ == "__main__":

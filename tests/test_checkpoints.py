@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a training ends with the same bits."""
 
+import os
 import random
 import signal
 import subprocess
@@ -20,26 +21,50 @@ from quantizers import XNNPACKQuantizer
 SCRIPT = Path(__file__).parent / "killed_training.py"
 
 
-def start(folder):
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+class Trainings:
+    """Trainings one after another, each in a process forked from one that has all imported."""
+
+    def __init__(self):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.server = subprocess.Popen([sys.executable, str(SCRIPT)], text=True, **pipes)
+
+    def start(self, folder):
+        print(folder, file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def steps(self, count):
+        for _ in range(count):
+            assert self.server.stdout.readline() == "step\n"
+
+    def code(self):
+        """The exit code, at the end."""
+        for line in self.server.stdout:
+            if line.startswith("ended"):
+                return int(line.split()[1])
+        raise EOFError
 
 
-def test_killed_at_ten_random_steps_ends_with_the_same_bits(tmp_path):
-    undisturbed = start(tmp_path / "undisturbed")
-    assert undisturbed.wait(300) == 0
-    rng, kills = random.Random(7), 0
+@pytest.fixture
+def trainings():
+    trainings = Trainings()
+    with trainings.server:
+        yield trainings
+        trainings.server.stdin.close()
+
+
+def test_killed_at_ten_random_steps_ends_with_the_same_bits(trainings, tmp_path):
+    trainings.start(tmp_path / "undisturbed")
+    assert trainings.code() == 0
+    rng = random.Random(7)
     for _ in range(10):
         # Each life runs some steps of the 60 on, and is killed at a random moment within a step.
-        process = start(tmp_path / "killed")
-        for _ in range(rng.randint(1, 8)):
-            if not process.stdout.readline().startswith("step"):
-                break
+        pid = trainings.start(tmp_path / "killed")
+        trainings.steps(rng.randint(1, 4))
         time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait(60) == -signal.SIGKILL
-    assert kills == 10
-    assert start(tmp_path / "killed").wait(300) == 0
+        os.kill(pid, signal.SIGKILL)
+        assert trainings.code() == -signal.SIGKILL
+    trainings.start(tmp_path / "killed")
+    assert trainings.code() == 0
     for name in ("weights.safetensors", "model.pte"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 

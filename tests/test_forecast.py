@@ -129,8 +129,8 @@ def test_transformers(name):
 
 
 CONVOLUTIONAL = {
-    "MobileNetV2": lambda: models.mobilenet_v2(weights=None),
-    "ResNet18": lambda: models.resnet18(weights=None),
+    "MobileNetV2": lambda: models.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 1]]),
+    "ResNet18": lambda: models.ResNet(models.resnet.BasicBlock, [1, 2, 1, 1]),
     "SqueezeNet": lambda: models.squeezenet1_1(weights=None),
     "ShuffleNetV2": lambda: models.ShuffleNetV2([2, 1, 1], [8, 16, 32, 64, 64]),
 }
