@@ -15,6 +15,7 @@ import time
 import warnings
 
 import pytest
+from processes import in_a_fork
 
 import quantflow as qf
 from quantflow.runtime import fork_server, isolated, worker
@@ -94,22 +95,6 @@ def there(pid):
         os.kill(pid, 0)
         return True
     return False
-
-
-def in_a_fork(work):
-    """What ``work()`` gives in a fork of this process."""
-    reads, writes = os.pipe()
-    if not (pid := os.fork()):
-        signal.alarm(10)
-        try:
-            os.write(writes, str(work()).encode())
-        finally:
-            os._exit(0)
-    os.close(writes)
-    with os.fdopen(reads) as told:
-        found = told.read()
-    os.waitpid(pid, 0)
-    return found
 
 
 def crash_the_server():
