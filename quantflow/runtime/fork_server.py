@@ -150,7 +150,7 @@ class Worker:
 def hung_up(end: socket.socket | Connection) -> bool:
     """Whether the other end is closed."""
     poll = select.poll()
-    poll.register(end, 0)
+    poll.register(end, select.POLLHUP)
     return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
