@@ -1,12 +1,15 @@
 """The fast way through executorch: the same bytes, nothing left behind, and the stock way where it fails."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
 from executorch import exir
 from executorch.exir import pass_base
 from networks import ConvNet, randomize_statistics
+from processes import in_a_fork
 from torch import nn
 from torch.fx import GraphModule
 
@@ -149,3 +152,25 @@ def test_other_versions_are_left_alone(monkeypatch):
     with fast_lowering() as fast:
         assert not fast
         assert GraphModule.recompile is recompile
+
+
+def test_a_fork_waits_until_nothing_is_replaced():
+    stock, entered = GraphModule.recompile, threading.Event()
+
+    def lower():
+        with fast_lowering():
+            entered.set()
+            time.sleep(0.3)
+
+    def is_stock():
+        found = GraphModule.recompile is stock
+        with fast_lowering():
+            return found
+
+    thread = threading.Thread(target=lower)
+    thread.start()
+    entered.wait()
+    assert in_a_fork(is_stock) == "True"
+    thread.join()
+    with fast_lowering():
+        assert in_a_fork(is_stock) == "False"  # a fork in the midst of it goes on with it

@@ -10,22 +10,15 @@ import atexit
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from quantflow.errors import QuantflowError
+from quantflow.runtime.fork_server import REMEDY, ForkServer, Worker
 from quantflow.runtime.messages import explanation, failed_operators
-
-_START = 120.0  # seconds for imports, on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,8 @@ class Trial:
 
 
 def warm_up() -> None:
-    """Start the server now, to be ready when the first program is."""
-    with _LOCK:
+    """Start the server now, to be ready when the first program is. Where it can't start, :func:`run` says so."""
+    with _LOCK, contextlib.suppress(QuantflowError):
         _server()
 
 
@@ -58,23 +51,32 @@ def run(buffer: bytes, calls: Sequence[Sequence[Any]] = (), *, seconds: float = 
         buffer: The bytes of a ``.pte``.
         calls: The flat inputs of each call: tensors, numbers, texts and None.
         seconds: How long all of it may take.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, where no process can be started to run it.
     """
     from quantflow.runtime.worker import decode, encode
 
+    messages = (buffer, *encode([list(inputs) for inputs in calls]))
     with _LOCK:
         worker = _worker()
+        worker.idle = False  # until its answer is whole: what was interrupted would answer the next program
         try:
-            for message in (buffer, *encode([list(inputs) for inputs in calls])):
+            for message in messages:
                 worker.connection.send_bytes(message)
             if not worker.connection.poll(seconds):
                 worker.kill()
-                return Trial(failure=f"no end after {seconds:g} s", operators=failed_operators(worker.log()))
+                return Trial(failure=f"no end after {seconds:g} s", operators=failed_operators(worker.log.news()))
             said = json.loads(worker.connection.recv_bytes())
             outputs = decode(worker.connection.recv_bytes(), worker.connection.recv_bytes())
-        except (EOFError, OSError):
-            code, log = worker.ended(), worker.log()
-            return Trial(failure=_with(_how_it_ended(code, log), log), operators=failed_operators(log))
-        log = worker.log()
+        except BaseException as error:
+            if isinstance(error, (EOFError, OSError)) and worker.gone():
+                code, log = worker.ended(), worker.log.news()
+                return Trial(failure=_with(_how_it_ended(code, log), log), operators=failed_operators(log))
+            worker.kill()
+            raise
+        worker.idle = True
+        log = worker.log.news()
     if not said["failure"]:
         return Trial(outputs, loaded=True)
     operators = tuple(dict.fromkeys([*said["operators"], *failed_operators(log)]))
@@ -86,109 +88,77 @@ def _with(reason: str, log: str) -> str:
     return f"{reason} ({why})" if why else reason
 
 
-def _how_it_ended(code: int, log: str) -> str:
+def _how_it_ended(code: int | None, log: str) -> str:
+    if code is None:
+        return "the process that tried it ended, and so did the fork server, which knew how"
     if code < 0:
         return f"the runtime crashes on it: {signal.Signals(-code).name}"
     last = log.strip().splitlines()[-1:]
     return f"the process that tried it failed with exit code {code}" + (f": {last[0][:200]}" if last else "")
 
 
-class _Server:
-    """The process that forks the children. Forks of the process that started it share it, and it lives as long as they."""
-
-    def __init__(self) -> None:
-        self.folder, self.owner = Path(tempfile.mkdtemp(prefix="quantflow-")), os.getpid()
-        self.address = str(self.folder / "runtime")
-        self._alive, theirs = socket.socketpair()
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        with theirs, socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(self.address)
-            listening.listen(64)
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "quantflow.runtime.worker",
-                    *(str(s.fileno()) for s in (listening, theirs)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[listening.fileno(), theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": path},
-            )
-        atexit.register(self.end)
-
-    def connect(self) -> socket.socket:
-        """A connection to it, once it listens."""
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(_START)
-        client.connect(self.address)
-        return client
-
-    def alive(self) -> bool:
-        """Whether it runs; of another process's server this is not known before it is asked."""
-        return self.owner != os.getpid() or self.process.poll() is None
-
-    def end(self) -> None:
-        """Let it end, where this process started it."""
-        if self.owner == os.getpid():
-            self._alive.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class _Worker:
-    """The child of the server that runs this process's programs, and what it logs."""
-
-    def __init__(self, server: _Server) -> None:
-        self.owner, self.server = os.getpid(), server
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
-        self._read = 0
-        with server.connect() as client:
-            socket.send_fds(client, [b"run"], [self._log.fileno()])
-            self.pid = int(client.recv(16, socket.MSG_WAITALL))
-            client.settimeout(None)  # a file descriptor that does not block, as a connection wants it
-            self.connection = Connection(os.dup(client.fileno()))
-        self.running = True
-
-    def log(self) -> str:
-        """What was logged since this was last asked."""
-        self._log.seek(self._read)
-        text = self._log.read()
-        self._read += len(text)
-        return text.decode("utf-8", "replace")
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self.ended()
-
-    def ended(self) -> int:
-        """How it ended: an exit code, or a signal as a negative number."""
-        self.connection.close()
-        self.running = False
-        with self.server.connect() as client:
-            client.sendall(f"wait {self.pid}".encode())
-            return int(client.recv(16))
-
-
 _LOCK = threading.Lock()
-_shared: _Server | None = None
-_own: _Worker | None = None
+_shared: ForkServer | None = None
+_own: Worker | None = None
 
 
-def _server() -> _Server:
+def _server() -> ForkServer:
     global _shared
-    if _shared is None or not _shared.alive():
-        _shared = _Server()
+    if _shared is not None and _shared.gone():
+        _drop_server()
+    if _shared is None:
+        _shared = ForkServer()
     return _shared
 
 
-def _worker() -> _Worker:
+def _drop_server() -> str:
+    """Let go of the server; the last line that it logged."""
+    global _shared
+    server, _shared = _shared, None
+    return server.close() if server is not None else ""
+
+
+def _worker() -> Worker:
+    """A child of the server that has nothing to do.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, where there is none.
+    """
     global _own
-    if _own is None or _own.owner != os.getpid() or not _own.running or _own.connection.poll():  # it ended when idle
-        _own = _Worker(_server())
-    _own.log()
-    return _own
+    if _own is not None:
+        if _own.idle and not _own.gone():
+            _own.log.news()
+            return _own
+        _drop_worker()
+    for _ in range(2):  # a server that ends may take a request still
+        try:
+            _own = _server().fork()
+            return _own
+        except ConnectionError:
+            last = _drop_server()
+    reason = "the fork server ends when it is asked" + (f": {last}" if last else "")
+    raise QuantflowError("runtime", reason, remedy=REMEDY)
+
+
+def _drop_worker() -> None:
+    global _own
+    worker, _own = _own, None
+    if worker is not None:
+        worker.close()
+
+
+def _after_fork() -> None:
+    """In the child of a fork: a thread that held the lock is not there, and the worker is the parent's."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    _drop_worker()
+
+
+@atexit.register
+def _at_exit() -> None:
+    _drop_worker()
+    _drop_server()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

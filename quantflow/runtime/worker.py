@@ -1,6 +1,7 @@
 """The other side of :mod:`quantflow.runtime.isolated`: a server that forks a child for each client that has programs to run.
 
-The server has the runtime loaded and no other thread, so a child is there at once, also in place of one that crashed.
+The server has the runtime loaded and no other thread, so a child is there at once, also in place of one that crashed. A child
+ends when its client does, and the server when the last process that could ask it does.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import contextlib
 import json
 import os
 import resource
-import select
+import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load, save
 
 from quantflow import runtime
 from quantflow.errors import QuantflowError
+from quantflow.runtime.fork_server import NUMBER
 from quantflow.runtime.in_process import missing_kernels
 
 IDLE = 300.0  # seconds without a program, after which a child ends
@@ -80,38 +83,84 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def listen(listening: socket.socket, owner: socket.socket) -> None:
-    """Take clients until the owner is gone, who holds the other end of ``owner`` and never writes to it.
+@dataclass(frozen=True)
+class _Child:
+    """A process that serves one client.
 
-    A client says ``run`` and hands over the file for the log, and is told the number of the process that serves it; or it says
-    ``wait`` and such a number, and is told how that process ended.
+    Attributes:
+        pid: Its number.
+        control: Tells the client how the child ended; that the client is gone, or wants it ended, is the end of what it reads.
+        life: Ends when the child does.
     """
-    ended: dict[int, int] = {}  # exit codes of children whose clients have not asked
-    while owner not in select.select([listening, owner], [], [])[0]:
-        client, _ = listening.accept()
-        ended.update(_reaped())
-        with client:
-            word, files, _, _ = socket.recv_fds(client, 64, 1)
-            command, _, number = word.decode().partition(" ")
-            if command == "wait":
-                child = int(number)
-                code = ended.pop(child) if child in ended else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                client.sendall(str(code).encode())
-                continue
-            if child := os.fork():
-                os.close(files[0])
-                client.sendall(str(child).encode().ljust(16))
-                continue
-            listening.close()
-            owner.close()
-            _serve_and_end(Connection(os.dup(client.fileno())), files[0])
+
+    pid: int
+    control: socket.socket
+    life: Connection
+
+    def end(self, ready: Sequence[Any]) -> bool:
+        """End it, where the client is ``ready``; whether it has ended."""
+        if self.control in ready:
+            os.kill(self.pid, signal.SIGKILL)
+        elif self.life not in ready:
+            return False
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        _tell(self.control, code)
+        self.control.close()
+        self.life.close()
+        return True
 
 
-def _reaped() -> Iterator[tuple[int, int]]:
-    """The children that have ended, each with its exit code."""
-    with contextlib.suppress(ChildProcessError):  # there are none
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            yield found[0], os.waitstatus_to_exitcode(found[1])
+def listen(requests: socket.socket) -> None:
+    """Fork a child for each of the ``requests``, until nobody is left who could make one.
+
+    A request is one byte and three files: the ``control`` of the child, the connection that it serves, and its log. It is
+    answered by the number of the child, 0 for none; then, once the child has ended, by its exit code.
+    """
+    children: list[_Child] = []
+    while True:
+        ready = wait([requests, *(end for child in children for end in (child.control, child.life))])
+        children = [child for child in children if not child.end(ready)]
+        if requests in ready:
+            word, files, _, _ = socket.recv_fds(requests, 1, 3)
+            if not word:
+                break
+            if child := _forked(files, [requests, *(child.control for child in children)]):
+                children.append(child)
+    for child in children:
+        child.end([child.control])
+
+
+def _forked(files: list[int], held: list[socket.socket]) -> _Child | None:
+    """A child for the client that sent ``files``, without what the server ``held``; None where there can't be one."""
+    if len(files) < 3:  # no more can be open
+        for file in files:
+            os.close(file)
+        return None
+    control = socket.socket(fileno=files[0])
+    try:
+        life, theirs = Pipe(duplex=False)
+        child = os.fork()
+    except OSError as error:
+        print(f"no child: {error}", file=sys.stderr, flush=True)
+        child = -1
+    if not child:
+        for end in (*held, control):
+            end.close()
+        _serve_and_end(Connection(files[1]), files[2])
+    os.close(files[1])
+    os.close(files[2])
+    _tell(control, max(child, 0))
+    if child < 0:
+        control.close()
+        return None
+    theirs.close()
+    return _Child(child, control, life)
+
+
+def _tell(control: socket.socket, number: int) -> None:
+    """Send ``number`` to a client, which may be gone."""
+    with contextlib.suppress(OSError):
+        control.send(str(number).encode().ljust(NUMBER))
 
 
 def _serve_and_end(connection: Connection, log: int) -> None:
@@ -130,13 +179,15 @@ def _serve_and_end(connection: Connection, log: int) -> None:
 
 
 def main() -> None:
-    """Listen on the sockets that the command line names."""
+    """Listen on the socket that is the standard input."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     runtime.leave_out_exir()
     runtime.start()
     torch.set_num_threads(1)  # a thread of the parent would be missing in its children
-    listen(*(socket.socket(fileno=int(number)) for number in sys.argv[1:3]))
+    requests = socket.socket(fileno=os.dup(0))
+    os.dup2(1, 0)  # a program has no part in them
+    listen(requests)
 
 
 if __name__ == "__main__":

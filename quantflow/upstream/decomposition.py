@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from quantflow.upstream.versions import supported
 
 # The names are global: one thread at a time replaces them.
 LOCK = threading.RLock()
+# A fork waits until it has them back: nothing in its child would give them back, or the lock.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 @contextlib.contextmanager
