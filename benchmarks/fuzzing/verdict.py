@@ -93,7 +93,7 @@ def judge(ended: Ended[tuple[Network, str]]) -> Verdict:
 
 
 def _of_error(found: dict[str, Any], network: Network) -> str:
-    if "quantized nothing" in found["reason"]:
+    if "quantized nothing" in found["reason"] or "nothing to train" in found["reason"]:
         return NOTHING
     node = (found["node"] or "").strip()
     if not node or node in _NO_NAMES:
