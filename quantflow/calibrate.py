@@ -18,7 +18,7 @@ from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.requantization import warn_of_dead_activations
 from quantflow.observers.observation import observers_of, watching
-from quantflow.observers.together import check_synchronizable, synchronize
+from quantflow.observers.together import begin_together, check_synchronizable, synchronize
 from quantflow.recovery.sample import Sample
 from quantflow.signature import Signature
 
@@ -77,6 +77,7 @@ def calibrate(
     seen = 0
     check_synchronizable(graph)
     with Peers("calibrate") as peers, _calibrating(graph), state_kept(graph), torch.no_grad():
+        begin_together(graph, peers)
         for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
             try:
                 args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))

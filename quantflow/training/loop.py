@@ -24,6 +24,7 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.learned_step_size import LearnedStepSize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
+from quantflow.observers.together import check_synchronizable_in_training
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation, MixedLoss
 from quantflow.training.epochs import Epochs
@@ -103,6 +104,7 @@ def train(
         remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
         raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
     _check(graph)
+    check_synchronizable_in_training(graph)
     there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
     distributed.check_carries(there, "train")
     graph.to(there)

@@ -1,0 +1,110 @@
+"""Further cases for two processes: what they train and what they calibrate more than once."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as Stock
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
+from process_networks import Small, batches, prepared, ranges
+from torch import nn
+from torch.nn import functional as F
+
+import quantflow as qf
+from quantflow.distributed import SynchronizedBatchNorm
+from quantflow.observers import MovingAverageMinMaxObserver, MSEObserver
+from quantflow.signature import Signature
+
+
+def train(graph, data=None, **options):
+    history = qf.train(graph, data or batches(3, first=3 * dist.get_rank()), lr=0.01, progress=False, **options)
+    return {"loss": history.loss, **ranges(graph)}
+
+
+def fake_quantizers_of_torchao():
+    quantizer = Stock().set_global(get_symmetric_quantization_config(is_qat=True))
+    try:
+        return train(prepared(quantizer=quantizer, qat=True))
+    except qf.QuantflowError as error:
+        return {"said": str(error)}
+
+
+def observed_again():
+    """Two rounds, of a batch in each process."""
+    sampled, average = MSEObserver(), MovingAverageMinMaxObserver()
+    for step in range(2):
+        sampled(torch.full((4,), 10.0 * step + dist.get_rank()))
+        average(torch.full((4,), float(step)))
+        for observer in (sampled, average):
+            observer.synchronize()
+    drawn, state = sampled.sample[:, 0, 0].tolist(), sampled.state_dict()
+    return {
+        "batches": int(sampled.batches),
+        "values": int(state["count"]),
+        "drawn": drawn,
+        "low": float(average.min_val),
+    }
+
+
+def calibrated_again():
+    """Two calibrations of one graph, one that goes on from the saved state, and the sample that they draw."""
+    sample, rank = qf.Sample(8), dist.get_rank()
+    graph = qf.calibrate(prepared("moving_average"), batches(2, first=2 * rank), sample=sample, progress=False)
+    graph.load_state_dict(copy.deepcopy(graph.state_dict()))
+    qf.calibrate(graph, batches(2, first=4 + 2 * rank), sample=sample, progress=False)
+    return ranges(graph) | {"kept": sorted(x.sum().item() for (batch,) in sample.batches() for x in batch)}
+
+
+def sampled_again():
+    """More examples than a sample keeps."""
+    sample = qf.Sample(4)
+    signature = Signature.of_graph(prepared())
+    for step in range(2):
+        sample.add([torch.full((3, 3, 8, 8), 10.0 * step + dist.get_rank())], signature)
+        sample.synchronize()
+    return {"kept": sorted(x.flatten()[0].item() for (batch,) in sample.batches() for x in batch)}
+
+
+def mixed_precision():
+    """Batch norm of both processes' halves, and a training."""
+    torch.manual_seed(0)
+    halves, errors = torch.randn(2, 64, 5, 6, 6) * 30 + 200, {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        mine, whole = halves[dist.get_rank()].to(dtype), halves.flatten(0, 1).to(dtype)
+        statistics = [torch.zeros(5), torch.ones(5)] if dtype is not torch.float64 else [torch.zeros(5).double()] * 2
+        ours, theirs = ([s.clone() for s in statistics] for _ in range(2))
+        with SynchronizedBatchNorm():
+            found = F.batch_norm(mine, *ours, training=True)
+        expected = F.batch_norm(whole, *theirs, training=True).unflatten(0, (2, 64))[dist.get_rank()]
+        assert found.dtype == dtype
+        errors[str(dtype)] = max(
+            (a - b).abs().max().item() for a, b in zip([found, *ours], [expected, *theirs], strict=True)
+        )
+    return {"errors": errors, "trained": train(prepared(qat=True), amp=True)}
+
+
+class Unread(nn.Module):
+    """Layers that no output depends on, or only without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.unused, self.shift = Small(), nn.Linear(4, 3), nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = self.small(x)
+        with torch.no_grad():
+            shift = self.shift(y)
+        return y + shift
+
+
+def parameters_without_gradients():
+    torch.manual_seed(0)
+    return train(qf.export(Unread(), (batches(1)[0][0],)).module())
+
+
+CASES = (
+    fake_quantizers_of_torchao,
+    observed_again,
+    calibrated_again,
+    sampled_again,
+)
