@@ -62,7 +62,8 @@ def calibrate(
 
     Raises:
         QuantflowError: at stage ``"calibrate"``, when the graph is not prepared, there is no data, or a batch does not fit
-            what the graph takes; a batch that comes before the faulty one has been observed.
+            what the graph takes; a batch that comes before the faulty one has been observed. The scales that training uses
+            are what they were.
     """
     if not isinstance(graph, GraphModule) or not observers_of(graph):
         remedy = "call qf.prepare(graph, quantizer) first"
@@ -139,11 +140,13 @@ def _calibrating(graph: GraphModule) -> Iterator[None]:
     _set_mode(graph, False)
     for module in fake_quantizers:
         module.calibrate(True)
+    failed = True
     try:
         yield
+        failed = False
     finally:
         for module in fake_quantizers:
-            module.calibrate(False)
+            module.calibrate(False, failed=failed)
         _set_mode(graph, training)
 
 
