@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from quantflow.batches import PickInputs, batches
+from quantflow.batches import PickInputs, batches, count_of
 from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
 from quantflow.graph.state import inputs_kept, state_kept
@@ -70,8 +70,7 @@ def calibrate(
         raise QuantflowError("calibrate", "the graph was not prepared", node="graph", remedy=remedy)
     device = device or next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
     graph.to(device)
-    total = len(data) if isinstance(data, Sized) else None
-    total = total if max_batches is None else min(max_batches, total or max_batches)
+    total = count_of(data, max_batches, stage="calibrate")
     feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
     signature = Signature.of_graph(graph)
     settled = _Settled(graph, patience)

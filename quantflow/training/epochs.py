@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs, batches
+from quantflow.batches import Batch, PickInputs, batches, count_of
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.state import TrainingState
@@ -42,7 +42,7 @@ class Epochs:
 
     def agree(self, peers: distributed.Peers) -> None:
         """Take as many steps an epoch as the shortest share of the data has."""
-        counts = peers.answers(len(self.data) if isinstance(self.data, Sized) else None)
+        counts = peers.answers(count_of(self.data, stage="train"))
         self.steps = None if None in counts else min(counts)
         if self.steps is not None and max(counts) > self.steps:
             longer = [f"rank {rank} has {count}" for rank, count in enumerate(counts) if count > self.steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from tqdm import tqdm
 
 from quantflow import latency, runtime
-from quantflow.batches import Batch, PickInputs, taken_apart
+from quantflow.batches import Batch, PickInputs, count_of, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.state import OwnState
 from quantflow.latency import Latency
@@ -69,8 +69,7 @@ def verify(
     kept = [Kept() for _ in running] if metric is not None else []
     counts: list[int] = []  # examples, by batch
     first = None  # of the batches: kept to time calls with
-    total = len(data) if isinstance(data, Sized) else None
-    total = total if max_batches is None else min(max_batches, total or max_batches)
+    total = count_of(data, max_batches, stage="verify")
     with contextlib.ExitStack() as modes:
         for stage in running:
             modes.enter_context(stage.mode())
