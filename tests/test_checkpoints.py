@@ -1,10 +1,12 @@
 """Killed at any moment and started again, a training ends with the same bits."""
 
+import functools
 import random
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantflow as qf
 from quantflow.training.checkpoint import read_checkpoint
+from quantflow.training.state import TrainingState
 from quantizers import XNNPACKQuantizer
 
 SCRIPT = Path(__file__).parent / "killed_training.py"
@@ -92,6 +95,20 @@ def test_a_foreign_checkpoint_is_named_and_passed_over(tmp_path):
     with pytest.warns(qf.QuantflowWarning, match="another training"):
         _, history, _ = run(tmp_path, lr=0.1)
     assert history.resumed_at == []
+
+
+def test_a_training_is_the_same_in_another_process_and_in_either_mode():
+    """Where a function of Python lies in memory does not tell a training."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=None))
+    graph = qf.export(model.train(), (torch.randn(2, 3),)).module()
+    optimizer = torch.optim.SGD(graph.parameters(), lr=0.1)
+    state = TrainingState(graph, optimizer, None, None, None)
+    found = {state.fingerprint() for mode in (False, True) if graph.train(mode)}
+    functions = [node for node in graph.graph.nodes if isinstance(node.target, types.FunctionType)]
+    assert functions
+    for node in functions:
+        node.target = functools.wraps(node.target)(lambda *args: None)  # as it lies in another process
+    assert {state.fingerprint()} == found
 
 
 def test_resuming_keeps_averages_best_and_history(tmp_path):
