@@ -74,7 +74,7 @@ def mixed_precision():
         statistics = [torch.zeros(5), torch.ones(5)] if dtype is not torch.float64 else [torch.zeros(5).double()] * 2
         ours, theirs = ([s.clone() for s in statistics] for _ in range(2))
         with SynchronizedBatchNorm():
-            found = F.batch_norm(mine, *ours, training=True)
+            found = torch.ops.aten.batch_norm.default(mine, None, None, *ours, True, 0.1, 1e-5, False)
         expected = F.batch_norm(whole, *theirs, training=True).unflatten(0, (2, 64))[dist.get_rank()]
         assert found.dtype == dtype
         errors[str(dtype)] = max(
@@ -84,22 +84,24 @@ def mixed_precision():
 
 
 class Unread(nn.Module):
-    """Layers that no output depends on, or only without a gradient."""
+    """Layers that no output depends on, or only without a gradient, or only the output that the loss leaves out."""
 
     def __init__(self):
         super().__init__()
-        self.small, self.unused, self.shift = Small(), nn.Linear(4, 3), nn.Linear(5, 5)
+        self.small, self.unused, self.shift, self.other = Small(), *(nn.Linear(5, 5) for _ in range(3))
 
     def forward(self, x):
         y = self.small(x)
         with torch.no_grad():
             shift = self.shift(y)
-        return y + shift
+        return y + shift, self.other(y)
 
 
 def parameters_without_gradients():
     torch.manual_seed(0)
-    return train(qf.export(Unread(), (batches(1)[0][0],)).module())
+    graph = qf.export(Unread(), (batches(1)[0][0],)).module()
+    found = train(graph, loss=lambda outputs, target: F.cross_entropy(outputs[0], target))
+    return found | {"weight": graph.get_parameter("small.conv.weight").flatten().tolist()}
 
 
 CASES = (
@@ -107,4 +109,6 @@ CASES = (
     observed_again,
     calibrated_again,
     sampled_again,
+    mixed_precision,
+    parameters_without_gradients,
 )

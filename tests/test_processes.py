@@ -128,6 +128,17 @@ def test_a_sample_drawn_again_holds_both_draws_of_both(told):
     assert told["sampled_again"][0]["kept"] == [0, 1, 10, 11]
 
 
+def test_batch_norm_in_half_precision_is_that_of_all_examples(told):
+    first, second = both(told, "mixed_precision")
+    agree(first["trained"], second["trained"])
+    for dtype, error in {**first["errors"], **second["errors"]}.items():
+        assert error < (1e-10 if "64" in dtype else 0.01), dtype
+
+
+def test_parameters_without_a_gradient_stay_and_the_others_learn(told):
+    agree(*both(told, "parameters_without_gradients"))
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
