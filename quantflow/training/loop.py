@@ -10,30 +10,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs
+from quantflow.batches import PickInputs
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.exported import INFERENCE_ONLY
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.grid.fake_quantize import FakeQuantize
-from quantflow.grid.learned_step_size import LearnedStepSize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
 from quantflow.observers.together import check_synchronizable_in_training
 from quantflow.training.checkpoint import Checkpoints
-from quantflow.training.distillation import Distillation, MixedLoss
+from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
 from quantflow.training.history import History
+from quantflow.training.parallel import BatchLoss, Loss, in_parallel
 from quantflow.training.schedule import Schedule
 from quantflow.training.state import TrainingState
 from quantflow.training.updates import check_usable, end_epoch_on_plateau, update
 
-Loss = Callable[[Any, Any], torch.Tensor]
 Validate = Callable[[TrainableGraphModule], float]
 
 
@@ -157,8 +155,7 @@ def train(
                     leave=False,
                 ) as bar,
             ):
-                parallel = _in_parallel(graph, there, schedule)
-                forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
+                batch_loss = in_parallel(BatchLoss(graph, loss, mixed, compile=compile), graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()
                     switched = None
@@ -168,7 +165,7 @@ def train(
                             schedule.apply(graph, at, frozen=frozen)
                             switched = schedule.state(at)
                         with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
-                            value = _loss(forward, batch, loss, mixed, run.batch)
+                            value = batch_loss(batch, run.batch)
                         update(run, value, clip_norm)
                         bar.update()
                         save(ended=False)
@@ -213,27 +210,6 @@ def _check_alike(everyone: list[list[Any]]) -> None:
             reason = f"it resumes at step {their_step}, rank 0 at {step}"
             remedy = "a folder of checkpoints that all processes see"
             raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
-
-
-def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Schedule) -> nn.Module:
-    """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
-    if distributed.world_size() == 1:
-        return graph
-    devices = [device] if device.type == "cuda" else None
-    # A learned scale has no gradient before rounding begins.
-    idle = schedule.fake_quantize > 0 and any(isinstance(m, LearnedStepSize) for m in graph.modules())
-    return nn.parallel.DistributedDataParallel(
-        graph, device_ids=devices, broadcast_buffers=False, find_unused_parameters=idle
-    )
-
-
-def _loss(forward: Callable[..., Any], batch: Batch, loss: Loss, mixed: MixedLoss | None, index: int) -> torch.Tensor:
-    if batch.target is None:
-        remedy = "give (inputs, target) batches"
-        raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
-    output = forward(*batch.args, **batch.kwargs)
-    value = loss(output, batch.target)
-    return value if mixed is None else mixed(value, output, batch.args, batch.kwargs)
 
 
 def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:
