@@ -100,6 +100,22 @@ def test_features_are_drawn_to_the_teachers():
     qf.convert(student)
 
 
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_what_is_validated_and_converted_has_no_taps(ema):
+    """A layer whose output is tapped is folded with its batch norm all the same."""
+    teacher = graph(qat=False).eval()
+    student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
+    convolutions = {n.args[0].name for n in student.graph.nodes if n.target is torch.ops.aten.batch_norm.default}
+    (layer, *_) = [name for name, m in ConvNet().named_modules() if isinstance(m, torch.nn.Conv2d)]
+    seen = []
+    options = {"validate": lambda g: seen.append(g.code) or 0.0, "validate_converted": True, "ema": ema}
+    qf.train(student, loader(), distill=qf.Distillation(teacher, features=(layer,)), **options, progress=False)
+    assert convolutions
+    assert len(seen) == 2
+    assert not any("taps" in code for code in seen)
+    assert "batch_norm" not in seen[1]
+
+
 @pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to tap"), (None, "no layer 'nowhere'")])
 def test_features_that_are_not_there(teacher, words):
     student = graph()

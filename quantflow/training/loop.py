@@ -144,31 +144,32 @@ def train(
             run.history.resumed_at.append(run.step)
         _check_alike(peers.answers([fingerprint, run.step]))
         try:
-            with (
-                distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed,
-                tqdm(
-                    desc="train",
-                    total=total,
-                    initial=run.step,
-                    unit="step",
-                    disable=not progress or distributed.rank() > 0,
-                    leave=False,
-                ) as bar,
-            ):
-                batch_loss = in_parallel(BatchLoss(graph, loss, mixed, compile=compile), graph, there, schedule)
+            with tqdm(
+                desc="train",
+                total=total,
+                initial=run.step,
+                unit="step",
+                disable=not progress or distributed.rank() > 0,
+                leave=False,
+            ) as bar:
+                batch_loss = BatchLoss(graph, loss, compile=compile)
+                forward = in_parallel(batch_loss, graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()
                     switched = None
-                    for batch in source.batches(run, peers):
-                        at = run.step / total if total else run.epoch / epochs
-                        if switched != schedule.state(at):
-                            schedule.apply(graph, at, frozen=frozen)
-                            switched = schedule.state(at)
-                        with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
-                            value = batch_loss(batch, run.batch)
-                        update(run, value, clip_norm)
-                        bar.update()
-                        save(ended=False)
+                    # What is validated and converted is the graph without taps.
+                    with distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed:
+                        batch_loss.mixed = mixed
+                        for batch in source.batches(run, peers):
+                            at = run.step / total if total else run.epoch / epochs
+                            if switched != schedule.state(at):
+                                schedule.apply(graph, at, frozen=frozen)
+                                switched = schedule.state(at)
+                            with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
+                                value = forward(batch, run.batch)
+                            update(run, value, clip_norm)
+                            bar.update()
+                            save(ended=False)
                     _end_epoch(run, peers, validate, validate_converted)
                     if run.history.metric:
                         bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")

@@ -27,14 +27,17 @@ class BatchLoss(nn.Module):
     Args:
         graph: What is trained.
         loss: Of output and target.
-        mixed: What distillation makes of it.
         compile: Run the graph through ``torch.compile``.
+
+    Attributes:
+        mixed: What distillation makes of the loss, None without.
     """
 
-    def __init__(self, graph: TrainableGraphModule, loss: Loss, mixed: MixedLoss | None, *, compile: bool) -> None:
+    def __init__(self, graph: TrainableGraphModule, loss: Loss, *, compile: bool) -> None:
         super().__init__()
         self.network: Any = torch.compile(graph) if compile else graph
-        self.loss, self.mixed = loss, mixed
+        self.loss = loss
+        self.mixed: MixedLoss | None = None
 
     def forward(self, batch: Batch, index: int) -> torch.Tensor:
         if batch.target is None:
