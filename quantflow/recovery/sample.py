@@ -32,6 +32,7 @@ class Sample:
         self._kept: list[Inputs] = []
         self._seen = 0
         self._cut: list[bool] = []  # which inputs hold one row for each example
+        self._last: dict[int, torch.Tensor] = {}  # what was kept last of each input that is not cut
         self._common: tuple[list[Inputs], int] = [], 0  # what all processes hold, of how many seen
         self._random = torch.Generator().manual_seed(0)
 
@@ -40,8 +41,21 @@ class Sample:
         self._cut = cut_inputs(signature)
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
-            kept = tuple(t[example : example + 1].clone() if by_example else t for t, by_example in paired)
+            columns = enumerate(paired)
+            kept = tuple(
+                t[example : example + 1].clone() if by_example else self._whole(i, t) for i, (t, by_example) in columns
+            )
             self._kept[place : place + 1] = [kept]
+
+    def _whole(self, place: int, given: Any) -> Any:
+        """A copy of an input that is not cut, one for all examples that have the same: a loader may write into its own."""
+        if not _is(given):
+            return given
+        last = self._last.get(place)
+        alike = last is not None and (last.dtype, last.device) == (given.dtype, given.device)
+        if last is None or not alike or not torch.equal(last, given):
+            last = self._last[place] = given.clone()
+        return last
 
     def _draw(self, size: int) -> list[tuple[int, int]]:
         """Where in the reservoir each of ``size`` examples goes that goes there."""
