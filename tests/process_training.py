@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantflow.distributed import SynchronizedBatchNorm
 from quantflow.observers import MovingAverageMinMaxObserver, MSEObserver
+from quantflow.search.choices import Choice, Table
 from quantflow.signature import Signature
 
 
@@ -104,6 +105,25 @@ def parameters_without_gradients():
     return found | {"weight": graph.get_parameter("small.conv.weight").flatten().tolist()}
 
 
+def one_fails_before_it_begins():
+    """And goes on: what comes next is done by both."""
+    graph, said = prepared("moving_average"), []
+    for verb in (qf.calibrate, qf.train):
+        try:
+            verb(None if dist.get_rank() else prepared(qat=True), batches(1), progress=False)
+        except qf.QuantflowError as error:
+            said.append(str(error))
+    qf.calibrate(graph, batches(2, first=2 * dist.get_rank()), progress=False)
+    return {"said": said, **ranges(graph)}
+
+
+def a_choice_by_measured_times():
+    rank = dist.get_rank()
+    choices = Choice("layer", "float", 0.0, 10, 4.0 * rank), Choice("layer", "int8", 0.1, 0, 1.0)
+    table = Table(choices, 100, 5.0 + rank).agreed()
+    return {"times": [table.time, *(c.time for c in table.choices)], "noise": [c.noise for c in table.choices]}
+
+
 CASES = (
     fake_quantizers_of_torchao,
     observed_again,
@@ -111,4 +131,6 @@ CASES = (
     sampled_again,
     mixed_precision,
     parameters_without_gradients,
+    one_fails_before_it_begins,
+    a_choice_by_measured_times,
 )

@@ -139,6 +139,21 @@ def test_parameters_without_a_gradient_stay_and_the_others_learn(told):
     agree(*both(told, "parameters_without_gradients"))
 
 
+def test_one_that_fails_before_it_begins_is_named_and_may_go_on(told):
+    first, second = both(told, "one_fails_before_it_begins")
+    agree(first, second)
+    for verb, words in zip(first["said"], ("the graph was not prepared", "NoneType is no captured graph"), strict=True):
+        assert "rank 1: it failed" in verb
+        assert words in verb
+    assert first["quantization.x.count"] == 4
+
+
+def test_a_choice_by_measured_times_is_made_by_their_mean(told):
+    for outcome in both(told, "a_choice_by_measured_times"):
+        assert outcome["times"] == [5.5, 2.0, 1.0]
+        assert outcome["noise"] == pytest.approx([0.0, 0.1])
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

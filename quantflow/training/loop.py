@@ -98,36 +98,36 @@ def train(
         QuantflowError: at stage ``"train"``, when there is no data or target, the loss stops being a number, the optimizer or
             scheduler can't be used (or saved, with ``checkpoints``), or another process fails.
     """
-    if not isinstance(graph, TrainableGraphModule):
-        remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
-        raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
-    _check(graph)
-    check_synchronizable_in_training(graph)
-    there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
-    distributed.check_carries(there, "train")
-    graph.to(there)
-    if schedule is None:
-        schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
-    average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
-    scaler = torch.amp.GradScaler(there.type, enabled=amp and there.type == "cuda")
-    autocast_dtype = torch.float16 if there.type == "cuda" else torch.bfloat16
-    synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
-    frozen = graph.batch_norm_frozen
-    switched: tuple[bool, ...] | None = None
-    source = Epochs(data, inputs, there, seed)
-
-    def save(*, ended: bool) -> None:
-        if checkpoints is None:
-            return
-        if run.step == 1:
-            run.check_can_be_saved()  # now that the optimizer has a state
-        if not ended and run.step % checkpoints.every:
-            return
-        tensors, plain = run.saved()  # all take part: each has a random state of its own
-        if distributed.rank() == 0:
-            checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
-
     with distributed.Peers("train") as peers:
+        if not isinstance(graph, TrainableGraphModule):
+            remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
+            raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+        _check(graph)
+        check_synchronizable_in_training(graph)
+        there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
+        distributed.check_carries(there, "train")
+        graph.to(there)
+        if schedule is None:
+            schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
+        average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
+        scaler = torch.amp.GradScaler(there.type, enabled=amp and there.type == "cuda")
+        autocast_dtype = torch.float16 if there.type == "cuda" else torch.bfloat16
+        synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
+        frozen = graph.batch_norm_frozen
+        switched: tuple[bool, ...] | None = None
+        source = Epochs(data, inputs, there, seed)
+
+        def save(*, ended: bool) -> None:
+            if checkpoints is None:
+                return
+            if run.step == 1:
+                run.check_can_be_saved()  # now that the optimizer has a state
+            if not ended and run.step % checkpoints.every:
+                return
+            tensors, plain = run.saved()  # all take part: each has a random state of its own
+            if distributed.rank() == 0:
+                checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
+
         source.agree(peers)
         total = source.steps * epochs if source.steps else None
         if optimizer is None:
