@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantflow as qf
 from quantflow.training.checkpoint import read_checkpoint
+from quantflow.training.randomness import random_state, set_random_state
 from quantflow.training.state import TrainingState
 from quantizers import XNNPACKQuantizer
 
@@ -135,3 +136,16 @@ def test_resuming_keeps_averages_best_and_history(tmp_path):
     assert resumed.converted_metric == history.converted_metric
     assert resumed.best_epoch == history.best_epoch
     assert resumed.resumed_at
+
+
+@pytest.mark.parametrize("every", [0, -3, 1.5])
+def test_an_interval_that_is_none_is_named(tmp_path, every):
+    with pytest.raises(qf.QuantflowError, match=r"checkpoints: every .* steps is no interval"):
+        qf.Checkpoints(tmp_path, every=every)
+
+
+def test_the_random_state_of_a_gpu_that_is_not_here_is_passed_over():
+    state = random_state()
+    expected = torch.rand(3)
+    set_random_state({**state, f"cuda{torch.cuda.device_count() + 1}": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(torch.rand(3), expected)

@@ -9,7 +9,7 @@ import torch
 from networks import ConvNet
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 from torchvision.ops import StochasticDepth
 
 import quantflow as qf
@@ -263,3 +263,33 @@ def test_layers_that_train_as_in_inference_are_named():
 def test_an_eager_model_is_refused():
     with pytest.raises(qf.QuantflowError, match=r"Exported\.module"):
         qf.train(ConvNet(), loader())
+
+
+LOSSES = {
+    r"is of shape \[8\]": lambda output, target: F.cross_entropy(output, target, reduction="none"),
+    "is a float": lambda output, target: 1.0,
+    "depends on no parameter": lambda output, target: F.cross_entropy(output.detach(), target),
+}
+
+
+@pytest.mark.parametrize("words", LOSSES)
+def test_a_loss_that_is_none_is_named(words):
+    with pytest.raises(qf.QuantflowError, match=f"batch 0: the loss {words}"):
+        qf.train(graph(), loader(), loss=LOSSES[words], progress=False)
+
+
+class Told(SequentialSampler):
+    """Hears of each epoch."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_a_sampler_hears_of_each_epoch_once_wherever_it_stands(in_batches):
+    data = TensorDataset(X, Y)
+    sampler = Told(data)
+    given = {"batch_sampler": BatchSampler(sampler, 8, False)} if in_batches else {"sampler": sampler, "batch_size": 8}
+    data_loader = DataLoader(data, **given, generator=torch.Generator())
+    qf.train(graph(), data_loader, epochs=2, seed=2**62, progress=False)
+    assert sampler.epochs == [0, 1]

@@ -37,6 +37,11 @@ class Checkpoints:
     every: int = 200
     resume: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            remedy = "1 or more steps; one is written after each epoch besides"
+            raise QuantflowError("train", f"every {self.every} steps is no interval", node="checkpoints", remedy=remedy)
+
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step``; the last but one and older ones are removed."""
         folder = Path(self.folder)

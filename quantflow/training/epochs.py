@@ -79,10 +79,11 @@ class Epochs:
         run.epoch_start = run.data_random
         generator = getattr(self.data, "generator", None)
         if isinstance(generator, torch.Generator):
-            generator.manual_seed(self.seed * 1_000_003 + run.epoch)
-        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(run.epoch)
+            generator.manual_seed((self.seed * 1_000_003 + run.epoch) % 2**64)
+        sampler, in_batches = (getattr(self.data, name, None) for name in ("sampler", "batch_sampler"))
+        for one in {id(s): s for s in (sampler, in_batches, getattr(in_batches, "sampler", None))}.values():
+            if (set_epoch := getattr(one, "set_epoch", None)) is not None:
+                set_epoch(run.epoch)
         return batches(self.data, run.graph, stage="train", inputs=self.inputs, device=self.device)
 
     def _next(self, run: TrainingState, feed: Iterator[Batch]) -> Batch | None:
