@@ -6,7 +6,7 @@ import shutil
 import matplotlib as mpl
 import pytest
 import torch
-from networks import ConvNet
+from networks import ConvNet, WritesAPart
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
@@ -114,6 +114,14 @@ def test_what_is_validated_and_converted_has_no_taps(ema):
     assert len(seen) == 2
     assert not any("taps" in code for code in seen)
     assert "batch_norm" not in seen[1]
+
+
+def test_a_feature_is_what_the_layer_gave_before_a_part_of_it_was_written():
+    tokens, x, model = torch.arange(8), torch.randn(8, 4), WritesAPart().eval()
+    captured = qf.export(model, (tokens, x)).module()
+    with tapped(captured, ["embedding"]) as (tap,), torch.no_grad():
+        captured(tokens, x)
+        assert torch.equal(tap.take(), model.embedding(tokens))
 
 
 @pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to tap"), (None, "no layer 'nowhere'")])

@@ -79,6 +79,16 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
     return frozenset(name for memory in seen for name in named[memory])
 
 
+def overwritten(graph: Graph) -> frozenset[Node]:
+    """The nodes whose values a walk over ``graph`` writes over, or may have written over by its end."""
+    root: dict[Node, Node] = {}
+    for node in graph.nodes:
+        base = aliased_by(node)
+        root[node] = node if base is None else root[base]
+    memory = {root[base] for node in graph.nodes if writes_for_others(node) and (base := written_by(node)) is not None}
+    return frozenset(node for node, first in root.items() if first in memory)
+
+
 def written_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """The buffers that the graph of ``module`` writes, or all where it has no graph, each with its owner and its name there."""
     read = (
