@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,23 @@ def batches(
         if device is not None:
             batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
         yield batch
+
+
+def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
+    """How many batches ``data`` give, of which ``most`` are wanted; None where they do not say.
+
+    Raises:
+        QuantflowError: at ``stage``, for a limit that is no number of batches.
+    """
+    if most is not None and (not isinstance(most, Integral) or most < 1):
+        raise QuantflowError(
+            stage, f"{most} batches show nothing", node="max_batches", remedy="1 or more, None for all"
+        )
+    try:
+        count = len(data)
+    except TypeError:  # a DataLoader has a length, over an IterableDataset that has none it raises
+        return most
+    return count if most is None else min(most, count)
 
 
 def taken_apart(

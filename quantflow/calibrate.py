@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from quantflow.batches import PickInputs, batches
+from quantflow.batches import PickInputs, batches, count_of
 from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
 from quantflow.graph.state import inputs_kept, state_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.requantization import warn_of_dead_activations
 from quantflow.observers.observation import observers_of, watching
-from quantflow.observers.together import check_synchronizable, synchronize
+from quantflow.observers.together import begin_together, check_synchronizable, synchronize
 from quantflow.recovery.sample import Sample
 from quantflow.signature import Signature
 
@@ -62,40 +62,42 @@ def calibrate(
 
     Raises:
         QuantflowError: at stage ``"calibrate"``, when the graph is not prepared, there is no data, or a batch does not fit
-            what the graph takes; a batch that comes before the faulty one has been observed.
+            what the graph takes; a batch that comes before the faulty one has been observed. The scales that training uses
+            are what they were.
     """
-    if not isinstance(graph, GraphModule) or not observers_of(graph):
-        remedy = "call qf.prepare(graph, quantizer) first"
-        raise QuantflowError("calibrate", "the graph was not prepared", node="graph", remedy=remedy)
-    device = device or next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
-    graph.to(device)
-    total = len(data) if isinstance(data, Sized) else None
-    total = total if max_batches is None else min(max_batches, total or max_batches)
-    feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
-    signature = Signature.of_graph(graph)
-    settled = _Settled(graph, patience)
-    seen = 0
-    check_synchronizable(graph)
-    with Peers("calibrate") as peers, _calibrating(graph), state_kept(graph), torch.no_grad():
-        for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
-            try:
-                args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
-                graph(*args, **kwargs)
-            except QuantflowError:
-                raise
-            except Exception as error:
-                reason = f"the graph does not run on it: {type(error).__name__}: {str(error)[:400]}"
-                remedy = "check what the batch holds (token numbers beyond the vocabulary, for one)"
-                raise QuantflowError("calibrate", reason, node=f"batch {seen}", remedy=remedy) from error
+    with Peers("calibrate") as peers:
+        if not isinstance(graph, GraphModule) or not observers_of(graph):
+            remedy = "call qf.prepare(graph, quantizer) first"
+            raise QuantflowError("calibrate", "the graph was not prepared", node="graph", remedy=remedy)
+        device = device or next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+        graph.to(device)
+        total = count_of(data, max_batches, stage="calibrate")
+        feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
+        signature = Signature.of_graph(graph)
+        settled = _Settled(graph, patience)
+        seen = 0
+        check_synchronizable(graph)
+        with _calibrating(graph), state_kept(graph), torch.no_grad():
+            begin_together(graph, peers)
+            for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
+                try:
+                    args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
+                    graph(*args, **kwargs)
+                except QuantflowError:
+                    raise
+                except Exception as error:
+                    reason = f"the graph does not run on it: {type(error).__name__}: {str(error)[:400]}"
+                    remedy = "check what the batch holds (token numbers beyond the vocabulary, for one)"
+                    raise QuantflowError("calibrate", reason, node=f"batch {seen}", remedy=remedy) from error
+                if sample is not None:
+                    sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
+                seen += 1
+                if settled():
+                    break
+            _check_seen(peers.answers(seen))
+            synchronize(graph)
             if sample is not None:
-                sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
-            seen += 1
-            if settled():
-                break
-        _check_seen(peers.answers(seen))
-        synchronize(graph)
-        if sample is not None:
-            sample.synchronize()
+                sample.synchronize()
     warn_of_dead_activations(graph)
     return graph
 
@@ -138,11 +140,13 @@ def _calibrating(graph: GraphModule) -> Iterator[None]:
     _set_mode(graph, False)
     for module in fake_quantizers:
         module.calibrate(True)
+    failed = True
     try:
         yield
+        failed = False
     finally:
         for module in fake_quantizers:
-            module.calibrate(False)
+            module.calibrate(False, failed=failed)
         _set_mode(graph, training)
 
 

@@ -239,13 +239,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> None:
     if declared.dtype is None:
-        if declared.constant is not None and given != declared.constant:
-            raise QuantflowError(
-                stage,
-                f"{given!r} given where the program was captured with the constant {declared.constant!r}",
-                node=declared.name,
-                remedy="export again with the other value",
-            )
+        if declared.constant is not None and not _equals(given, declared.constant):
+            shown = f"{given!r}" if isinstance(given, (int, float, str)) else f"a {type(given).__name__}"
+            reason = f"{shown} given where the program was captured with the constant {declared.constant!r}"
+            remedy = f"pass {declared.constant!r} there, or export again with the other value"
+            raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
         return
     remedy = f"pass {declared}"
     if not isinstance(given, torch.Tensor):
@@ -260,6 +258,14 @@ def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> No
                 "; for batches of up to N give dynamic_batch=N to the export that is lowered, of the converted graph"
             )
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
+
+
+def _equals(given: Any, constant: Any) -> bool:
+    """Whether ``given`` is the ``constant``; a tensor is none, nor is what can't be compared with it."""
+    try:
+        return not isinstance(given, torch.Tensor) and bool(given == constant)
+    except (TypeError, ValueError, RuntimeError):  # an array, for one
+        return False
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int | DynamicDim, ...], sizes: dict[str, int]) -> bool:

@@ -5,7 +5,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from process_cases import batches, captured
+from process_networks import batches, captured
 from processes import tell
 
 import quantflow as qf

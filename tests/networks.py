@@ -194,3 +194,17 @@ def sqnr(reference, approximation):
     """Signal to quantization noise ratio, dB."""
     noise = (reference - approximation).double().pow(2).mean().clamp(min=1e-30)
     return float(10 * torch.log10(reference.double().pow(2).mean() / noise).detach())
+
+
+class WritesAPart(nn.Module):
+    """Adds what a layer computes into some columns of an embedding, in place, before others read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.part = nn.Embedding(10, 8), nn.Linear(4, 4)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens, x):
+        y = self.embedding(tokens)
+        y[:, :4] += self.part(x)
+        return self.last(self.first(y))

@@ -7,7 +7,7 @@ import sys
 import time
 
 import torch
-from process_cases import batches, captured, prepared
+from process_networks import batches, captured, prepared
 from processes import tell, together
 from torch.nn import functional as F
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import quantflow as qf
 from quantflow.batches import batches
+from quantizers import XNNPACKQuantizer
 
 X, Z, Y = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
 
@@ -110,3 +112,36 @@ def test_what_does_not_fit_is_named(model, raw, words):
     with pytest.raises(qf.QuantflowError, match=words) as caught:
         taken(model, raw)
     assert "batch 0" in caught.value.node
+
+
+class Stream(IterableDataset):
+    """Batches without a length."""
+
+    def __iter__(self):
+        return iter([(X, Y)] * 3)
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_loader_that_does_not_know_its_length_is_a_loader():
+    data, graph = DataLoader(Stream(), batch_size=None), qf.export(Linear(), (X,)).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(), qat=True), data, progress=False)
+    assert len(qf.train(prepared, data, epochs=2, progress=False).loss) == 2
+    assert qf.verify({"prepared": prepared}, data, latency_runs=0, progress=False).examples == 9
+    assert qf.diagnose(graph, prepared, data, progress=False)
+
+
+@pytest.mark.parametrize("most", [-1, 0, 1.5])
+def test_a_limit_that_is_no_number_of_batches_is_named(most):
+    graph = qf.export(Linear(), (X,)).module()
+    with pytest.raises(qf.QuantflowError, match=f"max_batches: {most} batches show nothing"):
+        qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [X], max_batches=most, progress=False)
+    with pytest.raises(qf.QuantflowError, match="max_batches"):
+        qf.verify({"float": graph}, [X], max_batches=most, progress=False)

@@ -53,3 +53,23 @@ def test_patience_where_there_is_no_range_to_follow():
     graph = ours(quantizer=XNNPACKQuantizer(DYNAMIC_INT8))
     qf.calibrate(graph, data, patience=3, progress=False)
     assert data.taken == 4
+
+
+@pytest.mark.parametrize("fake_quantize", [qf.FakeQuantize, qf.LearnedStepSize])
+def test_a_calibration_that_fails_leaves_what_was_trained(fake_quantize):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 8), torch.randint(0, 8, (8,))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    graph = qf.export(model, (x,)).module()
+    graph = qf.prepare(graph, XNNPACKQuantizer(), qat=True, fake_quantize=fake_quantize)
+    qf.calibrate(graph, [x], progress=False)
+    qf.train(graph, [(x, y)] * 4, lr=0.5, progress=False)
+    expected, state = graph(x), {name: t.clone() for name, t in graph.state_dict().items()}
+    for data in ([], [torch.randn(3, 3)], [7 * x, torch.randn(3, 3)]):
+        with pytest.raises(qf.QuantflowError):
+            qf.calibrate(graph, data, progress=False)
+        assert torch.equal(graph(x), expected)
+        if len(data) < 2:
+            assert all(torch.equal(t, state[name]) for name, t in graph.state_dict().items())
+    qf.calibrate(graph, [7 * x], progress=False)
+    assert not torch.equal(graph(x), expected)

@@ -1,11 +1,13 @@
 """Killed at any moment and started again, a training ends with the same bits."""
 
+import functools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantflow as qf
 from quantflow.training.checkpoint import read_checkpoint
+from quantflow.training.randomness import random_state, set_random_state
+from quantflow.training.state import TrainingState
 from quantizers import XNNPACKQuantizer
 
 SCRIPT = Path(__file__).parent / "killed_training.py"
@@ -119,6 +123,20 @@ def test_a_foreign_checkpoint_is_named_and_passed_over(tmp_path):
     assert history.resumed_at == []
 
 
+def test_a_training_is_the_same_in_another_process_and_in_either_mode():
+    """Where a function of Python lies in memory does not tell a training."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=None))
+    graph = qf.export(model.train(), (torch.randn(2, 3),)).module()
+    optimizer = torch.optim.SGD(graph.parameters(), lr=0.1)
+    state = TrainingState(graph, optimizer, None, None, None)
+    found = {state.fingerprint() for mode in (False, True) if graph.train(mode)}
+    functions = [node for node in graph.graph.nodes if isinstance(node.target, types.FunctionType)]
+    assert functions
+    for node in functions:
+        node.target = functools.wraps(node.target)(lambda *args: None)  # as it lies in another process
+    assert {state.fingerprint()} == found
+
+
 def test_resuming_keeps_averages_best_and_history(tmp_path):
     probe = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     left = [10**6]
@@ -143,3 +161,16 @@ def test_resuming_keeps_averages_best_and_history(tmp_path):
     assert resumed.converted_metric == history.converted_metric
     assert resumed.best_epoch == history.best_epoch
     assert resumed.resumed_at
+
+
+@pytest.mark.parametrize("every", [0, -3, 1.5])
+def test_an_interval_that_is_none_is_named(tmp_path, every):
+    with pytest.raises(qf.QuantflowError, match=r"checkpoints: every .* steps is no interval"):
+        qf.Checkpoints(tmp_path, every=every)
+
+
+def test_the_random_state_of_a_gpu_that_is_not_here_is_passed_over():
+    state = random_state()
+    expected = torch.rand(3)
+    set_random_state({**state, f"cuda{torch.cuda.device_count() + 1}": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(torch.rand(3), expected)

@@ -6,12 +6,14 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuant
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 import quantflow as qf
 from quantflow.evidence.layers import observers_in
 from quantflow.evidence.partial import PartialNetwork
 from quantflow.graph.parameters import is_constant
 from quantflow.metrics import signal_to_noise as sqnr
+from quantflow.observers import MinMaxObserver
 from quantflow.observers.observation import observer_of
 from quantflow.recovery.walk import Simulation
 from quantizers import DYNAMIC_INT8, DYNAMIC_W4, INT8, XNNPACKQuantizer
@@ -198,3 +200,32 @@ def test_diagnosis_finds_no_fault_in_a_grid_for_each_row():
     found = qf.diagnose(graph, prepare(model, x, XNNPACKQuantizer(DYNAMIC_INT8)), [x], progress=False)
     inputs = next(errors for errors in found.layers if errors.operator == "input")
     assert inputs.excess == pytest.approx(0.0, abs=1e-9)
+
+
+class DynamicOutputs(Quantizer):
+    """A range at run time for what a convolution puts out, whoever reads it."""
+
+    def annotate(self, model):
+        spec = QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=MinMaxObserver,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_tensor_affine,
+            is_dynamic=True,
+        )
+        for node in model.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+            node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
+        return model
+
+    def validate(self, model):
+        pass
+
+
+def test_training_rounds_an_annotated_output_as_the_converted_graph_does():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6) * torch.logspace(-2, 0, 6)[:, None]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)).eval()
+    prepared = prepare(model, x, DynamicOutputs(), qat=True).eval()
+    with torch.no_grad():
+        assert torch.equal(prepared(x), qf.convert(prepared)(x))

@@ -85,6 +85,18 @@ def test_per_channel_ranges(axis):
     assert torch.allclose(scale, x.abs().amax(other) / 127)
 
 
+@pytest.mark.parametrize("constant", [1.0, 0.5, 0.3, 0.01])
+def test_moving_average_knows_what_is_left_of_its_first_batches(constant):
+    observer = MovingAverageMinMaxObserver(constant)
+    for first in (1, 2, 5, 150):
+        observer.reset()
+        for batch in range(first + 120):
+            observer(torch.full((2,), float(batch < first)))
+            if batch + 1 >= first:
+                left = observer._left(torch.tensor(first), observer.count)
+                torch.testing.assert_close(observer.max_val, left.float(), rtol=1e-4, atol=1e-6)
+
+
 def test_moving_average_starts_with_the_first_batch():
     observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
     observer(torch.tensor([-2.0, 4.0]))

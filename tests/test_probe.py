@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from executorch.exir.pass_base import PassResult
-from networks import ConvNet, randomize_statistics
+from networks import ConvNet, WritesAPart, randomize_statistics
 from torch import nn
 from torch.nn import functional as F
 
@@ -235,3 +235,13 @@ def test_a_network_with_state_and_a_picture_that_can_not_be_written_are_named(ne
         with pytest.raises(qf.QuantflowError) as raised:
             found.plot(path)
         assert raised.value.stage == "probe"
+
+
+def test_what_is_written_in_place_is_the_graphs_to_the_bit():
+    torch.manual_seed(0)
+    data = [(torch.randint(0, 10, (8,)), torch.randn(8, 4)) for _ in range(2)]
+    graph = qf.export(WritesAPart().eval(), data[0]).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), data, progress=False)
+    found = qf.probe(prepared, data, float_graph=graph, progress=False)
+    assert {"embedding", "add", "slice"} <= {t.operator for t in found.tensors}
+    assert all(t.changed == 0 for t in found.tensors), str(found)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from process_cases import batches
+from process_networks import batches
 from processes import outcomes
 
 from quantflow.observers import MinMaxObserver
@@ -100,6 +100,58 @@ def test_a_batch_of_nothing_counts_where_others_have_some(told):
 def test_observers_of_torchao_are_refused_before_any_data(told):
     for outcome in both(told, "figures_of_torchao"):
         assert "quantization.x: what HistogramObserver of torchao saw" in outcome["said"]
+
+
+def test_fake_quantizers_of_torchao_are_refused_in_training(told):
+    for outcome in both(told, "fake_quantizers_of_torchao"):
+        assert "[train] quantization.x: what MovingAverageMinMaxObserver of torchao saw" in outcome["said"]
+
+
+def test_what_all_held_before_counts_once(told):
+    agree(*both(told, "observed_again"))
+    found = told["observed_again"][0]
+    assert (found["batches"], found["values"]) == (4, 16)
+    assert found["drawn"] == [0, 1, 10, 11]
+    assert found["low"] == pytest.approx(0.5)
+
+
+def test_calibrations_one_after_another_are_one_of_all_batches(told):
+    agree(*both(told, "calibrated_again"))
+    found, x = told["calibrated_again"][0], torch.stack([x for x, _ in batches(8)])
+    assert found["quantization.x.count"] == 8
+    assert found["quantization.x.min_val"] == pytest.approx(x.flatten(1).amin(1).mean().item(), rel=1e-6)
+    assert len(set(found["kept"])) == 8
+
+
+def test_a_sample_drawn_again_holds_both_draws_of_both(told):
+    agree(*both(told, "sampled_again"))
+    assert told["sampled_again"][0]["kept"] == [0, 1, 10, 11]
+
+
+def test_batch_norm_in_half_precision_is_that_of_all_examples(told):
+    first, second = both(told, "mixed_precision")
+    agree(first["trained"], second["trained"])
+    for dtype, error in {**first["errors"], **second["errors"]}.items():
+        assert error < (1e-10 if "64" in dtype else 0.01), dtype
+
+
+def test_parameters_without_a_gradient_stay_and_the_others_learn(told):
+    agree(*both(told, "parameters_without_gradients"))
+
+
+def test_one_that_fails_before_it_begins_is_named_and_may_go_on(told):
+    first, second = both(told, "one_fails_before_it_begins")
+    agree(first, second)
+    for verb, words in zip(first["said"], ("the graph was not prepared", "NoneType is no captured graph"), strict=True):
+        assert "rank 1: it failed" in verb
+        assert words in verb
+    assert first["quantization.x.count"] == 4
+
+
+def test_a_choice_by_measured_times_is_made_by_their_mean(told):
+    for outcome in both(told, "a_choice_by_measured_times"):
+        assert outcome["times"] == [5.5, 2.0, 1.0]
+        assert outcome["noise"] == pytest.approx([0.0, 0.1])
 
 
 @pytest.mark.parametrize(

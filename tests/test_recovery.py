@@ -61,6 +61,20 @@ def test_a_sample_goes_on_from_its_state():
         after.load_state_dict({"weight": torch.zeros(3)})
 
 
+def test_a_sample_keeps_what_a_loader_writes_over():
+    signature = Signature((Input("x", "float32", (2, 3)),))
+    dynamic = Signature((Input("x", "float32", (DynamicDim("batch", 1, None), 3)), Input("table", "float32", (4,))))
+    buffer, table, whole, cut = torch.zeros(2, 3), torch.zeros(4), qf.Sample(8), qf.Sample(8)
+    for step in range(3):
+        buffer.fill_(step)
+        table.fill_(step // 2)
+        whole.add([buffer], signature)
+        cut.add([buffer, table], dynamic)
+    assert sorted(x[0, 0].item() for (x,) in whole.batches()) == [0, 1, 2]
+    found = {table[0].item(): sorted(x[:, 0].tolist()) for x, table in cut.batches()}
+    assert found == {0: [0, 0, 1, 1], 1: [2, 2]}  # examples that share an input form batches
+
+
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: str(v) if isinstance(v, nn.Module) else "")
 def test_a_layer_is_its_rows_times_its_matrices(layer, shape):
     x = torch.randn(shape)

@@ -1,5 +1,6 @@
 """A signature survives JSON, and refuses what does not fit it."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -53,3 +54,16 @@ def test_what_does_not_fit_is_named(args, kwargs, node):
     assert caught.value.stage == "runtime"
     assert caught.value.node == node
     assert caught.value.remedy
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, x, times):
+        return x * times
+
+
+@pytest.mark.parametrize("given", [torch.ones(4), torch.tensor(3), np.ones(4), 4, "3", None])
+def test_what_is_given_for_a_constant_is_that_constant(given):
+    signature = qf.export(Scaled(), (torch.randn(4), 3)).signature
+    assert signature.flatten((torch.randn(4), 3), {}, stage="runtime")[1] == 3
+    with pytest.raises(qf.QuantflowError, match=r"times: .* given where the program was captured with the constant 3"):
+        signature.flatten((torch.randn(4), given), {}, stage="runtime")

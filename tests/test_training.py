@@ -6,10 +6,10 @@ import shutil
 import matplotlib as mpl
 import pytest
 import torch
-from networks import ConvNet
+from networks import ConvNet, WritesAPart
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 from torchvision.ops import StochasticDepth
 
 import quantflow as qf
@@ -98,6 +98,30 @@ def test_features_are_drawn_to_the_teachers():
     assert gap() < 0.5 * before
     assert (teacher.code, student.code) == codes
     qf.convert(student)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_what_is_validated_and_converted_has_no_taps(ema):
+    """A layer whose output is tapped is folded with its batch norm all the same."""
+    teacher = graph(qat=False).eval()
+    student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
+    convolutions = {n.args[0].name for n in student.graph.nodes if n.target is torch.ops.aten.batch_norm.default}
+    (layer, *_) = [name for name, m in ConvNet().named_modules() if isinstance(m, torch.nn.Conv2d)]
+    seen = []
+    options = {"validate": lambda g: seen.append(g.code) or 0.0, "validate_converted": True, "ema": ema}
+    qf.train(student, loader(), distill=qf.Distillation(teacher, features=(layer,)), **options, progress=False)
+    assert convolutions
+    assert len(seen) == 2
+    assert not any("taps" in code for code in seen)
+    assert "batch_norm" not in seen[1]
+
+
+def test_a_feature_is_what_the_layer_gave_before_a_part_of_it_was_written():
+    tokens, x, model = torch.arange(8), torch.randn(8, 4), WritesAPart().eval()
+    captured = qf.export(model, (tokens, x)).module()
+    with tapped(captured, ["embedding"]) as (tap,), torch.no_grad():
+        captured(tokens, x)
+        assert torch.equal(tap.take(), model.embedding(tokens))
 
 
 @pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to tap"), (None, "no layer 'nowhere'")])
@@ -247,3 +271,33 @@ def test_layers_that_train_as_in_inference_are_named():
 def test_an_eager_model_is_refused():
     with pytest.raises(qf.QuantflowError, match=r"Exported\.module"):
         qf.train(ConvNet(), loader())
+
+
+LOSSES = {
+    r"is of shape \[8\]": lambda output, target: F.cross_entropy(output, target, reduction="none"),
+    "is a float": lambda output, target: 1.0,
+    "depends on no parameter": lambda output, target: F.cross_entropy(output.detach(), target),
+}
+
+
+@pytest.mark.parametrize("words", LOSSES)
+def test_a_loss_that_is_none_is_named(words):
+    with pytest.raises(qf.QuantflowError, match=f"batch 0: the loss {words}"):
+        qf.train(graph(), loader(), loss=LOSSES[words], progress=False)
+
+
+class Told(SequentialSampler):
+    """Hears of each epoch."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_a_sampler_hears_of_each_epoch_once_wherever_it_stands(in_batches):
+    data = TensorDataset(X, Y)
+    sampler = Told(data)
+    given = {"batch_sampler": BatchSampler(sampler, 8, False)} if in_batches else {"sampler": sampler, "batch_size": 8}
+    data_loader = DataLoader(data, **given, generator=torch.Generator())
+    qf.train(graph(), data_loader, epochs=2, seed=2**62, progress=False)
+    assert sampler.epochs == [0, 1]

@@ -33,9 +33,11 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> torch.Tensor:
+    given, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide)  # sums overflow in half precision
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    count = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype, device=x.device)
+    count = torch.tensor([x.numel() / x.shape[1]], dtype=wide, device=x.device)
     # Two rounds, since the variance about the common mean is exact where the difference of squares is not.
     total = _sum(torch.cat([x.sum(dims), count]))
     average, count = total[:-1] / total[-1], total[-1].detach()
@@ -43,11 +45,12 @@ def _batch_norm(
     variance = _sum(centred.square().sum(dims)) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(average, momentum)
-            running_var.lerp_(variance * (count / (count - 1)), momentum)
+            running_mean.lerp_(average.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
     y = centred * torch.rsqrt(variance + eps).reshape(shape)
     y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
+    y = y if bias is None else y + bias.reshape(shape)
+    return y.to(given)
 
 
 def _sum(own: torch.Tensor) -> torch.Tensor:

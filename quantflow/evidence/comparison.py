@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
 from quantflow.errors import QuantflowError, QuantflowWarning
@@ -18,7 +18,7 @@ from quantflow.evidence.reference import reference_values
 from quantflow.evidence.statistics import Sums
 from quantflow.evidence.twins import computes, converts, source, twins, vanishes
 from quantflow.graph.parameters import is_constant
-from quantflow.graph.state import written_by
+from quantflow.graph.state import overwritten, written_by
 from quantflow.recovery.originals import attribute, given_input
 from quantflow.recovery.walk import Values, evaluate
 
@@ -38,7 +38,7 @@ class _Tail:
 
 
 class Comparison:
-    """Sums of the errors of each layer, batch by batch.
+    """Sums of the errors of each layer, batch by batch; tensors that are written in place are left out.
 
     Args:
         reference: The float network, as :func:`reference_graph` gives it.
@@ -79,13 +79,13 @@ class Comparison:
             warnings.warn(QuantflowWarning("diagnose", reason, node=names, remedy=remedy), stacklevel=4)
 
     def _tails(self) -> Iterable[_Tail]:
-        nodes = list(self.converted.graph.nodes)
+        nodes, unclear = list(self.converted.graph.nodes), _unclear(self.converted.graph)
         ends: dict[Node, dict[tuple, Node]] = {}
         for node in nodes:
             if _dequantizes(node) and node not in self.constants:
                 ends.setdefault(source(node), {}).setdefault(node.args[:3], node)
         for node in nodes:
-            if node in self.constants or not (computes(node) or node.op == "placeholder"):
+            if node in self.constants or node in unclear or not (computes(node) or node.op == "placeholder"):
                 continue
             for end in ends.get(node, {}).values():
                 given = [n for n in node.all_input_nodes if _dequantizes(n) and n not in self.constants]
@@ -218,6 +218,15 @@ class Comparison:
             ends = None if tail.grid is None or tail.grid.scale is None else tail.grid.ends
             found.append(LayerErrors.of((node.name, layer(node), kind), tail.sums, self.outputs, ends))
         return Diagnosis(tuple(sorted(found, key=lambda errors: -errors.excess)))
+
+
+def _unclear(graph: Graph) -> set[Node]:
+    """The nodes that are not compared: at the end their values are written over, or those that they have read."""
+    written = overwritten(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max((order[node] for node in written if written_by(node) is not None), default=-1)
+    before = [node for node in graph.nodes if order[node] < last]
+    return set(written) | {node for node in before if any(source(n) in written for n in node.all_input_nodes)}
 
 
 def _apart(node: Node, values: Values) -> Values:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from quantflow.batches import PickInputs, batches
+from quantflow.batches import PickInputs, batches, count_of
 from quantflow.evidence.comparison import Comparison
 from quantflow.evidence.diagnosis import Diagnosis
 from quantflow.evidence.reference import converted_form, reference_graph
@@ -50,8 +50,7 @@ def diagnose(
     reference = reference_graph(float_graph, "diagnose")
     converted = converted_form(quantized_graph, "diagnose")
     comparison = Comparison(reference, converted)
-    total = len(data) if isinstance(data, Sized) else None
-    total = total if max_batches is None else min(max_batches, total or max_batches)
+    total = count_of(data, max_batches, stage="diagnose")
     device = next((t.device for t in itertools.chain(reference.parameters(), reference.buffers())), None)
     feed = itertools.islice(batches(data, float_graph, stage="diagnose", inputs=inputs, device=device), max_batches)
     signature = Signature.of_graph(float_graph)

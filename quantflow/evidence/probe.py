@@ -21,6 +21,7 @@ from quantflow.evidence.reference import converted_form, reference_graph
 from quantflow.evidence.taps import Tap, tapped, taps_of
 from quantflow.evidence.twins import converts, twins
 from quantflow.export import export
+from quantflow.graph.state import overwritten
 from quantflow.metrics import decibels, squares
 from quantflow.program import Program
 from quantflow.recovery.originals import attribute
@@ -156,6 +157,7 @@ def _compare(
     there = {sums.tap.end: (sums, value) for sums, value in zip(taps, found, strict=True)}
     dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
     given, own, device = iter(flat), Values(), Values()
+    written = overwritten(graph.graph)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             own[node] = device[node] = next(given)
@@ -166,9 +168,13 @@ def _compare(
         if node in there:
             sums, value = there[node]
             sums.add(value, device[node], own[node], exact.get(sums.tap.node))
-            dequantized[node.args] = device[node] = value
+            dequantized[node.args] = value
+            if node in written:  # what else lies in that memory has it too
+                device[node].copy_(value)
+            else:
+                device[node] = value
         elif converts(node) and node.args in dequantized:
-            device[node] = dequantized[node.args]
+            device[node] = dequantized[node.args].clone() if node in written else dequantized[node.args]
 
 
 def _float_values(

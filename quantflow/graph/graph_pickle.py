@@ -83,6 +83,11 @@ def _encode_meta(node: Node) -> dict[str, Any]:
     return meta
 
 
+def target_name(target: Any) -> str:
+    """A name of what a node calls or reads that is the same in every process."""
+    return target if isinstance(target, str) else _encode_target(target).name
+
+
 def _encode_target(target: Any) -> Any:
     if isinstance(target, str):
         return target

@@ -79,28 +79,75 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
     return frozenset(name for memory in seen for name in named[memory])
 
 
-@contextlib.contextmanager
-def state_kept(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` for a while, and give its state back as it was: the buffers that its graph writes, or all where it has no
-    graph.
-    """
+def overwritten(graph: Graph) -> frozenset[Node]:
+    """The nodes whose values a walk over ``graph`` writes over, or may have written over by its end."""
+    root: dict[Node, Node] = {}
+    for node in graph.nodes:
+        base = aliased_by(node)
+        root[node] = node if base is None else root[base]
+    memory = {root[base] for node in graph.nodes if writes_for_others(node) and (base := written_by(node)) is not None}
+    return frozenset(node for node, first in root.items() if first in memory)
+
+
+def written_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """The buffers that the graph of ``module`` writes, or all where it has no graph, each with its owner and its name there."""
     read = (
         {str(n.target) for n in module.graph.nodes if n.op == "get_attr" and is_written(n)}
         if _has_graph(module)
         else None
     )
-    kept = []
-    for path, owner in module.named_modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and (read is None or (f"{path}.{name}" if path else name) in read):
-                kept.append((owner, name, buffer, buffer.detach().clone()))
+    return [
+        (owner, name, buffer)
+        for path, owner in module.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and (read is None or (f"{path}.{name}" if path else name) in read)
+    ]
+
+
+@contextlib.contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` for a while, and give its state back as it was."""
+    kept = OwnState(module)
     try:
         yield
     finally:
-        for owner, name, buffer, value in kept:
-            with torch.no_grad():
-                buffer.detach().copy_(value)
-            owner._buffers[name] = buffer
+        kept.put_back()
+
+
+class OwnState:
+    """The state of ``module`` at this moment, apart from it: it stays where other calls of what shares its memory write it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._buffers = module, written_buffers(module)
+        self._values = [buffer.detach().clone() for _, _, buffer in self._buffers]
+
+    def put_back(self) -> None:
+        """Bring the module into this state."""
+        for (owner, name, buffer), value in zip(self._buffers, self._values, strict=True):
+            grown = value.shape != buffer.shape  # the module gave itself another tensor
+            if not grown:
+                with torch.no_grad():
+                    buffer.detach().copy_(value)
+            owner._buffers[name] = value.clone() if grown else buffer
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Run the module for a while from this state, which goes on."""
+        outside = OwnState(self._module)
+        self.put_back()
+        try:
+            yield
+        finally:
+            now = [owner._buffers[name] for owner, name, _ in self._buffers]
+            self._values = [v if n is None else n.detach().clone() for n, v in zip(now, self._values, strict=True)]
+            outside.put_back()
+
+    def shares(self, other: OwnState) -> bool:
+        """Whether a buffer of the one lies in the memory of a buffer of the other."""
+        ours, theirs = (
+            {b.untyped_storage().data_ptr() for *_, b in state._buffers if b.numel()} for state in (self, other)
+        )
+        return bool(ours & theirs)
 
 
 def inputs_kept(module: GraphModule, inputs: T) -> T:

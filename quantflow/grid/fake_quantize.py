@@ -39,6 +39,7 @@ class FakeQuantize(FakeQuantizeBase):
         self.fake_quant_enabled: bool = True
         self.observer_enabled: bool = True
         self.calibrating: bool = False
+        self._observed: bool = False  # anything, in this calibration
         self.activation_post_process = observer
         self.calibrator = calibrator
         self.register_buffer("scale", torch.ones_like(observer.min_val))
@@ -53,6 +54,7 @@ class FakeQuantize(FakeQuantizeBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.calibrating:
             self.watching(x.detach())
+            self._observed = self._observed or x.numel() > 0
             return x
         if self.is_dynamic:  # a grid of each input's own
             self.activation_post_process(x.detach())
@@ -75,10 +77,16 @@ class FakeQuantize(FakeQuantizeBase):
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         return round_to_grid(x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.ch_axis)
 
-    def calibrate(self, calibrating: bool) -> None:
-        """Begin to observe whatever the mode, letting the tensor pass; or end, and start training from that range."""
+    def calibrate(self, calibrating: bool, *, failed: bool = False) -> None:
+        """Begin to observe whatever the mode, letting the tensor pass; or end, and start training from that range.
+
+        Where it ``failed``, or nothing was observed, the range that training has reached stays.
+        """
         self.calibrating = calibrating
         if calibrating:
+            self._observed = False
+            return
+        if failed or not self._observed:
             return
         if self.calibrator is not None and self.calibrator.min_val.isfinite().all():
             scale, zero_point = self.calibrator.calculate_qparams()

@@ -80,8 +80,11 @@ class Observer(ObserverBase):
         self(x)
         self.synchronize()
 
+    def hold_in_common(self) -> None:
+        """Remember that all processes hold what was seen so far: :meth:`synchronize` counts it once."""
+
     def synchronize(self) -> None:
-        """Take what all processes saw together, the same in each."""
+        """Take what all processes saw together, the same in each; what they held in common before counts once."""
         if self.min_val.ndim == 0 or self.min_val.numel():
             self.min_val, self.max_val = widest(self.min_val, self.max_val)
 

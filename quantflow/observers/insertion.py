@@ -45,7 +45,7 @@ def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] 
     derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
     for group in [g for g in groups if not isinstance(g.spec, DerivedQuantizationSpec)] + derived:
         weight = all(isinstance(m, tuple) and is_constant(m[0]) for m in group.members)
-        readers = [m[1] for m in group.members if isinstance(m, tuple)]
+        readers = [reader for m in group.members for reader in ((m[1],) if isinstance(m, tuple) else m.users)]
         if fake_quantize is not None and is_per_token(group.spec, readers):
             observer: nn.Module = PerTokenFakeQuantize(MinMaxObserver(is_dynamic=True))
         else:

@@ -30,17 +30,20 @@ class MovingAverageMinMaxObserver(Observer):
     def __init__(self, averaging_constant: float = 0.01, **spec: Any) -> None:
         super().__init__(**spec)
         self.averaging_constant = averaging_constant
+        self._common: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # range and count
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
         """Forget what was seen."""
         super().reset()
         self.count = torch.zeros_like(self.count)
+        self._common = None
 
     def start_from(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Take a range as that of many batches, which the next ones move little."""
         super().start_from(low, high)
         self.count = torch.full_like(self.count, math.ceil(1 / self.averaging_constant))
+        self._common = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel():
@@ -60,18 +63,40 @@ class MovingAverageMinMaxObserver(Observer):
         self.min_val, self.max_val = (torch.where(some, new, old) for new, old in followed)
         self.count = self.count + some.any()
 
+    def hold_in_common(self) -> None:
+        """Remember that all processes hold what was seen so far."""
+        self._common = (self.min_val, self.max_val, self.count) if self.count else None
+
     def synchronize(self) -> None:
-        """Take the average over the batches of all processes, the same in each."""
+        """Take the average over the batches of all processes, the same in each; those that they held in common count once."""
         if not grouped():
             return
-        batches = total(self.count.double())
-        share = self.count / batches.clamp(min=1)
         ends = torch.stack([self.min_val, self.max_val]).double()
-        low, high = total(torch.where(share > 0, ends * share, 0.0)).float()
+        known, before = torch.zeros_like(ends), torch.zeros_like(self.count)
+        if self._common is not None:
+            *range_, before = (t.to(ends.device) for t in self._common)
+            known = torch.stack(range_).double()
+        batches = total((self.count - before).double())
+        left = self._left(before, self.count)
+        own = torch.where(self.count > before, (ends - left * known) / (1 - left), 0.0)
+        share = (self.count - before) / batches.clamp(min=1)
+        found = total(torch.where(share > 0, own * share, 0.0))
+        count = before + batches.to(self.count.dtype)
+        left = self._left(before, count)
+        low, high = (left * known + (1 - left) * found).float()
         self.min_val, self.max_val = (
             torch.where(batches > 0, new, old) for new, old in ((low, self.min_val), (high, self.max_val))
         )
-        self.count = batches.to(self.count.dtype)
+        self.count = count
+        self.hold_in_common()
+
+    def _left(self, before: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """The weight, after ``count`` batches, of what the first ``before`` had told."""
+        first = math.floor(1 / self.averaging_constant)  # so many count alike
+        alike = before.clamp(max=first) / count.clamp(min=1, max=first)
+        return alike.double() * (1 - self.averaging_constant) ** (
+            (count - before.clamp(min=first)).clamp(min=0).double()
+        )
 
     def _followed(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The range with a batch of these extremes."""
@@ -82,6 +107,10 @@ class MovingAverageMinMaxObserver(Observer):
         low = torch.where(self.min_val.isfinite(), torch.lerp(self.min_val, low, weight), low)
         high = torch.where(self.max_val.isfinite(), torch.lerp(self.max_val, high, weight), high)
         return low, high
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._common = None
 
     def _nothing(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The extremes of no values."""

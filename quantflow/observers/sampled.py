@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,6 +11,7 @@ from quantflow.distributed import gathered
 from quantflow.grid.qparams import choose_qparams
 from quantflow.observers.min_max import MinMaxObserver
 
+T = TypeVar("T")
 BATCHES = 16
 _PER_TENSOR = 2048
 _PER_CHANNEL = 512
@@ -44,6 +46,7 @@ class SampledObserver(MinMaxObserver):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._common: dict[str, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
@@ -67,18 +70,35 @@ class SampledObserver(MinMaxObserver):
             self.sample = torch.cat([kept[:place], picked[None], kept[place + 1 :]])
         return x
 
+    def hold_in_common(self) -> None:
+        """Remember that all processes hold what was seen so far."""
+        self._common = {"sample": self.sample, "count": self.count, "batches": self.batches}
+
     def synchronize(self) -> None:
-        """Take the extremes and the samples of all processes together, the same in each."""
+        """Take the extremes and the samples of all processes together, the same in each; what they held in common before counts
+        once.
+        """
         super().synchronize()
-        everyone = gathered({"sample": self.sample, "count": self.count, "batches": self.batches})
+        everyone = gathered({"sample": self._own_rows(), "count": self.count, "batches": self.batches})
         if len(everyone) == 1:
             return
-        rows = [other["sample"][i : i + 1] for i in range(BATCHES) for other in everyone if i < len(other["sample"])]
+        known = self._common or {"sample": self.sample[:0], **dict.fromkeys(("count", "batches"), torch.tensor(0))}
+        known = {name: tensor.cpu() for name, tensor in known.items()}
+        for name in ("count", "batches"):
+            seen = torch.stack([other[name] for other in everyone]).sum() - (len(everyone) - 1) * known[name]
+            setattr(self, name, seen.to(self.count.device))
+        share = int(known["batches"]) / max(int(self.batches), 1)
+        rows = drawn_together(known["sample"], [other["sample"] for other in everyone], BATCHES, share)
         if rows:
-            self.sample = torch.cat(rows[:BATCHES]).to(self.sample.device)
-        self.count = torch.stack([other["count"] for other in everyone]).sum().to(self.count.device)
-        self.batches = torch.stack([other["batches"] for other in everyone]).sum().to(self.batches.device)
+            self.sample = torch.stack(rows).to(self.sample.device)
         self._found = None
+        self.hold_in_common()
+
+    def _own_rows(self) -> torch.Tensor:
+        """The rows of the sample that this process drew since all held the same."""
+        known = self.sample[:0] if self._common is None else self._common["sample"].to(self.sample.device)
+        ours = [i >= len(known) or not torch.equal(row, known[i]) for i, row in enumerate(self.sample)]
+        return self.sample[torch.tensor(ours, dtype=torch.bool, device=self.sample.device)]
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (float32) and zero point (int32), scalars or one a channel."""
@@ -104,7 +124,22 @@ class SampledObserver(MinMaxObserver):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._found = None
+        self._found = self._common = None
+
+
+def drawn_together(known: Sequence[T], own: Sequence[Sequence[T]], most: int, share: float) -> list[T]:
+    """A sample of what several processes drew.
+
+    Args:
+        known: What all of them held before, of which the same are taken in each, at random.
+        own: What each drew since, which are taken in turn.
+        most: The size of the sample; of fewer draws all are in it.
+        share: How much of it is to be known, 0 to 1.
+    """
+    turns = [drawn[i] for i in range(most) for drawn in own if i < len(drawn)]
+    few = min(len(known), max(round(most * share), most - len(turns)))
+    picked = torch.randperm(len(known), generator=torch.Generator().manual_seed(len(turns)))[:few].sort().values
+    return [*(known[int(i)] for i in picked), *turns[: most - few]]
 
 
 def _pick(size: int, most: int, random: torch.Generator) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
@@ -50,6 +52,7 @@ def side_by_side(
     """
     weights = {layer.weight for layer in layers.values()}
     dead = last_reads(graph.graph)
+    written = {node for node in graph.graph.nodes if is_written(node)}
     floats: list[Values] = [{} for _ in sample]
     integers: list[Values] = [{} for _ in sample]
     given = [iter(batch) for batch in sample]
@@ -69,11 +72,13 @@ def side_by_side(
                 reference[node], values[node] = floats[0][node], integers[0][node]
             elif node.op == "call_module":
                 _call(graph, node, reference, values)
+                values[node] = _own(node, reference, values, written)
             else:
                 same = all(reference[n] is values[n] for n in node.all_input_nodes)
                 reference[node] = evaluate(node, reference)
                 if node not in layers:
                     values[node] = reference[node] if same else evaluate(node, values)
+                    values[node] = _own(node, reference, values, written)
         if node in layers:
             yield Stop(layers[node], floats, integers)
             _reread(graph, layers[node], integers)
@@ -94,6 +99,13 @@ def _call(graph: GraphModule, node: Node, reference: Values, values: Values) -> 
     observed: Node = node.args[0]  # type: ignore[assignment]
     reference[node] = reference[observed]
     values[node] = quantized(observer, values[observed], node.users)
+
+
+def _own(node: Node, reference: Values, values: Values, written: set[Node]) -> Any:
+    """The value of ``node`` in the integer network, a copy where both networks would write into one tensor."""
+    if node not in written or values[node] is not reference[node]:
+        return values[node]
+    return pytree.tree_map_only(torch.Tensor, torch.clone, values[node])
 
 
 def _reread(graph: GraphModule, layer: Layer, integers: list[Values]) -> None:

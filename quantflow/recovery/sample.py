@@ -7,8 +7,10 @@ from typing import Any, TypeGuard
 
 import torch
 
+from quantflow.digest import digest
 from quantflow.distributed import gathered, world_size
 from quantflow.errors import QuantflowError
+from quantflow.observers.sampled import drawn_together
 from quantflow.signature import DynamicDim, Signature
 
 Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
@@ -30,6 +32,8 @@ class Sample:
         self._kept: list[Inputs] = []
         self._seen = 0
         self._cut: list[bool] = []  # which inputs hold one row for each example
+        self._last: dict[int, torch.Tensor] = {}  # what was kept last of each input that is not cut
+        self._common: tuple[list[Inputs], int] = [], 0  # what all processes hold, of how many seen
         self._random = torch.Generator().manual_seed(0)
 
     def add(self, flat: Sequence[Any], signature: Signature) -> None:
@@ -37,8 +41,21 @@ class Sample:
         self._cut = cut_inputs(signature)
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
-            kept = tuple(t[example : example + 1].clone() if by_example else t for t, by_example in paired)
+            columns = enumerate(paired)
+            kept = tuple(
+                t[example : example + 1].clone() if by_example else self._whole(i, t) for i, (t, by_example) in columns
+            )
             self._kept[place : place + 1] = [kept]
+
+    def _whole(self, place: int, given: Any) -> Any:
+        """A copy of an input that is not cut, one for all examples that have the same: a loader may write into its own."""
+        if not _is(given):
+            return given
+        last = self._last.get(place)
+        alike = last is not None and (last.dtype, last.device) == (given.dtype, given.device)
+        if last is None or not alike or not torch.equal(last, given):
+            last = self._last[place] = given.clone()
+        return last
 
     def _draw(self, size: int) -> list[tuple[int, int]]:
         """Where in the reservoir each of ``size`` examples goes that goes there."""
@@ -53,17 +70,19 @@ class Sample:
         return drawn
 
     def synchronize(self) -> None:
-        """Take equal shares of what all processes drew, the same in each."""
+        """Take equal shares of what all processes drew, the same in each; what they held in common before counts once."""
         if world_size() == 1:
             return
-        everyone = gathered({f"{i}.{j}": t for i, flat in enumerate(self._kept) for j, t in enumerate(flat) if _is(t)})
-        share = -(-self.examples // world_size())
-        ours = self._kept[0] if self._kept else ()
-        kept: list[Inputs] = []
-        for theirs in everyone:
-            for i in range(min(share, len({name.split(".")[0] for name in theirs}))):
-                kept.append(tuple(theirs[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in enumerate(ours)))
-        self._kept = kept[: self.examples]
+        held, before = self._common
+        held_by = gathered({"digest": torch.tensor(list(digest(_named(held)).encode()))})
+        if not all(torch.equal(theirs["digest"], held_by[0]["digest"]) for theirs in held_by):
+            held, before = [], 0  # each took up a state of its own
+        own = [flat for flat in self._kept if all(flat is not known for known in held)]
+        everyone = gathered({**_named(own), "seen": torch.tensor(self._seen)})
+        seen = before + sum(int(theirs.pop("seen")) - before for theirs in everyone)
+        drawn = [_examples(theirs, self._kept[0]) for theirs in everyone] if self._kept else []
+        self._kept, self._seen = drawn_together(held, drawn, self.examples, before / max(seen, 1)), seen
+        self._common = list(self._kept), seen
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What was drawn so far, by name, and where the drawing stands: a sample that loads it goes on alike.
@@ -97,6 +116,7 @@ class Sample:
             remedy = "pass what Sample.state_dict() gave"
             raise QuantflowError("calibrate", "not the state of a sample", node=str(error), remedy=remedy) from error
         self.examples, self._seen, self._cut, self._kept = examples, seen, cut, kept
+        self._common = list(kept), seen
 
     def batches(self, most: int | None = None) -> tuple[Inputs, ...]:
         """At most ``most`` of the examples kept, shuffled, in batches of at most 8 that can run together."""
@@ -132,6 +152,18 @@ def cut_inputs(signature: Signature) -> list[bool]:
     if len(batch) != 1 or batch & elsewhere or least > 1:
         return [False] * len(dims)
     return [any(p == 0 for p, _ in found) for found in dims]
+
+
+def _named(examples: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+    """Their tensors, by number and place."""
+    return {f"{i}.{j}": t for i, flat in enumerate(examples) for j, t in enumerate(flat) if _is(t)}
+
+
+def _examples(named: Mapping[str, torch.Tensor], like: Inputs) -> list[Inputs]:
+    """The examples of which :func:`_named` gave the tensors, with what is no tensor as in ``like``."""
+    count = len({name.split(".")[0] for name in named})
+    places = list(enumerate(like))
+    return [tuple(named[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in places) for i in range(count)]
 
 
 def _is(value: Any) -> TypeGuard[torch.Tensor]:

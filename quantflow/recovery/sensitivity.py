@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
+from quantflow.graph.state import aliased_by, is_written
 from quantflow.observers.observation import observer_of
 from quantflow.recovery.layers import Layer, quantized_layers
 from quantflow.recovery.originals import attribute, given_input, original
@@ -131,11 +132,19 @@ def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> A
         x = evaluate(node, values)
         floating = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.is_floating_point()
         if floating and not x.requires_grad and any(n.op != "get_attr" for n in node.all_input_nodes):
-            return x.detach().requires_grad_()  # as an embedding of token numbers
+            return _with_gradient(node, x)  # as an embedding of token numbers
         return x
     if observer_of(node, graph) is not None:
         return values[node.args[0]]  # type: ignore[index]
     return graph.get_submodule(str(node.target))(*(values[a] for a in node.all_input_nodes))
+
+
+def _with_gradient(node: Node, x: torch.Tensor) -> torch.Tensor:
+    """``x``, which depends on no gradient, as the start of one; a leaf, unless ``node`` is written later."""
+    if not is_written(node):
+        return x.detach().requires_grad_()
+    # A part of an older tensor is written there, and has a gradient once something with one is written.
+    return x if aliased_by(node) is not None else x.detach().requires_grad_().clone()
 
 
 def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+
+from quantflow.distributed import grouped, total, world_size
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Table:
     def layers(self) -> tuple[str, ...]:
         """The names of the layers, in graph order."""
         return tuple(dict.fromkeys(choice.layer for choice in self.choices))
+
+    def agreed(self) -> Table:
+        """The table with the mean of all processes' times, and of their noise: each makes the same choice by it."""
+        if not grouped():
+            return self
+        own = torch.tensor([(c.noise, c.time) for c in self.choices] + [(0.0, self.time)], dtype=torch.float64)
+        *means, (_, time) = (total(own) / world_size()).tolist()
+        pairs = zip(self.choices, means, strict=True)
+        return Table(tuple(replace(c, noise=noise, time=ms) for c, (noise, ms) in pairs), self.size, time)
 
     def total(self, chosen: tuple[Choice, ...]) -> tuple[float, int, float]:
         """The noise, the bytes and the milliseconds that the table predicts for one choice a layer."""

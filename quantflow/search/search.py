@@ -45,7 +45,8 @@ def search(
         data: Calibration batches that can be gone through again.
         kwargs: Example keyword inputs.
         max_bytes: The most bytes that the ``.pte`` may have.
-        max_ms: The most milliseconds that the median call on the example inputs may take, on this machine.
+        max_ms: The most milliseconds that the median call on the example inputs may take, on this machine; of several
+            processes the mean of what they measure counts.
         quantizer: By default the one registered for ``delegate``. What has no weights follows it.
         precisions: Schemes by name, None for float; by default those of the quantizer (``quantizer.precisions``).
         delegate: What to lower to.
@@ -75,7 +76,7 @@ def search(
     subject = Subject(graph, args, kwargs, data, quantizer, delegate, inputs)
     asked = precisions is not None
     precisions = quantizer.precisions if precisions is None else precisions
-    table = measured(subject, precisions, timed=max_ms is not None, progress=progress)
+    table = measured(subject, precisions, timed=max_ms is not None, progress=progress).agreed()
     if asked and (idle := [name for name in precisions if not any(c.precision == name for c in table.choices)]):
         reason, remedy = "no layer can have it", "print(quantizer.overriding(...).plan(graph)) tells why"
         warnings.warn(QuantflowWarning("search", reason, node=", ".join(idle), remedy=remedy), stacklevel=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from quantflow.digest import digest
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.files import write_atomically
 
@@ -37,6 +37,11 @@ class Checkpoints:
     every: int = 200
     resume: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            remedy = "1 or more steps; one is written after each epoch besides"
+            raise QuantflowError("train", f"every {self.every} steps is no interval", node="checkpoints", remedy=remedy)
+
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step``; the last but one and older ones are removed."""
         folder = Path(self.folder)
@@ -47,7 +52,7 @@ class Checkpoints:
             raise QuantflowError("train", f"can't write: {error}", node=str(folder), remedy=remedy) from error
         flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         text = json.dumps(state, sort_keys=True)
-        data = save(flat, {"state": text, "digest": _digest(flat, text)})
+        data = save(flat, {"state": text, "digest": digest(flat, text)})
         path = write_atomically(folder / f"{_PREFIX}{step:09d}{_SUFFIX}", data, stage="train")
         for old in self.paths()[:-2]:
             old.unlink(missing_ok=True)
@@ -86,17 +91,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        if "state" not in header or _digest(tensors, header["state"]) != header.get("digest"):
+        if "state" not in header or digest(tensors, header["state"]) != header.get("digest"):
             raise QuantflowError("train", "damaged, or no checkpoint of quantflow", node=str(path), remedy=remedy)
         return tensors, json.loads(header["state"])
     except (SafetensorError, OSError, ValueError) as error:
         raise QuantflowError("train", f"can't be read: {error}", node=str(path), remedy=remedy) from error
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

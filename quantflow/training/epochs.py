@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs, batches
+from quantflow.batches import Batch, PickInputs, batches, count_of
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.state import TrainingState
@@ -42,7 +42,7 @@ class Epochs:
 
     def agree(self, peers: distributed.Peers) -> None:
         """Take as many steps an epoch as the shortest share of the data has."""
-        counts = peers.answers(len(self.data) if isinstance(self.data, Sized) else None)
+        counts = peers.answers(count_of(self.data, stage="train"))
         self.steps = None if None in counts else min(counts)
         if self.steps is not None and max(counts) > self.steps:
             longer = [f"rank {rank} has {count}" for rank, count in enumerate(counts) if count > self.steps]
@@ -79,10 +79,11 @@ class Epochs:
         run.epoch_start = run.data_random
         generator = getattr(self.data, "generator", None)
         if isinstance(generator, torch.Generator):
-            generator.manual_seed(self.seed * 1_000_003 + run.epoch)
-        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(run.epoch)
+            generator.manual_seed((self.seed * 1_000_003 + run.epoch) % 2**64)
+        sampler, in_batches = (getattr(self.data, name, None) for name in ("sampler", "batch_sampler"))
+        for one in {id(s): s for s in (sampler, in_batches, getattr(in_batches, "sampler", None))}.values():
+            if (set_epoch := getattr(one, "set_epoch", None)) is not None:
+                set_epoch(run.epoch)
         return batches(self.data, run.graph, stage="train", inputs=self.inputs, device=self.device)
 
     def _next(self, run: TrainingState, feed: Iterator[Batch]) -> Batch | None:

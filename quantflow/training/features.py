@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from quantflow.aten import is_float_tensor, is_inplace
+from quantflow.aten import is_float_tensor
 from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.parameters import unused_name
+from quantflow.graph.state import is_written
 
 
 class Tap(nn.Module):
@@ -52,7 +53,7 @@ def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
     taps, calls = [], []
     room = unused_name(graph, "taps")
     for index, node in enumerate(outputs):
-        tap = Tap(overwritten=any(is_inplace(user) for user in node.users))
+        tap = Tap(overwritten=is_written(node))
         graph.add_submodule(f"{room}.{index}", tap)
         with graph.graph.inserting_after(node):
             calls.append(graph.graph.call_module(f"{room}.{index}", (node,)))

@@ -10,29 +10,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs
+from quantflow.batches import PickInputs
 from quantflow.convert import convert
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.exported import INFERENCE_ONLY
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.grid.fake_quantize import FakeQuantize
-from quantflow.grid.learned_step_size import LearnedStepSize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
+from quantflow.observers.together import check_synchronizable_in_training
 from quantflow.training.checkpoint import Checkpoints
-from quantflow.training.distillation import Distillation, MixedLoss
+from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
 from quantflow.training.history import History
+from quantflow.training.parallel import BatchLoss, Loss, in_parallel
 from quantflow.training.schedule import Schedule
 from quantflow.training.state import TrainingState
 from quantflow.training.updates import check_usable, end_epoch_on_plateau, update
 
-Loss = Callable[[Any, Any], torch.Tensor]
 Validate = Callable[[TrainableGraphModule], float]
 
 
@@ -99,35 +98,36 @@ def train(
         QuantflowError: at stage ``"train"``, when there is no data or target, the loss stops being a number, the optimizer or
             scheduler can't be used (or saved, with ``checkpoints``), or another process fails.
     """
-    if not isinstance(graph, TrainableGraphModule):
-        remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
-        raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
-    _check(graph)
-    there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
-    distributed.check_carries(there, "train")
-    graph.to(there)
-    if schedule is None:
-        schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
-    average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
-    scaler = torch.amp.GradScaler(there.type, enabled=amp and there.type == "cuda")
-    autocast_dtype = torch.float16 if there.type == "cuda" else torch.bfloat16
-    synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
-    frozen = graph.batch_norm_frozen
-    switched: tuple[bool, ...] | None = None
-    source = Epochs(data, inputs, there, seed)
-
-    def save(*, ended: bool) -> None:
-        if checkpoints is None:
-            return
-        if run.step == 1:
-            run.check_can_be_saved()  # now that the optimizer has a state
-        if not ended and run.step % checkpoints.every:
-            return
-        tensors, plain = run.saved()  # all take part: each has a random state of its own
-        if distributed.rank() == 0:
-            checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
-
     with distributed.Peers("train") as peers:
+        if not isinstance(graph, TrainableGraphModule):
+            remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
+            raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+        _check(graph)
+        check_synchronizable_in_training(graph)
+        there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
+        distributed.check_carries(there, "train")
+        graph.to(there)
+        if schedule is None:
+            schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
+        average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
+        scaler = torch.amp.GradScaler(there.type, enabled=amp and there.type == "cuda")
+        autocast_dtype = torch.float16 if there.type == "cuda" else torch.bfloat16
+        synchronized = distributed.SynchronizedBatchNorm() if distributed.world_size() > 1 else contextlib.nullcontext()
+        frozen = graph.batch_norm_frozen
+        switched: tuple[bool, ...] | None = None
+        source = Epochs(data, inputs, there, seed)
+
+        def save(*, ended: bool) -> None:
+            if checkpoints is None:
+                return
+            if run.step == 1:
+                run.check_can_be_saved()  # now that the optimizer has a state
+            if not ended and run.step % checkpoints.every:
+                return
+            tensors, plain = run.saved()  # all take part: each has a random state of its own
+            if distributed.rank() == 0:
+                checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
+
         source.agree(peers)
         total = source.steps * epochs if source.steps else None
         if optimizer is None:
@@ -144,32 +144,32 @@ def train(
             run.history.resumed_at.append(run.step)
         _check_alike(peers.answers([fingerprint, run.step]))
         try:
-            with (
-                distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed,
-                tqdm(
-                    desc="train",
-                    total=total,
-                    initial=run.step,
-                    unit="step",
-                    disable=not progress or distributed.rank() > 0,
-                    leave=False,
-                ) as bar,
-            ):
-                parallel = _in_parallel(graph, there, schedule)
-                forward: Callable[..., Any] = torch.compile(parallel) if compile else parallel
+            with tqdm(
+                desc="train",
+                total=total,
+                initial=run.step,
+                unit="step",
+                disable=not progress or distributed.rank() > 0,
+                leave=False,
+            ) as bar:
+                batch_loss = BatchLoss(graph, loss, compile=compile)
+                forward = in_parallel(batch_loss, graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()
                     switched = None
-                    for batch in source.batches(run, peers):
-                        at = run.step / total if total else run.epoch / epochs
-                        if switched != schedule.state(at):
-                            schedule.apply(graph, at, frozen=frozen)
-                            switched = schedule.state(at)
-                        with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
-                            value = _loss(forward, batch, loss, mixed, run.batch)
-                        update(run, value, clip_norm)
-                        bar.update()
-                        save(ended=False)
+                    # What is validated and converted is the graph without taps.
+                    with distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed:
+                        batch_loss.mixed = mixed
+                        for batch in source.batches(run, peers):
+                            at = run.step / total if total else run.epoch / epochs
+                            if switched != schedule.state(at):
+                                schedule.apply(graph, at, frozen=frozen)
+                                switched = schedule.state(at)
+                            with torch.autocast(there.type, dtype=autocast_dtype, enabled=amp), synchronized:
+                                value = forward(batch, run.batch)
+                            update(run, value, clip_norm)
+                            bar.update()
+                            save(ended=False)
                     _end_epoch(run, peers, validate, validate_converted)
                     if run.history.metric:
                         bar.set_postfix(metric=f"{run.history.metric[-1]:.4f}")
@@ -211,27 +211,6 @@ def _check_alike(everyone: list[list[Any]]) -> None:
             reason = f"it resumes at step {their_step}, rank 0 at {step}"
             remedy = "a folder of checkpoints that all processes see"
             raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
-
-
-def _in_parallel(graph: TrainableGraphModule, device: torch.device, schedule: Schedule) -> nn.Module:
-    """``graph``, its gradients averaged over all processes. Its buffers agree by synchronised statistics and ranges."""
-    if distributed.world_size() == 1:
-        return graph
-    devices = [device] if device.type == "cuda" else None
-    # A learned scale has no gradient before rounding begins.
-    idle = schedule.fake_quantize > 0 and any(isinstance(m, LearnedStepSize) for m in graph.modules())
-    return nn.parallel.DistributedDataParallel(
-        graph, device_ids=devices, broadcast_buffers=False, find_unused_parameters=idle
-    )
-
-
-def _loss(forward: Callable[..., Any], batch: Batch, loss: Loss, mixed: MixedLoss | None, index: int) -> torch.Tensor:
-    if batch.target is None:
-        remedy = "give (inputs, target) batches"
-        raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
-    output = forward(*batch.args, **batch.kwargs)
-    value = loss(output, batch.target)
-    return value if mixed is None else mixed(value, output, batch.args, batch.kwargs)
 
 
 def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 
 def seed_everything(seed: int) -> None:
     """Seed torch (all devices), numpy and Python."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
@@ -31,11 +31,11 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Bring every generator into the state that :func:`random_state` returned."""
+    """Bring every generator into the state that :func:`random_state` returned; GPUs that are not here are passed over."""
     torch.set_rng_state(state["torch"])
-    for name, tensor in state.items():
-        if name.startswith("cuda"):
-            torch.cuda.set_rng_state(tensor, int(name.removeprefix("cuda")))
+    for device in range(torch.cuda.device_count()):
+        if f"cuda{device}" in state:
+            torch.cuda.set_rng_state(state[f"cuda{device}"], device)
     position, has_gauss, gauss = state["numpy_rest"].tolist()
     keys: Any = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))

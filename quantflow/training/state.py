@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from quantflow import distributed
 from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.graph_pickle import target_name
+from quantflow.graph.modes import TRACKING
 from quantflow.training.encoding import Tensors, decode, difference, encode
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, set_random_state
@@ -60,13 +62,14 @@ class TrainingState:
     def fingerprint(self, *options: Any) -> str:
         """What a checkpoint must share to be one of this run: the graph, the optimizer, and ``options``."""
         shapes = {name: list(t.shape) for name, t in self.graph.state_dict().items()}
-        nodes = [f"{n.op} {n.target}" for n in self.graph.graph.nodes if n.op != "get_attr"]
+        nodes = [n for n in self.graph.graph.nodes if n.op != "get_attr" and TRACKING not in n.meta]  # in either mode
+        called = [f"{n.op} {target_name(n.target)}" for n in nodes]
         groups = [{k: v for k, v in g.items() if _plain(v)} for g in self.optimizer.state_dict()["param_groups"]]
         # A scheduler moves the learning rate; where it started tells the run.
         moved = [{"params"} | ({"lr"} if "initial_lr" in g else set()) for g in groups]
         groups = [{k: v for k, v in g.items() if k not in left} for g, left in zip(groups, moved, strict=True)]
         kinds = [type(self.optimizer).__name__, type(self.scheduler).__name__]
-        text = json.dumps([shapes, nodes, kinds, groups, options], default=str, sort_keys=True)
+        text = json.dumps([shapes, called, kinds, groups, options], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def saved(self) -> tuple[Tensors, dict[str, Any]]:

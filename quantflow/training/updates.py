@@ -42,8 +42,16 @@ def update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> 
     """One step of the optimizer along the gradient of ``value``, and of the scheduler.
 
     Raises:
-        QuantflowError: at stage ``"train"``, when ``value`` is no number or the optimizer does not take the gradients.
+        QuantflowError: at stage ``"train"``, when ``value`` is no number or depends on no parameter, or the optimizer does not
+            take the gradients.
     """
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        given = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        remedy = "return a tensor of one number, as loss.mean()"
+        raise QuantflowError("train", f"the loss is {given}", node=f"batch {run.batch}", remedy=remedy)
+    if not value.requires_grad:
+        remedy = "compute it from the graph's output, without detach() and no_grad()"
+        raise QuantflowError("train", "the loss depends on no parameter", node=f"batch {run.batch}", remedy=remedy)
     figure = value.item()
     if not torch.isfinite(value):
         remedy = "lower the learning rate, or pass clip_norm"

@@ -120,7 +120,10 @@ def in_rows(call: Call, signature: Signature | None, args: tuple, kwargs: dict[s
         return call(args, kwargs)
     found = []
     for start in range(0, pieces.rows, pieces.most):
-        found.append(pytree.tree_flatten(call(*signature.call(pieces.piece(flat, start)))))
+        output = call(*signature.call(pieces.piece(flat, start)))
+        found.append(
+            pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, torch.clone, output))
+        )  # it may be its state
     parts = zip(*(leaves for leaves, _ in found), strict=True)
     return pytree.tree_unflatten([_joined(part, pieces) for part in parts], found[0][1])
 

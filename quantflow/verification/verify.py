@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from tqdm import tqdm
 
 from quantflow import latency, runtime
-from quantflow.batches import Batch, PickInputs, taken_apart
+from quantflow.batches import Batch, PickInputs, count_of, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.state import OwnState
 from quantflow.latency import Latency
 from quantflow.signature import Signature
 from quantflow.verification.figures import StageFigures, Verification
@@ -68,15 +69,18 @@ def verify(
     kept = [Kept() for _ in running] if metric is not None else []
     counts: list[int] = []  # examples, by batch
     first = None  # of the batches: kept to time calls with
-    total = len(data) if isinstance(data, Sized) else None
-    total = total if max_batches is None else min(max_batches, total or max_batches)
+    total = count_of(data, max_batches, stage="verify")
     with contextlib.ExitStack() as modes:
         for stage in running:
             modes.enter_context(stage.mode())
+        states = _states(running)
         feed = itertools.islice(_batches(data, running, inputs), max_batches)
         for batch in tqdm(feed, desc="verify", total=total, unit="batch", disable=not progress, leave=False):
-            found = [_on_cpu(stage(batch.args, batch.kwargs)) for stage in running]
-            target = _on_cpu(batch.target)
+            found = []
+            for stage, state in zip(running, states, strict=True):
+                with state():
+                    found.append(_copied(stage(batch.args, batch.kwargs)))
+            target = _copied(batch.target)
             for index, (stage, output) in enumerate(zip(running, found, strict=True)):
                 tallies[index].add(stage.name, output, found[0], found[max(index - 1, 0)], target)
                 if kept:
@@ -125,8 +129,19 @@ def _by_name(raw: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
     return {name: raw[name] for name in names if name in raw}, raw.get("labels")
 
 
-def _on_cpu(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)
+def _states(stages: list[Stage]) -> list[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """For each of ``stages`` what gives its calls a state of their own, where another writes into the same memory."""
+    states = [None if stage.module is None else OwnState(stage.module) for stage in stages]
+    others = [[other for other in states if other is not None and other is not state] for state in states]
+    return [
+        state.present if state is not None and any(map(state.shares, theirs)) else contextlib.nullcontext
+        for state, theirs in zip(states, others, strict=True)
+    ]
+
+
+def _copied(tree: Any) -> Any:
+    """On the CPU, apart from what a stage or a loader writes into next."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
 
 
 def _latency(stage: Stage, structured: Signature | None, batch: Batch, examples: int, runs: int) -> Latency | None:

@@ -1,0 +1,86 @@
+"""The loss of a batch, in one process or with gradients averaged over several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from quantflow import distributed
+from quantflow.aten import aten
+from quantflow.batches import Batch
+from quantflow.errors import QuantflowError
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.grid.learned_step_size import LearnedStepSize
+from quantflow.training.distillation import MixedLoss
+from quantflow.training.schedule import Schedule
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+class BatchLoss(nn.Module):
+    """From a batch to its loss: what is averaged over processes is the gradient of that, whatever else the graph returns.
+
+    Args:
+        graph: What is trained.
+        loss: Of output and target.
+        compile: Run the graph through ``torch.compile``.
+
+    Attributes:
+        mixed: What distillation makes of the loss, None without.
+    """
+
+    def __init__(self, graph: TrainableGraphModule, loss: Loss, *, compile: bool) -> None:
+        super().__init__()
+        self.network: Any = torch.compile(graph) if compile else graph
+        self.loss = loss
+        self.mixed: MixedLoss | None = None
+
+    def forward(self, batch: Batch, index: int) -> torch.Tensor:
+        if batch.target is None:
+            remedy = "give (inputs, target) batches"
+            raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
+        output = self.network(*batch.args, **batch.kwargs)
+        value = self.loss(output, batch.target)
+        return value if self.mixed is None else self.mixed(value, output, batch.args, batch.kwargs)
+
+
+def in_parallel(
+    batch_loss: BatchLoss, graph: TrainableGraphModule, device: torch.device, schedule: Schedule
+) -> nn.Module:
+    """``batch_loss`` of ``graph``, its gradients averaged over all processes. Buffers agree by synchronised statistics and
+    ranges.
+    """
+    if distributed.world_size() == 1:
+        return batch_loss
+    devices = [device] if device.type == "cuda" else None
+    # A learned scale has no gradient before rounding begins.
+    idle = schedule.fake_quantize > 0 and any(isinstance(m, LearnedStepSize) for m in graph.modules())
+    return nn.parallel.DistributedDataParallel(
+        batch_loss, device_ids=devices, broadcast_buffers=False, find_unused_parameters=idle or not _all_learn(graph)
+    )
+
+
+def _all_learn(graph: TrainableGraphModule) -> bool:
+    """Whether each parameter surely has a gradient in every step: where in doubt, not."""
+    enabled, without = True, set()
+    for node in graph.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled or node.target in (aten.detach.default, aten.detach_.default):
+            without.add(node)
+    (output,) = graph.graph.find_nodes(op="output")
+    if len(output.all_input_nodes) > 1:  # the loss may take one of them
+        return False
+    learning, left = set[Node](), [output]
+    while left:
+        node = left.pop()
+        if node not in learning and node not in without:
+            learning.add(node)
+            left.extend(node.all_input_nodes)
+    read = {str(node.target) for node in learning if node.op in ("get_attr", "call_module")}
+    named = [name for name, p in graph.named_parameters() if p.requires_grad]
+    return all(any(name == r or name.startswith(f"{r}.") for r in read) for name in named)
