@@ -327,3 +327,35 @@ def test_a_dead_feature_and_a_dead_group_are_no_trouble():
     rounded = round_weights(weight, sum(halves[1:], halves[0]).covariance, step, torch.zeros_like(step), -127, 127)
     assert rounded.isfinite().all()
     torch.testing.assert_close(rounded[1], (weight[1] / 0.1).round() * 0.1)
+
+
+class OverTheBatch(nn.Module):
+    """A sum over the examples before the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)).cumsum(0))
+
+
+class Transposed(nn.Module):
+    """The examples lie along the second dimension of the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x))).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("model", "apart"), [(OverTheBatch(), False), (Transposed(), True)])
+@pytest.mark.filterwarnings("ignore:.plan.")  # of the sum, which runs in float between integers
+def test_networks_in_which_examples_act_on_each_other_stay_as_calibrated(model, apart):
+    data = [torch.randn(2, 4) for _ in range(16)]
+    prepared = calibrated(model, (data[0],), data)
+    steps = qf.recover(prepared, data, progress=False).steps
+    assert ("act on each other" in steps[0].name) is not apart
+    assert len(steps) == (3 if apart else 1)

@@ -20,11 +20,13 @@ from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.given import check_calibrated, draw, within_memory
+from quantflow.recovery.interaction import examples_interact
 from quantflow.recovery.originals import restored
 from quantflow.recovery.ranges import settle_ranges
-from quantflow.recovery.sample import Inputs, Sample
+from quantflow.recovery.sample import Inputs, Sample, cut_inputs
 from quantflow.recovery.sensitivity import Sensitivity, sensitivity
 from quantflow.recovery.walk import outputs
+from quantflow.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def recover(
 
     Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
     kept where that rises. A graph that keeps state stays as calibrated: a sample of calls says nothing of what the state, and
-    what follows from it, comes to over many.
+    what follows from it, comes to over many. So does one in which the examples of a batch act on each other: the batches of a
+    sample hold other examples together.
 
     Args:
         graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
@@ -97,11 +100,10 @@ def recover(
     """
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()
-    if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
-        return Recovered(
-            current.train(graph.training), (Step("as calibrated, since it keeps state", math.nan, kept=True),)
-        )
-    fit, judge = _parted(current, draw(current, data, stage="recover", inputs=inputs))
+    drawn = draw(current, data, stage="recover", inputs=inputs)
+    if reason := _unfit(current, drawn):
+        return Recovered(current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
+    fit, judge = _parted(current, drawn)
     reference = outputs(restored(current), judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
 
@@ -131,6 +133,15 @@ def recover(
 
 
 _NOTHING = 0.1  # dB: as much noise as signal
+
+
+def _unfit(graph: GraphModule, drawn: Sequence[Inputs]) -> str:
+    """Why batches of a sample do not tell what the network meets in use; ``""`` where they do."""
+    if any(is_written(node) for node in graph.graph.find_nodes(op="get_attr")):
+        return "it keeps state"
+    if examples_interact(restored(graph), drawn[0], cut_inputs(Signature.of_graph(graph))):
+        return "the examples of a batch act on each other"
+    return ""
 
 
 def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
