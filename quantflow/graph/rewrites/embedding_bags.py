@@ -9,12 +9,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, has_argument, value
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_part, replace_parts, tensor_before
+from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part, tensor_before
 
 _SUM, _MEAN, _MAX = range(3)  # the operator's modes
 
 
-def embedding_bag(module: GraphModule, node: Node) -> Node | None:
+def embedding_bag(module: GraphModule, node: Node) -> Replacement:
     """A bag's rows are those from its offset to that of the next bag."""
     weight, indices, offsets = (argument(node, name) for name in ("weight", "indices", "offsets"))
     ids, starts = value(indices), value(offsets)
@@ -44,11 +44,11 @@ def embedding_bag(module: GraphModule, node: Node) -> Node | None:
         rows = call_before(node, aten.mul.Tensor, rows, call_before(node, aten.reshape.default, scales, [-1, 1]))
     sizes = call_before(node, aten.sum.dim_IntList, counted, [1], True)
     if argument(node, "mode") == _MAX:
-        return replace_parts(node, _greatest(module, node, rows, inside, sizes))
+        return [_greatest(module, node, rows, inside, sizes)]
     sums = call_before(node, aten.mm.default, inside, rows)
     if argument(node, "mode") == _MEAN:
         sums = call_before(node, aten.div.Tensor, sums, call_before(node, aten.clamp.default, sizes, 1.0))
-    return replace_parts(node, sums)
+    return [sums]
 
 
 def _greatest(module: GraphModule, node: Node, rows: Node, inside: Node, sizes: Node) -> Node:

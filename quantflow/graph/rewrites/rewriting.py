@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -13,31 +13,68 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import op, value
 from quantflow.graph.parameters import read_attribute, unused_name
-from quantflow.graph.state import aliased_by, written_tensors
+from quantflow.graph.state import aliased_by, memory_of, seen_as_one, written_tensors
 
-# Takes a node and returns the one that replaces it, or None where the rewrite does not apply.
-Rewrite = Callable[[GraphModule, Node], Node | None]
+# What stands for a node: another, or for a call with several results, those that are read by their index; None where a rewrite
+# does not apply.
+Results: TypeAlias = Sequence[Node] | Mapping[int, Node]
+Replacement: TypeAlias = Node | Results | None
+# Takes a node, and writes its replacement before it.
+Rewrite = Callable[[GraphModule, Node], Replacement]
 
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
-    """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
-    changed, written, there = False, written_tensors(module.graph), set(module.graph.nodes)
+    """Apply ``rewrites``, by operator, to every node of ``module``, in place.
+
+    A name of memory that others write stays, since it may not become a copy. A tensor that is made anew becomes no name of
+    another's memory where that could be seen: it is a copy then.
+    """
+    changed, written = False, written_tensors(module.graph)
     for node in list(module.graph.nodes):
         apply = rewrites.get(op(node))
-        # What is made anew may stand for what is written later; a name of memory that others write may not become a copy.
-        kept = node in written and aliased_by(node) is not None
-        replacement = apply(module, node) if apply is not None and not kept else None
-        if replacement is None or (node in written and replacement in there):
+        if apply is None or (node in written and aliased_by(node) is not None):
+            continue
+        before = node.prev
+        replacement = apply(module, node)
+        if replacement is None:
             continue
         changed = True
-        if replacement is not node:
-            node.replace_all_uses_with(replacement)
-            module.graph.erase_node(node)
+        _replace(node, replacement, _inserted(before, node))
     if changed:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return module
+
+
+def _inserted(before: Node, node: Node) -> set[Node]:
+    """The nodes between ``before`` and ``node``."""
+    found = set()
+    while (before := before.next) is not node:
+        found.add(before)
+    return found
+
+
+def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> None:
+    """Let ``replacement``, made by the ``inserted`` nodes and by older ones, stand for ``node``."""
+    results = [node] if isinstance(replacement, Node) else list(node.users)
+    for old in results:
+        if old.users:
+            new = replacement if isinstance(replacement, Node) else replacement[old.args[1]]  # type: ignore[index]
+            shares = memory_of(new) not in inserted and aliased_by(node) is None
+            if shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new)):
+                new = call_before(node, torch.ops.aten.clone.default, new)
+            old.replace_all_uses_with(new)
+        if old is not node:
+            node.graph.erase_node(old)
+    node.graph.erase_node(node)
+
+
+def _viewed_in_other_order(old: Node, new: Node) -> bool:
+    """Whether a view of ``old`` may be none of ``new``, which lies in memory in another order."""
+    given, wanted = value(new), value(old)
+    known = given is not None and wanted is not None and given.stride() == wanted.stride()
+    return not known and any(user.target is torch.ops.aten.view.default for user in old.users)
 
 
 def call_before(node: Node, target: Any, *args: Any) -> Node:
@@ -68,15 +105,6 @@ def call_part(node: Node, several: Node, index: int) -> Node:
 def reads_part(node: Node, index: int) -> bool:
     """Whether anything reads the result ``index`` of ``node``, a call with more than one."""
     return any(user.users and user.args[1] == index for user in node.users)
-
-
-def replace_parts(node: Node, *parts: Node) -> Node:
-    """Let ``parts`` stand for the results of ``node``, a call with more than one; gives ``node``, which nothing then reads."""
-    for user in list(node.users):
-        if user.users:
-            user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
-        node.graph.erase_node(user)
-    return node
 
 
 def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
