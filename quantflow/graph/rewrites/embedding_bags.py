@@ -23,6 +23,8 @@ def embedding_bag(module: GraphModule, node: Node) -> Replacement:
     if not all(isinstance(size, int) for size in (*ids.shape, *starts.shape)):
         return None
     dtype, count = value(weight).dtype, ids.shape[0]  # type: ignore[union-attr]
+    if not count and argument(node, "mode") == _MAX:
+        return None
     places = tensor_before(module, node, torch.arange(count, dtype=starts.dtype))
     column = call_before(node, aten.reshape.default, offsets, [-1, 1])
     reached = _cast(node, call_before(node, aten.ge.Tensor, places, column), dtype)

@@ -49,6 +49,8 @@ def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
         [given] * dims if isinstance(given, int) else list(given) * (dims // len(given)),
     )
     counts = [size if count is None else count for size, count in zip(sizes, counts, strict=True)]
+    if not all((*sizes, *counts)):
+        return None
     if dims == 2 and not any(size % count for size, count in zip(sizes, counts, strict=True)):
         window = [size // count for size, count in zip(sizes, counts, strict=True)]
         return call_before(node, aten.max_pool2d_with_indices.default, node.args[0], window)
@@ -68,11 +70,11 @@ def max_pool3d_with_indices(module: GraphModule, node: Node) -> Replacement:
 
 def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Replacement:
     """The results of ``node``: maxima over ``windows`` by dimension, and where they lie. None where other sizes than the batch
-    vary.
+    vary, or a window is empty.
     """
     shape = value(node.args[0]).shape  # type: ignore[arg-type, union-attr]
     lead = open_sizes(shape[: -len(windows)])
-    if lead is None:
+    if lead is None or not all(map(all, windows)):
         return None
     if reads_part(node, 1):
         return _joint_maxima(module, node, lead, list(shape[-len(windows) :]), windows)
