@@ -72,7 +72,7 @@ def return_rows(graph: GraphModule, output: int) -> Ordering | None:
         given = given.args[0]
     if not isinstance(given, Node):
         return None
-    order = given.args[0]
+    order = given if op(given) is aten.argsort.default else given.args[0]
     ordering = Ordering(argument(order, "dim"))  # type: ignore[arg-type]
     with graph.graph.inserting_after(given):
         moved = graph.graph.call_function(ordering.record, (order.args[0], given))  # type: ignore[union-attr]
@@ -87,7 +87,8 @@ def return_rows(graph: GraphModule, output: int) -> Ordering | None:
 
 def _is_order(node: Node) -> bool:
     given = node.args[0] if node.target is operator.getitem else None
-    return isinstance(given, Node) and op(given) in _ORDERS and node.args[1] == _INDICES
+    indices = isinstance(given, Node) and op(given) in _ORDERS and node.args[1] == _INDICES
+    return indices or op(node) is aten.argsort.default
 
 
 def _size(values: torch.Tensor, dim: int) -> int:

@@ -228,6 +228,7 @@ def test_what_is_made_anew_is_not_shared(name, use):
 
 
 KERNEL, POSITIONS = torch.randn(4, 3, 3, 3, 3), torch.randn(1, 4, 4, 5, 5)
+PLACES = torch.tensor([1, 2, 5, 2, 3, 4])
 INTEGERS = torch.randint(-9, 9, (2, 3, 4, 4))
 # Where a rewrite is another than elsewhere, or none; the dimension that varies, where one does.
 BOUNDARIES = {
@@ -251,6 +252,28 @@ BOUNDARIES = {
         IMAGE[0, 0],
         None,
     ),
+    "bags that end before their indices, padded": (
+        lambda x: F.embedding_bag(PLACES, x, torch.tensor([0, 2, 4]), include_last_offset=True, padding_idx=2),
+        IMAGE[0, 0],
+        None,
+    ),
+    "bags that end before their indices": (
+        lambda x: F.embedding_bag(PLACES, x, torch.tensor([0, 2, 4]), include_last_offset=True, mode="sum"),
+        IMAGE[0, 0],
+        None,
+    ),
+    "bags that end before their indices, float64": (
+        lambda x: F.embedding_bag(PLACES, x, torch.tensor([0, 2, 4]), include_last_offset=True, mode="sum"),
+        IMAGE[0, 0].double(),
+        None,
+    ),
+    "bags of infinite rows": (
+        lambda x: F.embedding_bag(PLACES, 1 / x.relu(), torch.tensor([0, 1, 4]), mode="sum"),
+        IMAGE[0, 0],
+        None,
+    ),
+    "sorted truths": (lambda x: torch.sort(x > 0, 1, descending=True)[0], IMAGE, None),
+    "places of sorted values": (lambda x: torch.argsort(x, 1, descending=True), IMAGE, None),
     "volumes with positions": (lambda x: F.conv3d(x, KERNEL, padding=1) + POSITIONS, VOLUME, None),
     "volumes with positions, any batch": (lambda x: F.conv3d(x, KERNEL, padding=1) + POSITIONS, VOLUME, 0),
     "hardsigmoid of a number": (lambda x: F.hardsigmoid(x.mean()), IMAGE, None),

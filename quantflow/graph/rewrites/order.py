@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, value
@@ -35,8 +36,18 @@ def sort(module: GraphModule, node: Node) -> Replacement:
     val = value(x)
     if val is None or not val.ndim or not isinstance(val.shape[dim], int):
         return None
+    truths = val.dtype is torch.bool  # of which topk has no kernel
+    x = call_before(node, aten.to.dtype, x, torch.uint8) if truths else x
     found = call_before(node, aten.topk.default, x, val.shape[dim], dim, argument(node, "descending"), True)
+    if truths:
+        return [call_before(node, aten.to.dtype, call_part(node, found, 0), torch.bool), call_part(node, found, 1)]
     return found
+
+
+def argsort(module: GraphModule, node: Node) -> Replacement:
+    """Where the values along a dimension lie, in their order."""
+    found = sort(module, node)
+    return call_part(node, found, 1) if isinstance(found, Node) else found and found[1]
 
 
 def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
@@ -60,4 +71,5 @@ ORDER_REWRITES: dict[Any, Rewrite] = {
     aten.median.default: median,
     aten.median.dim: median_of_rows,
     aten.sort.default: sort,
+    aten.argsort.default: argsort,
 }
