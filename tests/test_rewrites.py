@@ -332,6 +332,8 @@ MOVES = {
     "select": lambda x: x.transpose(0, 1)[2] + x.movedim(0, -1)[2].movedim(-1, 0),
     "unbind": lambda x: torch.stack([p * 2 for p in x.transpose(0, 1).unbind(0)], 1),
     "unflatten": lambda x: x.unflatten(1, (2, 4)).transpose(0, 2).unflatten(1, (2, 1)).unsqueeze(1),
+    "rows of a table": lambda x: F.embedding((x > 0).long(), KERNEL[0, 0, 0]).unsqueeze(0),
+    "one hot": lambda x: F.one_hot((x > 0).long(), 2).unsqueeze(2) * 1.0,
     "mean": lambda x: x.permute(1, 2, 3, 0).mean(1).unsqueeze(0),
     "without the batch": lambda x: (x.sum(0) * 0 + 1).unsqueeze(1) + x[:1].squeeze(0).unsqueeze(1),
 }

@@ -47,13 +47,20 @@ def _carried(node: Node, source: Node, dim: int) -> int | None:
         return None
     if given.ndim == found.ndim and not is_view(_call(node)):
         return dim
-    sizes = [size * 2 if place == dim else size for place, size in enumerate(given.shape)]
-    grown, call = torch.empty(sizes, dtype=given.dtype, device="meta"), _call(node)
+    if not all(isinstance(size, int) for size in given.shape):
+        return None  # another dimension varies, and is told from this one
+    call = _call(node)
+
+    def doubled(other: Node) -> torch.Tensor:
+        val = other.meta["val"]
+        sizes = [size * 2 if other is source and place == dim else size for place, size in enumerate(val.shape)]
+        return torch.empty(sizes, dtype=val.dtype, device="meta")
+
     try:
-        args, kwargs = map_arg((call.args, call.kwargs), lambda n: grown if n is source else n.meta["val"])
+        args, kwargs = map_arg((call.args, call.kwargs), doubled)
         result: Any = call.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception:  # its sizes are those of the example
-        return None
+    except Exception:  # a view of the example's sizes, or what depends on values
+        return None if is_view(call) else dim
     result = result if call is node else result[node.args[1]]  # type: ignore[index]
     if result.ndim != found.ndim:
         return None
