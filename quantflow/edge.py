@@ -196,10 +196,9 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
 def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
     from executorch import exir
 
-    source = with_plain_containers(rewritten(core.source, backend.rewrite))
     constant_methods = {SIGNATURE_METHOD: core.signature.to_json()}
 
-    def lower() -> Any:
+    def lower(source: ExportedProgram) -> Any:
         if not partitioners:
             program = core.program if source is core.source else source.run_decompositions()
             return exir.to_edge(program, constant_methods=constant_methods)
@@ -209,7 +208,10 @@ def _manager(core: CoreAten, backend: Delegate, partitioners: list[Any]) -> Any:
         )
 
     try:
-        return run_fast(lower)
+        source = with_plain_containers(rewritten(core.source, backend.rewrite))
+        return run_fast(lambda: lower(source))
+    except QuantflowError:
+        raise
     except Exception as error:
         raise QuantflowError(
             "edge",

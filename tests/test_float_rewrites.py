@@ -295,6 +295,7 @@ ORDERS = {
         torch.tensor([[1.0, float("nan")], [2.0, 3.0], [0.0, 1.0]]),
     ),
     "median of integers": (Function(lambda x: x.median(-1).values), torch.randint(0, 50, (4, 6))),
+    "sorted truths and places": (Function(lambda x: (torch.sort(x > 0)[0], torch.argsort(x))), IMAGE),
     "sorted": (Function(lambda x: tuple(x.sort(1, descending=True))), IMAGE),
     "two decimals": (Function(lambda x: x.round(decimals=2)), IMAGE),
     "tens": (Function(lambda x: (x * 100).round(decimals=-1)), IMAGE),
@@ -312,6 +313,10 @@ def test_maxima_medians_and_decimals(name):
 def test_bags_of_embeddings(mode, settings):
     offsets = torch.tensor([0, 3, 3, 5])  # the second bag is empty
     assert same(nn.EmbeddingBag(10, 5, mode=mode, **settings), torch.tensor([1, 2, 4, 5, 2, 3, 9]), offsets)
+
+
+def test_an_elu_whose_alpha_is_left_out():
+    assert same(Function(lambda x: F.elu_(x * 2) * 3), IMAGE)
 
 
 def test_a_program_that_needs_no_rewrite_is_left_alone():

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
 from executorch.exir.dialects._ops import ops
 from torch import nn
@@ -20,6 +21,8 @@ from quantflow.edge import lower_to_edge
 from quantflow.fault_search import FaultSearch
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
+from quantflow.runtime_check import _difference, _Reference
+from quantflow.signature import Signature
 
 X = torch.randn(2, 4, 8, 8)
 
@@ -109,6 +112,52 @@ def test_what_the_delegate_keeps_whole_is_decomposed_where_it_is_left_out(refuse
     model = nn.Sequential(nn.Conv2d(4, 4, 1), *layers).eval()
     edge = lower_to_edge(qf.export(model, (X,)).to_core_aten(), "xnnpack", frozenset({refused}))
     assert signal_to_noise(model(X).detach(), edge.to_executorch()(X)) > 100
+
+
+TIES = torch.randint(0, 3, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda m, x: torch.sort(F.relu(x), 1, True), X.flatten(1)),
+        (lambda m, x: (torch.sort(x)[1][:, :3].to(torch.int32).t(), torch.median(x, 0)[1], torch.topk(x, 5)[1]), TIES),
+    ],
+)
+def test_equal_values_come_in_any_order(function, x):
+    model = Function(function)
+    program = edge_of(function, x).to_executorch()
+    for ours, theirs in zip(pytree.tree_leaves(program(x)), pytree.tree_leaves(model(x)), strict=True):
+        assert ours.shape == theirs.shape
+
+
+def test_indices_in_another_order_than_that_of_values_are_refused():
+    """Places outside, one place twice, and another value; beside an order of equal values that is another."""
+    x = torch.tensor([[3.0, 1.0, 1.0, 2.0]])
+    source = torch.export.export(Function(lambda m, x: torch.sort(x)[1]), (x,))
+    reference = _Reference(source, Signature.of_program(source))
+    theirs = reference.outputs[0][0]
+    assert theirs.tolist() == [[1, 2, 3, 0]]
+    assert _difference(torch.tensor([[2, 1, 3, 0]]), theirs, reference, 0, 0) == ""
+    for wrong in ([1, 1, 3, 0], [1, 2, 0, 3], [1, 2, 3, 4], [-1, 2, 3, 0]):
+        assert not reference.ordered(0, 0, torch.tensor([wrong]), theirs), wrong
+
+
+def test_nothing_passes_for_zeros_that_a_move_makes_uneven():
+    x = torch.ones(2, 4)
+    source = torch.export.export(Function(lambda m, x: x - x.mean(1, keepdim=True)), (x,))
+    reference = _Reference(source, Signature.of_program(source))
+    theirs = reference.outputs[0][0]
+    assert not theirs.any()
+    assert _difference(theirs + 1e-6, theirs, reference, 0, 0) == ""
+    assert "dB" in _difference(theirs + 5.0, theirs, reference, 0, 0)
+
+
+def test_an_example_that_was_computed_with_gradients():
+    features = nn.Linear(4, 4)(torch.randn(2, 4))
+    model = nn.Linear(4, 4)
+    program = qf.export(model, (features,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert torch.allclose(program(features.detach()), model(features), atol=1e-6)
 
 
 class Counter(nn.Module):

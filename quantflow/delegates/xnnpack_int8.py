@@ -88,11 +88,11 @@ class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
 
 
 class _Elu(_Integer, generic.EluConfig):
-    """The delegate drops ``scale`` and ``input_scale`` (SELU has them)."""
+    """The delegate drops ``scale`` and ``input_scale`` (SELU has them), and reads an ``alpha`` that may be left out."""
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
         scales = [*node.args[2:4], 1, 1][:2]
-        return super().check_constraints(node, ep) and all(scale == 1 for scale in scales)
+        return len(node.args) > 1 and super().check_constraints(node, ep) and all(scale == 1 for scale in scales)
 
 
 class _BatchedMatmul(_Integer, generic.BMMConfig):

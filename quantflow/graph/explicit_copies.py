@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, has_argument, op, value
 from quantflow.graph.rewrites.rewriting import call_before
-from quantflow.graph.state import aliased_by, written_tensors
+from quantflow.graph.state import memory_of, written_tensors
 
 
 def make_copies_explicit(module: GraphModule) -> None:
@@ -27,7 +27,7 @@ def make_copies_explicit(module: GraphModule) -> None:
                 copy = call_before(node, aten.to.dtype, copy, wanted.dtype)  # type: ignore[union-attr]
             if given.shape != wanted.shape:  # type: ignore[union-attr]
                 copy = call_before(node, aten.expand_as.default, copy, target)
-        if copy is source and source in written and _memory(source).op in ("placeholder", "get_attr"):
+        if copy is source and source in written and memory_of(source).op in ("placeholder", "get_attr"):
             copy = call_before(node, aten.clone.default, source)
         if copy is not source:
             node.replace_input_with(source, copy)
@@ -38,9 +38,3 @@ def _copies(node: Node) -> bool:
     if op(node) in (aten.copy.default, aten._to_copy.default):
         return True
     return op(node) in (aten.to.dtype, aten.to.device) and has_argument(node, "copy") and argument(node, "copy")
-
-
-def _memory(node: Node) -> Node:
-    while (base := aliased_by(node)) is not None:
-        node = base
-    return node

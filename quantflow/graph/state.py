@@ -38,6 +38,13 @@ def aliased_by(node: Node) -> Node | None:
     return written_by(node)
 
 
+def memory_of(node: Node) -> Node:
+    """The node that made the memory in which the value of ``node`` lies or may lie."""
+    while (base := aliased_by(node)) is not None:
+        node = base
+    return node
+
+
 def is_written(read: Node) -> bool:
     """Whether a node writes into the memory of ``read`` or of what is made of it without a copy. For what reads a parameter or
     a buffer, and for inputs: those of which it holds are state, and inputs that the caller sees changed.
@@ -61,13 +68,7 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
     would not see it.
     """
     lasting = {"get_attr", "placeholder"} if caller else {"get_attr"}
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    root: dict[Node, Node] = {}
-    named: defaultdict[Node, list[Node]] = defaultdict(list)  # the nodes that name the memory of each root
-    for node in graph.nodes:
-        base = aliased_by(node)
-        root[node] = node if base is None else root[base]
-        named[root[node]].append(node)
+    order, root, named = _memories(graph)
     seen = set()
     for node in graph.nodes:
         base = written_by(node)
@@ -81,12 +82,38 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
 
 def overwritten(graph: Graph) -> frozenset[Node]:
     """The nodes whose values a walk over ``graph`` writes over, or may have written over by its end."""
+    _, root, _ = _memories(graph)
+    memory = {root[base] for node in graph.nodes if writes_for_others(node) and (base := written_by(node)) is not None}
+    return frozenset(node for node, first in root.items() if first in memory)
+
+
+def seen_as_one(node: Node, other: Node) -> bool:
+    """Whether anyone could see that the value of ``node``, which is made anew, lay in the memory of ``other``: one of them is
+    written while the other is read later or lasts, or the caller holds both.
+    """
+    order, root, named = _memories(node.graph)
+    names = named[root[node]], named[root[other]]
+    lasts = root[other].op in ("get_attr", "placeholder")
+    returned = [any(user.op == "output" for name in group for user in name.users) for group in names]
+    if returned[0] and (lasts or returned[1]):
+        return True
+    for written, read, kept in ((*names, lasts), (*names[::-1], False)):
+        writes = [order[name] for name in written if written_by(name) is not None and order[name] > order[node]]
+        if writes and (kept or any(order[user] >= min(writes) for name in read for user in name.users)):
+            return True
+    return False
+
+
+def _memories(graph: Graph) -> tuple[dict[Node, int], dict[Node, Node], dict[Node, list[Node]]]:
+    """The place of each node, the one that made the memory of its value, and all names of that memory."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
     root: dict[Node, Node] = {}
+    named: defaultdict[Node, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         base = aliased_by(node)
         root[node] = node if base is None else root[base]
-    memory = {root[base] for node in graph.nodes if writes_for_others(node) and (base := written_by(node)) is not None}
-    return frozenset(node for node, first in root.items() if first in memory)
+        named[root[node]].append(node)
+    return order, root, named
 
 
 def written_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, is_float_tensor
+from quantflow.aten import argument, aten, has_argument, is_float_tensor, value
 from quantflow.graph.rewrites.poles import feeds_a_pole
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
 
@@ -22,6 +22,9 @@ def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
     """``relu((clamp(x, -3 - 6/254, 3) + 3)·(1/6))``. From there to 3 are 255 steps of which 127 make 3, so the sum is exact;
     with -3, each would lie halfway between two steps.
     """
+    val = value(node)
+    if val is None or not val.ndim:
+        return None  # int8 kernels take no single numbers
     clamped = call_before(node, aten.hardtanh.default, argument(node, "self"), -3.0 - 6 / 254, 3.0)
     shifted = call_before(node, aten.add.Tensor, clamped, constant_before(module, node, 3.0))
     return call_before(

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, value
 from quantflow.graph.modes import BATCH_NORM
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_part, replace_parts
+from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part
 
 _PLAIN = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -27,13 +27,13 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
     return call_before(node, _TRANSPOSED[dims - 1], x, weight, bias, *sides)
 
 
-def batch_norm(module: GraphModule, node: Node) -> Node | None:
+def batch_norm(module: GraphModule, node: Node) -> Replacement:
     """A batch norm in inference mode, of which only the normed tensor is read."""
     if reads_part(node, 1) or reads_part(node, 2):
         return None
     names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
     *given, momentum, eps = (argument(node, name) for name in names)
-    return replace_parts(node, call_before(node, BATCH_NORM, *given, False, momentum, eps, False))
+    return [call_before(node, BATCH_NORM, *given, False, momentum, eps, False)]
 
 
 COMPOSITE_REWRITES: dict[Any, Rewrite] = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, value
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, call_part, replace_parts
+from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, call_part
 
 
 def median(module: GraphModule, node: Node) -> Node | None:
@@ -20,23 +21,33 @@ def median(module: GraphModule, node: Node) -> Node | None:
     return _middle(node, flat, 0, keepdim=False)[0]
 
 
-def median_of_rows(module: GraphModule, node: Node) -> Node | None:
+def median_of_rows(module: GraphModule, node: Node) -> Replacement:
     """The median along a dimension and where it lies; NaN where one of its elements is, there."""
     x, dim = argument(node, "self"), argument(node, "dim")
     val = value(x)
     if val is None or not val.ndim or not isinstance(val.shape[dim], int):
         return None
-    return replace_parts(node, *_middle(node, x, dim % val.ndim, keepdim=argument(node, "keepdim")))
+    return _middle(node, x, dim % val.ndim, keepdim=argument(node, "keepdim"))
 
 
-def sort(module: GraphModule, node: Node) -> Node | None:
+def sort(module: GraphModule, node: Node) -> Replacement:
     """All values along a dimension in order, and where they lie."""
     x, dim = argument(node, "self"), argument(node, "dim")
     val = value(x)
     if val is None or not val.ndim or not isinstance(val.shape[dim], int):
         return None
+    truths = val.dtype is torch.bool  # of which topk has no kernel
+    x = call_before(node, aten.to.dtype, x, torch.uint8) if truths else x
     found = call_before(node, aten.topk.default, x, val.shape[dim], dim, argument(node, "descending"), True)
-    return replace_parts(node, call_part(node, found, 0), call_part(node, found, 1))
+    if truths:
+        return [call_before(node, aten.to.dtype, call_part(node, found, 0), torch.bool), call_part(node, found, 1)]
+    return found
+
+
+def argsort(module: GraphModule, node: Node) -> Replacement:
+    """Where the values along a dimension lie, in their order."""
+    found = sort(module, node)
+    return call_part(node, found, 1) if isinstance(found, Node) else found and found[1]
 
 
 def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
@@ -60,4 +71,5 @@ ORDER_REWRITES: dict[Any, Rewrite] = {
     aten.median.default: median,
     aten.median.dim: median_of_rows,
     aten.sort.default: sort,
+    aten.argsort.default: argsort,
 }

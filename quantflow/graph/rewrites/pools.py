@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, pair, value
+from quantflow.aten import argument, aten, is_float_tensor, pair, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
 
 
@@ -28,7 +28,9 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
     kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
     stride = pair(argument(node, "stride") or kernel)
     whole = argument(node, "count_include_pad") or padding == [0, 0]
-    if val is None or val.ndim != 4 or not whole or argument(node, "divisor_override"):
+    if val is None or val.ndim != 4 or not isinstance(val.shape[1], int) or not is_float_tensor(node):
+        return None
+    if not whole or argument(node, "divisor_override"):
         return None
     steps = zip(val.shape[2:], kernel, padding, stride, strict=True)
     if argument(node, "ceil_mode") and any(not isinstance(n, int) or (n + 2 * p - k) % s for n, k, p, s in steps):
@@ -44,7 +46,7 @@ def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """
     x = node.args[0]
     val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]
-    sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 else []
+    sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 and is_float_tensor(node) else []
     if sizes and size == [1, 1]:
         return call_before(node, aten.mean.dim, x, [2, 3], True)
     if not sizes or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True)):

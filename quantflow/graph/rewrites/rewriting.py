@@ -3,41 +3,112 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import op, value
-from quantflow.graph.parameters import read_attribute, unused_name
-from quantflow.graph.state import aliased_by, written_tensors
+from quantflow.aten import label, op, value
+from quantflow.errors import QuantflowWarning
+from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
+from quantflow.graph.rewrites.batches import batch_dimension
+from quantflow.graph.state import aliased_by, memory_of, seen_as_one, written_tensors
 
-# Takes a node and returns the one that replaces it, or None where the rewrite does not apply.
-Rewrite = Callable[[GraphModule, Node], Node | None]
+# What stands for a node: another, or for a call with several results, those that are read by their index; None where a rewrite
+# does not apply.
+Results: TypeAlias = Sequence[Node] | Mapping[int, Node]
+Replacement: TypeAlias = Node | Results | None
+# Takes a node, and writes its replacement before it.
+Rewrite = Callable[[GraphModule, Node], Replacement]
 
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
-    """Apply ``rewrites``, by operator, to every node of ``module``, in place."""
+    """Apply ``rewrites``, by operator, to every node of ``module``, in place.
+
+    A name of memory that others write stays, since it may not become a copy. A tensor that is made anew becomes no name of
+    another's memory where that could be seen: it is a copy then. A node whose rewrite fails stays, with a warning.
+    """
     changed, written, there = False, written_tensors(module.graph), set(module.graph.nodes)
     for node in list(module.graph.nodes):
         apply = rewrites.get(op(node))
-        # What is made anew may stand for what is written later; a name of memory that others write may not become a copy.
-        kept = node in written and aliased_by(node) is not None
-        replacement = apply(module, node) if apply is not None and not kept else None
-        if replacement is None or (node in written and replacement in there):
+        if apply is None or (node in written and aliased_by(node) is not None):
+            continue
+        before = node.prev
+        replacement = _attempt(module, node, apply, there)
+        there.update(inserted := _inserted(before, node))
+        if replacement is None:
             continue
         changed = True
-        if replacement is not node:
-            node.replace_all_uses_with(replacement)
-            module.graph.erase_node(node)
+        _replace(node, replacement, inserted)
     if changed:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return module
+
+
+def _attempt(module: GraphModule, node: Node, apply: Rewrite, there: set[Node]) -> Replacement:
+    """What ``apply`` gives; where it fails None, a warning, and the graph as it was."""
+    weights = {str(n.target): tensor_of(module, n) for n in node.all_input_nodes if n.op == "get_attr"}
+    try:
+        return apply(module, node)
+    except Exception as error:
+        _undo(module, there, weights)
+        reason = f"{op(node)} could not be rewritten for the backend and stays: {type(error).__name__}: {error}"
+        remedy = "write the layer in terms of other operators where the backend lacks it; report it"
+        warnings.warn(QuantflowWarning("rewrite", reason, node=label(node), remedy=remedy), stacklevel=3)
+        return None
+
+
+def _undo(module: GraphModule, there: set[Node], weights: Mapping[str, torch.Tensor]) -> None:
+    """Leave the nodes ``there``, what they read, and the ``weights`` by name."""
+    added = set()
+    for new in reversed(module.graph.nodes):
+        if new not in there and not new.users:
+            if new.op == "get_attr":
+                added.add(str(new.target))
+            module.graph.erase_node(new)
+    for name in added - {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}:
+        owner, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
+    for name, tensor in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        held = module.get_submodule(owner)
+        (held._parameters if isinstance(tensor, torch.nn.Parameter) else held._buffers)[leaf] = tensor
+
+
+def _inserted(before: Node, node: Node) -> set[Node]:
+    """The nodes between ``before`` and ``node``."""
+    found = set()
+    while (before := before.next) is not node:
+        found.add(before)
+    return found
+
+
+def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> None:
+    """Let ``replacement``, made by the ``inserted`` nodes and by older ones, stand for ``node``."""
+    results = [node] if isinstance(replacement, Node) else list(node.users)
+    for old in results:
+        if old.users:
+            new = replacement if isinstance(replacement, Node) else replacement[old.args[1]]  # type: ignore[index]
+            shares = memory_of(new) not in inserted and aliased_by(node) is None
+            if shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new)):
+                new = call_before(node, torch.ops.aten.clone.default, new)
+            old.replace_all_uses_with(new)
+        if old is not node:
+            node.graph.erase_node(old)
+    node.graph.erase_node(node)
+
+
+def _viewed_in_other_order(old: Node, new: Node) -> bool:
+    """Whether a view of ``old`` may be none of ``new``, which lies in memory in another order."""
+    given, wanted = value(new), value(old)
+    known = given is not None and wanted is not None and given.stride() == wanted.stride()
+    return not known and any(user.target is torch.ops.aten.view.default for user in old.users)
 
 
 def call_before(node: Node, target: Any, *args: Any) -> Node:
@@ -70,15 +141,6 @@ def reads_part(node: Node, index: int) -> bool:
     return any(user.users and user.args[1] == index for user in node.users)
 
 
-def replace_parts(node: Node, *parts: Node) -> Node:
-    """Let ``parts`` stand for the results of ``node``, a call with more than one; gives ``node``, which nothing then reads."""
-    for user in list(node.users):
-        if user.users:
-            user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
-        node.graph.erase_node(user)
-    return node
-
-
 def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
     """A read of ``tensor`` before ``node``: a buffer that no checkpoint holds."""
     name = unused_name(module, f"{node.name}_constant")
@@ -88,22 +150,42 @@ def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node
     return read_attribute(module, name, node, like)
 
 
-def constant_before(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] = (1,)) -> Node:
-    """A read of a tensor full of ``number``, in the dtype of ``node``, before it."""
-    return tensor_before(module, node, torch.full(shape, number, dtype=value(node).dtype))  # type: ignore[union-attr]
+def constant_before(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] | None = None) -> Node:
+    """A read of a tensor full of ``number``, in the dtype of ``node``, before it; by default of one element, or of no
+    dimension where ``node`` has none.
+    """
+    val = value(node)
+    assert val is not None
+    shape = (1,) * min(val.ndim, 1) if shape is None else shape
+    return tensor_before(module, node, torch.full(shape, number, dtype=val.dtype))
+
+
+def reads_input(node: Node) -> bool:
+    """Whether the value of ``node`` depends on an input of the graph, whose batch it then may have."""
+    seen, ahead = {node}, [node]
+    while ahead:
+        given = ahead.pop()
+        if given.op == "placeholder":
+            return True
+        ahead.extend(further := [n for n in given.all_input_nodes if n not in seen])
+        seen.update(further)
+    return False
 
 
 def open_shape(node: Node) -> list[int] | None:
-    """The shape of the value of ``node`` with -1 for the dimension that varies, or for the first (a graph is called with other
-    batches than its example's); None where more than one varies.
+    """The shape of the value of ``node`` with -1 for the dimension that varies, or for that of the batch, since a graph is
+    called with other batches than its example's; None where more than one varies.
     """
     val = value(node)
-    return None if val is None else open_sizes(val.shape)
+    if val is None:
+        return None
+    static = all(isinstance(size, int) for size in val.shape)
+    return open_sizes(val.shape, batch_dimension(node) if static else None)
 
 
-def open_sizes(shape: Sequence[int | torch.SymInt]) -> list[int] | None:
-    """``shape`` as :func:`open_shape` has it."""
+def open_sizes(shape: Sequence[int | torch.SymInt], batch: int | None = 0) -> list[int] | None:
+    """``shape`` as :func:`open_shape` has it, with the dimension of the ``batch``, None where it has none."""
     sizes = [s if isinstance(s, int) else -1 for s in shape]
-    if -1 not in sizes and 0 not in sizes:
-        sizes[:1] = [-1] * len(sizes[:1])
+    if batch is not None and batch < len(sizes) and -1 not in sizes and 0 not in sizes:
+        sizes[batch] = -1
     return sizes if sizes.count(-1) <= 1 else None

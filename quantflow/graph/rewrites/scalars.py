@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ def scalar_operand(module: GraphModule, node: Node) -> Node | None:
         number, target = 1 / number, aten.mul.Tensor
     elif target is aten.rsub.Scalar:
         target, swap = aten.sub.Tensor, True
+    limits = torch.finfo(value(node).dtype)  # type: ignore[union-attr]
+    if number and math.isfinite(number) and not limits.tiny <= abs(number) <= limits.max:
+        return None  # the operator itself computes with the number in a wider dtype
     constant = constant_before(module, node, number)
     target = _TENSOR_FORM.get(target, target)
     operands = [constant if isinstance(a, (int, float)) else a for a in node.args[:2]]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, is_inplace, is_view, op, value
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
+from quantflow.aten import argument, aten, op, value
+from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, open_shape
 
 
 def reshape(module: GraphModule, node: Node) -> Node | None:
@@ -25,7 +25,7 @@ def select(module: GraphModule, node: Node) -> Node | None:
     return call_before(node, aten.reshape.default, picked, sizes)
 
 
-def split(module: GraphModule, node: Node) -> Node | None:
+def split(module: GraphModule, node: Node) -> Replacement:
     """Parts as slices, each for itself; those of an ``unbind`` without the dimension."""
     dim, start, drops = argument(node, "dim"), 0, op(node) is aten.unbind.int
     parts = node.meta.get("val")
@@ -34,22 +34,23 @@ def split(module: GraphModule, node: Node) -> Node | None:
         return None
     if any((open_shape(u) is None) if drops else not isinstance(value(u).shape[dim], int) for u in users):  # type: ignore[union-attr]
         return None
+    read = {user.args[1]: open_shape(user) for user in users}
+    slices = {}
     for index, part in enumerate(parts):
         end = start + (1 if drops else part.shape[dim])
-        for user in [u for u in users if u.args[1] == index]:
-            new = call_before(user, aten.slice.Tensor, node.args[0], dim, start, end)
-            user.replace_all_uses_with(call_before(user, aten.reshape.default, new, open_shape(user)) if drops else new)
-            module.graph.erase_node(user)
+        if index in read:
+            if not isinstance(start, int):
+                return None
+            new = call_before(node, aten.slice.Tensor, node.args[0], dim, start, end)
+            slices[index] = call_before(node, aten.reshape.default, new, read[index]) if drops else new
         start = end
-    return node
+    return slices
 
 
 def cat(module: GraphModule, node: Node) -> Node | None:
     """One tensor joined is that tensor."""
     tensors = argument(node, "tensors")
-    if len(tensors) != 1 or any(is_inplace(user) or is_view(user) for user in (*node.users, *tensors[0].users)):
-        return None
-    return tensors[0]
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def alias(module: GraphModule, node: Node) -> Node | None:

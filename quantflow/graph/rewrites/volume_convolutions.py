@@ -58,7 +58,7 @@ def _over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
         return None if numbered is None else _over_images(module, numbered, own)
     x, weight = argument(node, "input"), argument(node, "weight")
     sizes, kernel = volume_sizes(x), value(weight)
-    if sizes is None or kernel is None:
+    if sizes is None or kernel is None or volume_sizes(node) is None:
         return None
     stride, padding, dilation = (triple(argument(node, name)) for name in ("stride", "padding", "dilation"))
     groups, taps = argument(node, "groups"), kernel.shape[2]
@@ -76,7 +76,7 @@ def _over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
 def _transposed_over_images(module: GraphModule, node: Node, own: bool) -> Node | None:
     x, weight, groups = (argument(node, name) for name in ("input", "weight", "groups"))
     sizes, kernel = volume_sizes(x), value(weight)
-    if sizes is None or kernel is None:
+    if sizes is None or kernel is None or volume_sizes(node) is None:
         return None
     names = ("stride", "padding", "output_padding", "dilation")
     stride, padding, output_padding, dilation = (triple(argument(node, name)) for name in names)

@@ -19,9 +19,11 @@ def triple(given: Any) -> list[int]:
 
 
 def volume_sizes(node: Any) -> list[int] | None:
-    """Channels, depth, height and width of a volume; None where they vary, or it is none."""
+    """Channels, depth, height and width of a volume; None where they vary, or it is none or empty."""
     val = value(node) if isinstance(node, Node) else None
     if val is None or val.ndim != 5 or not all(isinstance(s, int) and s for s in val.shape[1:]):
+        return None
+    if isinstance(val.shape[0], int) and not val.shape[0]:
         return None
     return list(val.shape[1:])
 

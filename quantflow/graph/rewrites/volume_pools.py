@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, value
+from quantflow.aten import argument, aten, is_float_tensor, value
 from quantflow.graph.rewrites.pools import average_pool
 from quantflow.graph.rewrites.rewriting import call_before, open_shape, tensor_before
 from quantflow.graph.rewrites.volume_form import as_images, as_volumes, triple, volume_sizes
@@ -25,7 +25,7 @@ def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """An average over windows of any sizes: the mean where there is one window, else over images and then over depth."""
     x = node.args[0]
     sizes, size = volume_sizes(x), triple(argument(node, "output_size"))
-    if sizes is None:
+    if sizes is None or volume_sizes(node) is None or not is_float_tensor(node):
         return None
     if size == [1, 1, 1]:
         return _mean(node)
@@ -39,7 +39,7 @@ def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
 def max_pool(module: GraphModule, node: Node) -> Node | None:
     """The maximum over windows, over height and width and then over depth."""
     sizes = volume_sizes(node.args[0])
-    if sizes is None:
+    if sizes is None or volume_sizes(node) is None:
         return None
     kernel, padding, dilation = (triple(argument(node, name)) for name in ("kernel_size", "padding", "dilation"))
     stride, ceil = triple(argument(node, "stride") or kernel), argument(node, "ceil_mode")
@@ -58,7 +58,7 @@ def any_average_pool(module: GraphModule, node: Node) -> Node | None:
     divided by makes up for it.
     """
     sizes, val = volume_sizes(node.args[0]), value(node)
-    if sizes is None or val is None:
+    if sizes is None or val is None or volume_sizes(node) is None or not is_float_tensor(node):
         return None
     kernel, padding = triple(argument(node, "kernel_size")), triple(argument(node, "padding"))
     stride, x = triple(argument(node, "stride") or kernel), node.args[0]

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.aten import aten, op
+from quantflow.aten import aten, op, value
 from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, FROZEN, SWITCHED
 from quantflow.graph.rewrites import volume_pools
 from quantflow.graph.rewrites.pools import mean
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_input
 from quantflow.graph.rewrites.scalars import scalar_operand
 from quantflow.graph.rewrites.volume_convolutions import any_convolution, convolution, transposed_convolution
 from quantflow.graph.rewrites.volume_form import as_images, as_volumes, is_folded, volume_sizes
@@ -37,9 +38,12 @@ def clamp(module: GraphModule, node: Node) -> Node | None:
 
 
 def add(module: GraphModule, node: Node) -> Node | None:
-    """A sum of volumes of one shape, one of them held as images."""
+    """A sum of volumes of one shape, one of them held as images, for any batch: none of them is a constant."""
     operands = [x for x in node.args[:2] if volume_sizes(x) is not None and volume_sizes(x) == volume_sizes(node)]
     if len(operands) != 2 or node.kwargs or not any(map(is_folded, operands)):
+        return None
+    first, second = (value(x).shape[0] for x in operands)  # type: ignore[arg-type, union-attr]
+    if not statically_known_true(first == second) or not all(map(reads_input, operands)):  # type: ignore[arg-type]
         return None
     return as_volumes(node, call_before(node, op(node), *(as_images(node, x) for x in operands)))  # type: ignore[arg-type]
 

@@ -12,12 +12,12 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, value
 from quantflow.graph.rewrites.rewriting import (
+    Replacement,
     Rewrite,
     call_before,
     call_part,
     open_sizes,
     reads_part,
-    replace_parts,
     tensor_before,
 )
 from quantflow.graph.rewrites.volume_form import triple
@@ -38,7 +38,7 @@ def sliding_windows(size: int, count: int, kernel: int, stride: int, padding: in
     return [[position for position in reach if 0 <= position < size] for reach in reaches]
 
 
-def adaptive_max_pool(module: GraphModule, node: Node) -> Node | None:
+def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
     """An adaptive maximum over one, two or three dimensions."""
     given, val = argument(node, "output_size"), value(node.args[0])  # type: ignore[arg-type]
     dims = {aten.adaptive_max_pool1d.default: 1, aten.adaptive_max_pool2d.default: 2}.get(node.target, 3)
@@ -49,19 +49,15 @@ def adaptive_max_pool(module: GraphModule, node: Node) -> Node | None:
         [given] * dims if isinstance(given, int) else list(given) * (dims // len(given)),
     )
     counts = [size if count is None else count for size, count in zip(sizes, counts, strict=True)]
+    if not all((*sizes, *counts)):
+        return None
     if dims == 2 and not any(size % count for size, count in zip(sizes, counts, strict=True)):
-        pooled = call_before(
-            node,
-            aten.max_pool2d_with_indices.default,
-            node.args[0],
-            [size // count for size, count in zip(sizes, counts, strict=True)],
-        )
-        node.replace_all_uses_with(pooled)
-        return node
+        window = [size // count for size, count in zip(sizes, counts, strict=True)]
+        return call_before(node, aten.max_pool2d_with_indices.default, node.args[0], window)
     return _maxima(module, node, [adaptive_windows(size, count) for size, count in zip(sizes, counts, strict=True)])
 
 
-def max_pool3d_with_indices(module: GraphModule, node: Node) -> Node | None:
+def max_pool3d_with_indices(module: GraphModule, node: Node) -> Replacement:
     """A maximum over windows of a volume, and where it lies."""
     val, pooled = value(node.args[0]), node.meta["val"][0]  # type: ignore[arg-type]
     if val is None or not all(isinstance(size, int) for size in val.shape[-3:]):
@@ -72,13 +68,13 @@ def max_pool3d_with_indices(module: GraphModule, node: Node) -> Node | None:
     return _maxima(module, node, [sliding_windows(*given) for given in each])
 
 
-def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Node | None:
+def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Replacement:
     """The results of ``node``: maxima over ``windows`` by dimension, and where they lie. None where other sizes than the batch
-    vary.
+    vary, or a window is empty.
     """
     shape = value(node.args[0]).shape  # type: ignore[arg-type, union-attr]
     lead = open_sizes(shape[: -len(windows)])
-    if lead is None:
+    if lead is None or not all(map(all, windows)):
         return None
     if reads_part(node, 1):
         return _joint_maxima(module, node, lead, list(shape[-len(windows) :]), windows)
@@ -93,12 +89,12 @@ def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Node
             x = call_before(node, aten.reshape.default, x, [*before, len(spans), longest, *behind])
             x = call_before(node, aten.amax.default, x, [dim + 1])
         before = [*before, len(spans)]
-    return replace_parts(node, x)
+    return [x]
 
 
 def _joint_maxima(
     module: GraphModule, node: Node, lead: list[int], sizes: list[int], windows: Sequence[Windows]
-) -> Node:
+) -> list[Node]:
     steps = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
     spans = [
         [sum(p * step for p, step in zip(place, steps, strict=True)) for place in itertools.product(*window)]
@@ -116,7 +112,7 @@ def _joint_maxima(
     found = call_before(node, aten.add.Tensor, found, rows)
     found = call_before(node, aten.index.Tensor, places, [found])
     shape = [*lead, *map(len, windows)]
-    return replace_parts(node, *(call_before(node, aten.reshape.default, part, shape) for part in (maxima, found)))
+    return [call_before(node, aten.reshape.default, part, shape) for part in (maxima, found)]
 
 
 def _filled(span: list[int], length: int) -> list[int]:

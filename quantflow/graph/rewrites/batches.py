@@ -1,0 +1,67 @@
+"""In which dimension a tensor carries the batch, for graphs that are called with other batches than their example's."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from quantflow.aten import is_view, value
+
+
+def batch_dimension(node: Node) -> int | None:
+    """Where the value of ``node``, of static shape, has the first dimension of the graph's inputs; None where it has lost it.
+
+    What keeps the number of dimensions keeps their order, but for views. Behind what takes several tensors to another
+    number of dimensions, it is the first.
+    """
+    passed: list[tuple[Node, Node]] = []
+    while (source := _source(node)) is not None:
+        passed.append((node, source))
+        node = source
+    dim: int | None = 0
+    for moved, source in reversed(passed):
+        dim = None if dim is None else _carried(moved, source, dim)
+    return dim
+
+
+def _source(node: Node) -> Node | None:
+    """The tensor from which the dimensions of ``node`` follow; None where there are several or none."""
+    call = _call(node)
+    given = [n for n in call.all_input_nodes if n.op != "get_attr" and value(n) is not None]
+    same = [n for n in given if value(node) is not None and value(n).ndim == value(node).ndim]  # type: ignore[union-attr]
+    return same[0] if same else given[0] if len(given) == 1 else None
+
+
+def _call(node: Node) -> Node:
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def _carried(node: Node, source: Node, dim: int) -> int | None:
+    """The dimension of ``node`` that grows with the dimension ``dim`` of ``source``."""
+    given, found = value(source), value(node)
+    if given is None or found is None:
+        return None
+    if given.ndim == found.ndim and not is_view(_call(node)):
+        return dim
+    if not all(isinstance(size, int) for size in given.shape):
+        return None  # another dimension varies, and is told from this one
+    call = _call(node)
+
+    def doubled(other: Node) -> torch.Tensor:
+        val = other.meta["val"]
+        sizes = [size * 2 if other is source and place == dim else size for place, size in enumerate(val.shape)]
+        return torch.empty(sizes, dtype=val.dtype, device="meta")
+
+    try:
+        args, kwargs = map_arg((call.args, call.kwargs), doubled)
+        result: Any = call.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:  # a view of the example's sizes, or what depends on values
+        return None if is_view(call) else dim
+    result = result if call is node else result[node.args[1]]  # type: ignore[index]
+    if result.ndim != found.ndim:
+        return None
+    return next((place for place, (a, b) in enumerate(zip(result.shape, found.shape, strict=True)) if a != b), None)
