@@ -92,11 +92,14 @@ def row_weights(
     return (weights.to(like) + _FLOOR) / (1 + _FLOOR)
 
 
+Moved = dict[tuple[nn.Module, int], torch.Tensor]  # by observer and number of rows
+
+
 def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: Sensitivity) -> None:
     dead = last_reads(graph.graph)
     given, returned = iter(batch), []
     values: Values = {}
-    moved: dict[nn.Module, torch.Tensor] = {}
+    moved: Moved = {}
     with torch.enable_grad():
         for node in graph.graph.nodes:
             if node.op == "output":
@@ -116,7 +119,7 @@ def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, numb
         outputs = [y for y in returned if y.requires_grad]
         random = torch.Generator().manual_seed(number)
         torch.autograd.backward(outputs, [random_signs(y, random) for y in outputs])
-    for observer, sums in moved.items():
+    for (observer, _), sums in moved.items():
         found.slopes[observer].sums.append(sums.float())
 
 
@@ -163,9 +166,7 @@ def _price_rows(layer: Layer, y: torch.Tensor, number: int, found: Sensitivity) 
     y.register_hook(keep)
 
 
-def _price_values(
-    observer: nn.Module, y: torch.Tensor, moved: dict[nn.Module, torch.Tensor], found: Sensitivity
-) -> None:
+def _price_values(observer: nn.Module, y: torch.Tensor, moved: Moved, found: Sensitivity) -> None:
     if not has_grid(observer) or getattr(observer, "is_dynamic", False) or not hasattr(observer, "min_val"):
         return
     low, high = float(observer.min_val.min().clamp(max=0.0)), float(observer.max_val.max().clamp(min=0.0))
@@ -182,7 +183,8 @@ def _price_values(
         flat = gradient.reshape(x.shape).masked_fill(exact, 0.0).flatten()
         counted = {"minlength": BINS * len(x)}
         sums = torch.bincount(place.flatten(), weights=flat, **counted).view(-1, BINS).double().cpu()
-        moved[observer] = moved[observer] + sums if observer in moved else sums
+        # Values of one range add up by example; where the examples lie along another dimension, rows are what there is.
+        moved[observer, len(x)] = moved[observer, len(x)] + sums if (observer, len(x)) in moved else sums
         squares = torch.bincount(place.flatten(), weights=flat.square_(), **counted)
         slope.squares += squares.view(-1, BINS).sum(0).double().cpu()
 
