@@ -75,6 +75,33 @@ def test_state_dict_passes_both_ways():
     assert torch.equal(model.eval()(x), other(x))
 
 
+class Tied(nn.Module):
+    """A weight and a batch norm under two names each, the second of which no strict capture reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        self.last.weight, self.again = self.first.weight, self.norm
+
+    def forward(self, x):
+        return self.again(self.last(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_shared_stays_shared(strict):
+    model, x = Tied(), torch.randn(4, 8)
+    graph = copy.deepcopy(qf.export(model, (x,), strict=strict).module())
+    state = graph.state_dict(keep_vars=True)
+    assert state.keys() == model.state_dict().keys()
+    for name, other in (("first.weight", "last.weight"), ("norm.running_mean", "again.running_mean")):
+        assert state[name] is state[other]
+    assert len(list(graph.parameters())) == len(list(model.parameters()))
+    assert_same_step(step(graph, x), step(model, x))
+    qf.train(graph, [(x, torch.arange(4))] * 2, lr=0.5, progress=False)
+    model.load_state_dict(graph.state_dict())
+    assert torch.allclose(model.eval()(x), graph.eval()(x), atol=1e-5)
+
+
 def test_a_copy_is_independent():
     x = torch.randn(4, 3, 16, 16)
     graph = qf.export(ConvNet(), (x,)).module()

@@ -146,12 +146,27 @@ def inline_grad_mode_regions(module: GraphModule) -> bool:
 
 
 def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
-    """Give ``module`` copies of what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters."""
-    there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    there.update(name for name, _ in module.named_buffers(remove_duplicate=False))
-    for name in program.state_dict.keys() - there:
-        tensor = program.state_dict[name]
-        set_tensor(module, name, tensor.detach().clone(), parameter=isinstance(tensor, torch.nn.Parameter))
+    """Give ``module`` what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters and the second
+    names of shared tensors: a tensor that another name has stays one with it, of others it is a copy.
+    """
+    there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    known = {_memory(tensor): there[name] for name, tensor in program.state_dict.items() if name in there}
+    for name, tensor in program.state_dict.items():
+        if name in there:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner, own = submodule_at(module, path), known.setdefault(_memory(tensor), tensor.detach().clone())
+        if not isinstance(tensor, torch.nn.Parameter):
+            owner.register_buffer(leaf, own)
+        else:
+            own = own if isinstance(own, torch.nn.Parameter) else torch.nn.Parameter(own, tensor.requires_grad)
+            owner.register_parameter(leaf, own)
+            known[_memory(tensor)] = own
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    """What is the same of two tensors of which each holds what is written to the other."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
