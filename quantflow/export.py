@@ -13,15 +13,16 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from quantflow.aten import layer
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph import modes, provenance
 from quantflow.graph.dropout_capture import distinct_dropouts, erase_aliases, freeze_ambiguous
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.inference_mode import inference_mode, never_trained
+from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
+from quantflow.graph.never_trained import mark_modes
+from quantflow.graph.regions import nodes_of
 from quantflow.graph.state import state_kept
 from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
@@ -80,7 +81,6 @@ def export(
     training = model.training
     # Captured under no_grad, the whole program would be one opaque region.
     with inference_mode(model), torch.enable_grad():
-        frozen = never_trained(model)
         try:
             with distinct_dropouts(model):
                 program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
@@ -90,13 +90,21 @@ def export(
             raise
         except Exception as error:
             raise _why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
-    if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
-        return _take_in(program)  # its mode is what its nodes say
-    modes.mark_switched(program.graph, frozen)
-    _mark_cumulative_averages(model, program)
+        if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
+            return _take_in(program)  # its mode is what its nodes say
+        unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
-    return Exported(program, training, inherited)
+    return Exported(program, training, (*inherited, *unclear))
+
+
+def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
+    """The program of ``model`` in the mode that it is in. Batch norm may not train on a batch of one: then on two rows."""
+    try:
+        return torch.export.export(model, args, kwargs, strict=strict)
+    except Exception:
+        args, kwargs, _ = _with_dynamic_batch(model, args, kwargs, True)
+        return torch.export.export(model, args, kwargs, strict=strict)
 
 
 def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -122,10 +130,10 @@ def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 def _take_in(program: ExportedProgram) -> Exported:
     """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
     program = make_contiguous(program)
-    captured_in_training = modes.training_literals(program.graph)
+    captured_in_training = modes.training_literals(nodes_of(program.graph_module))
     if not captured_in_training:
         unclear = freeze_ambiguous(program)
-        modes.mark_switched(program.graph)
+        modes.mark_switched(nodes_of(program.graph_module))
         return Exported(program, inference_only=unclear)
     if program.example_inputs is None:
         raise QuantflowError(
@@ -134,9 +142,9 @@ def _take_in(program: ExportedProgram) -> Exported:
             node=captured_in_training[0].name,
             remedy="export model.eval(), or pass the model itself to qf.export",
         )
-    modes.mark_frozen(program.graph)
+    modes.mark_frozen(nodes_of(program.graph_module))
     graph = TrainableGraphModule.from_program(program)
-    modes.mark_all(graph.graph)
+    modes.mark_all(graph.graph.nodes)
     graph.training = True
     graph.eval()
     args, kwargs = program.example_inputs
@@ -183,18 +191,6 @@ def _with_dynamic_batch(
         raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
     return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
-
-
-def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> None:
-    """Batch norm with ``momentum=None`` leaves no momentum in an inference trace: note it on the node."""
-    cumulative = {
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None and m.track_running_stats
-    }
-    for node in program.graph.nodes:
-        if modes.SWITCHED in node.meta and layer(node) in cumulative:
-            node.meta[modes.CUMULATIVE] = True
 
 
 def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:

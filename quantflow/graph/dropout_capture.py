@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantflow.aten import INFERENCE_IDENTITIES, aten, is_inplace, label, op
 from quantflow.graph.modes import FROZEN
+from quantflow.graph.regions import nodes_of
 
 _DROPOUTS = INFERENCE_IDENTITIES - {aten.detach.default}
 _FUNCTIONS = frozenset(
@@ -69,7 +70,9 @@ def freeze_ambiguous(program: ExportedProgram) -> tuple[str, ...]:
     Returns:
         What to call those dropouts before a person.
     """
-    unclear = [n for n in program.graph.nodes if op(n) in _DROPOUTS and not is_inplace(n) and len(n.users) > 1]
+    unclear = [
+        n for n in nodes_of(program.graph_module) if op(n) in _DROPOUTS and not is_inplace(n) and len(n.users) > 1
+    ]
     for node in unclear:
         node.meta[FROZEN] = True
     return tuple(map(label, unclear))

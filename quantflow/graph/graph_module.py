@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -13,7 +12,8 @@ from torch.fx import Graph, GraphModule
 
 from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
-from quantflow.graph.parameters import set_tensor, submodule_at, unused_name
+from quantflow.graph.parameters import submodule_at
+from quantflow.graph.regions import inline_grad_mode_regions
 
 _SETS_GRAD_MODE = "quantflow_sets_grad_mode"
 
@@ -40,10 +40,10 @@ class TrainableGraphModule(GraphModule):
     def from_program(cls, program: ExportedProgram) -> Self:
         """The graph of ``program`` with parameters of its own, in inference mode."""
         root = copy.deepcopy(program.module(check_guards=False))
-        modes.strip_tracking(root.graph)
         if inline_grad_mode_regions(root):
             root.meta[_SETS_GRAD_MODE] = True
-        modes.mark_switched(root.graph)
+        modes.strip_tracking(root.graph)
+        modes.mark_switched(root.graph.nodes)
         module = cls(root, root.graph)
         module.meta.update(root.meta)
         _add_unread_state(module, program)
@@ -94,8 +94,8 @@ def adopt(module: GraphModule) -> TrainableGraphModule:
     module = copy.deepcopy(module)
     adopted = TrainableGraphModule(module, module.graph)
     adopted.meta.update(module.meta)
-    modes.mark_switched(adopted.graph)
-    modes.mark_all(adopted.graph)  # captured in training mode
+    modes.mark_switched(adopted.graph.nodes)
+    modes.mark_all(adopted.graph.nodes)  # captured in training mode
     adopted.training = modes_say_training(adopted.graph.nodes)
     return adopted
 
@@ -103,46 +103,6 @@ def adopt(module: GraphModule) -> TrainableGraphModule:
 def modes_say_training(nodes: Iterable[torch.fx.Node]) -> bool:
     """Whether any node that follows the mode stands in training mode."""
     return any(modes.SWITCHED in n.meta and argument(n, n.meta[modes.SWITCHED]) for n in nodes)
-
-
-def inline_grad_mode_regions(module: GraphModule) -> bool:
-    """Write regions under ``torch.no_grad`` (or ``enable_grad``) back into the flat graph.
-
-    Export wraps them in a higher-order operator whose body no quantizer sees. They become plain nodes between calls that
-    set the grad mode, which is what they are in eager mode. Returns whether there were any.
-    """
-    found = False
-    graph = module.graph
-    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not hop:
-            continue
-        found = True
-        enabled, body_ref, *inputs = node.args
-        body = module.get_submodule(str(body_ref.target))
-        inline_grad_mode_regions(body)
-        with graph.inserting_before(node):
-            before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, (enabled,))
-            env = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
-            for inner in body.graph.nodes:
-                if inner.op in ("placeholder", "output"):
-                    continue
-                env[inner] = graph.node_copy(inner, lambda n, env=env: env[n])
-                if inner.op in ("get_attr", "call_module"):
-                    held = operator.attrgetter(str(inner.target))(body)
-                    env[inner].target = _taken_over(module, f"{node.name}_{inner.name}", held)
-            graph.call_function(torch._C._set_grad_enabled, (before,))
-        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
-        results = results if isinstance(results, (tuple, list)) else (results,)
-        for user in list(node.users):  # a region always returns a tuple, read by getitem
-            user.replace_all_uses_with(env[results[user.args[1]]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not body_ref.users:
-            graph.erase_node(body_ref)
-    graph.lint()
-    return found
 
 
 def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
@@ -167,16 +127,6 @@ def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
 def _memory(tensor: torch.Tensor) -> tuple:
     """What is the same of two tensors of which each holds what is written to the other."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
-    """The name, ``wanted`` or like it, under which ``module`` now has what a body ``held``."""
-    name = unused_name(module, wanted)
-    if isinstance(held, torch.nn.Module):
-        module.add_submodule(name, held)
-    else:
-        set_tensor(module, name, held, parameter=isinstance(held, torch.nn.Parameter))
-    return name
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
