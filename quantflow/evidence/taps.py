@@ -10,10 +10,11 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from quantflow.aten import aten, clamp_limits, is_float_tensor, is_inplace, is_view, only_user
+from quantflow.aten import aten, clamp_limits, is_float_tensor, only_user
 from quantflow.evidence.grids import Grid
 from quantflow.evidence.twins import computes, converts, source
 from quantflow.graph.parameters import is_constant
+from quantflow.graph.state import is_written
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def tapped(graph: GraphModule, taps: list[Tap]) -> GraphModule:
             if tap.step is not None:
                 values.append(opened.graph.node_copy(end))
             else:
-                values.append(_times_one(end) if _is_written(end) else end)
+                values.append(_times_one(end) if is_written(end) else end)
     output.args = (tuple(values),)
     opened.graph.set_codegen(CodeGen())
     opened.meta.pop("quantflow_signature", None)
@@ -87,12 +88,6 @@ def _goes_to_a_grid(node: Node) -> bool:
         return True
     behind = only_user(node)
     return behind is not None and behind.op != "output" and clamp_limits(behind) is not None and _goes_to_a_grid(behind)
-
-
-def _is_written(node: Node) -> bool:
-    """Whether an operator writes into ``node``, or into a view of it."""
-    readers = [user for user in node.users if user.op == "call_function" and user.args and user.args[0] is node]
-    return any(is_inplace(user) or (is_view(user) and _is_written(user)) for user in readers)
 
 
 def _times_one(node: Node) -> Node:

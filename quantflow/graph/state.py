@@ -6,48 +6,88 @@ import contextlib
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from quantflow.aten import INFERENCE_IDENTITIES, is_view, op
+from quantflow.aten import INFERENCE_IDENTITIES, is_view, op, viewed_of_list
 
 T = TypeVar("T")
 
 
-def written_by(node: Node) -> Node | None:
-    """The tensor into which ``node`` writes in place, None where it writes into none."""
+def all_written_by(node: Node) -> list[Node]:
+    """The tensors into which ``node`` writes in place, itself or, where it calls a region, in its body."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_by_region(node)
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
+        return []
+    found: list[Node] = []
     for position, declared in enumerate(node.target._schema.arguments):
         if declared.alias_info is not None and declared.alias_info.is_write:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
-            if isinstance(given, Node):
-                return given
-    return None
+            found.extend(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Node))
+    return found
+
+
+def _written_by_region(node: Node) -> list[Node]:
+    """The inputs of a region into which one of its bodies writes; they stand behind the bodies."""
+    owner, bodies, given = node.graph.owning_module, list[GraphModule](), list[Any]()
+    for argument in pytree.tree_leaves(node.args):
+        held = isinstance(argument, Node) and argument.op == "get_attr" and owner is not None
+        body = (
+            owner.get_submodule(path)
+            if held and (path := str(argument.target)) in dict(owner.named_modules())
+            else None
+        )
+        if isinstance(body, GraphModule):
+            bodies.append(body)
+            given = []
+        else:
+            given.append(argument)
+    taken = [list(zip(body.graph.find_nodes(op="placeholder"), given, strict=False)) for body in bodies]
+    return [arg for pairs in taken for inner, arg in pairs if isinstance(arg, Node) and is_written(inner)]
+
+
+def written_by(node: Node) -> Node | None:
+    """The tensor into which the operator ``node`` writes in place, and whose memory its value is; None where there is none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    return next(iter(all_written_by(node)), None)
 
 
 def aliased_by(node: Node) -> Node | None:
     """The node in whose memory the value of ``node`` lies or may lie: that of a view, or of what it writes into."""
+    if (viewed := viewed_of_list(node)) is not None:
+        return viewed
     if node.target is operator.getitem or is_view(node) or op(node) in INFERENCE_IDENTITIES:
         base = node.args[0]
         return base if isinstance(base, Node) else None
     return written_by(node)
 
 
+def _names(memory: Node) -> Iterator[Node]:
+    """The nodes whose values lie in the memory of ``memory`` or may, those that are made of it at once."""
+    for user in memory.users:
+        yield from (node for node in (user, *user.users) if aliased_by(node) is memory)
+
+
 def is_written(read: Node) -> bool:
     """Whether a node writes into the memory of ``read`` or of what is made of it without a copy. For what reads a parameter or
     a buffer, and for inputs: those of which it holds are state, and inputs that the caller sees changed.
     """
-    return any(written_by(user) is read or (aliased_by(user) is read and is_written(user)) for user in read.users)
+    return any(read in all_written_by(user) for user in read.users) or any(map(is_written, _names(read)))
 
 
 def writes_for_others(node: Node) -> bool:
     """Whether another node, the caller or the next call may see what ``node`` writes in place."""
-    base = written_by(node)
+    return any(map(_is_seen, all_written_by(node)))
+
+
+def _is_seen(written: Node) -> bool:
+    base: Node | None = written
     while base is not None and base.op == "call_function":
         if len(base.users) > 1:
             return True
@@ -68,14 +108,12 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
         base = aliased_by(node)
         root[node] = node if base is None else root[base]
         named[root[node]].append(node)
-    seen = set()
+    seen = set[Node]()
     for node in graph.nodes:
-        base = written_by(node)
-        if base is None or root[base] in seen:
-            continue
-        older = (user for name in named[root[base]] if order[name] < order[node] for user in name.users)
-        if root[base].op in lasting or any(order[user] > order[node] for user in older):
-            seen.add(root[base])
+        for memory in {root[base] for base in all_written_by(node)} - seen:
+            older = (user for name in named[memory] if order[name] < order[node] for user in name.users)
+            if memory.op in lasting or any(order[user] > order[node] for user in older):
+                seen.add(memory)
     return frozenset(name for memory in seen for name in named[memory])
 
 
