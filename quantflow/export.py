@@ -21,7 +21,7 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
-from quantflow.graph.never_trained import mark_modes
+from quantflow.graph.never_trained import freeze_unswitched, mark_modes
 from quantflow.graph.regions import nodes_of
 from quantflow.graph.state import state_kept
 from quantflow.observers.observation import observers_of
@@ -93,6 +93,7 @@ def export(
         if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
             return _take_in(program)  # its mode is what its nodes say
         unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
+    unclear += freeze_unswitched(program)
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
     return Exported(program, training, (*inherited, *unclear))
@@ -134,7 +135,7 @@ def _take_in(program: ExportedProgram) -> Exported:
     if not captured_in_training:
         unclear = freeze_ambiguous(program)
         modes.mark_switched(nodes_of(program.graph_module))
-        return Exported(program, inference_only=unclear)
+        return Exported(program, inference_only=(*unclear, *freeze_unswitched(program)))
     if program.example_inputs is None:
         raise QuantflowError(
             "export",

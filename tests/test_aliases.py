@@ -27,6 +27,36 @@ class Accumulates(nn.Module):
         return self.last(self.state)
 
 
+class InRegions(nn.Module):
+    """Counts its calls in regions; the one under an autocast that is on stays a region."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("state", torch.zeros(4, 8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            self.state.add_(self.linear(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            self.calls.view(1).add_(1)
+        return self.linear(self.state) / self.calls
+
+
+def test_state_that_is_written_in_regions_is_left():
+    model = InRegions().eval()
+    graph = qf.export(model, (CALLS[0],)).module()
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), CALLS, progress=False)
+    assert prepared.calls == 0
+    assert not prepared.state.any()
+    converted, eager = qf.convert(prepared), copy.deepcopy(model)
+    for x in CALLS:
+        expected = eager(x)
+        assert torch.allclose(graph(x), expected, atol=1e-5)
+        assert sqnr(expected.detach(), converted(x).detach()) > 30
+
+
 NAMES = {
     "type_as": lambda state, x: state.type_as(x),
     "atleast_2d": lambda state, x: torch.atleast_2d(state),

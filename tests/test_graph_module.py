@@ -131,12 +131,12 @@ class PrecisionInRegions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.backbone, self.head, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
 
     def forward(self, x):
         with torch.no_grad():
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                x = self.backbone(x)
+                x = self.norm(self.backbone(x))
             x = x.float() * 2
         x = self.head(x)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -151,12 +151,33 @@ def test_regions_keep_bodies_of_their_own(copied):
     graph = pickle.loads(pickle.dumps(copy.deepcopy(graph))) if copied else graph
     for mode in (True, False):
         assert torch.equal(graph.train(mode)(x), model.train(mode)(x))
+        assert all(torch.equal(graph.get_buffer(name), buffer) for name, buffer in model.named_buffers())
     for module in (graph, model):
         module(x).sum().backward()
     for name, parameter in model.named_parameters():
         mine = graph.get_parameter(name).grad
         assert (mine is None) == (parameter.grad is None)
         assert mine is None or torch.allclose(mine, parameter.grad)
+
+
+class FailsInside(nn.Module):
+    def forward(self, x):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return x @ x
+
+
+def test_a_graph_that_raises_in_a_region_leaves_no_mode_behind():
+    graph = qf.export(FailsInside(), (torch.randn(4, 4),)).module()
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            graph(torch.randn(4, 3))
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    after = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert after == depth
 
 
 class MonteCarloDropout(nn.Module):

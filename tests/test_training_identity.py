@@ -116,6 +116,26 @@ class WithoutGradients(nn.Module):
         return self
 
 
+class Precision(nn.Module):
+    """A norm, a dropout and a counter under an autocast."""
+
+    def __init__(self, enabled):
+        super().__init__()
+        self.conv, self.norm, self.drop, self.enabled = nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5), nn.Dropout(0.4), enabled
+        self.head = nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            self.calls.add_(1)
+            x = self.drop(self.norm(self.conv(x)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            x = self.drop(self.norm(x + self.conv(x)))
+            with torch.autocast("cpu", enabled=False):
+                x = self.drop(x)
+        return self.head(x * self.calls.expand(6))
+
+
 class Told(nn.Module):
     """A dropout that is told the mode in which it is."""
 
@@ -167,6 +187,8 @@ NETWORKS = {
     "frozen without gradients": lambda: WithoutGradients(0.1, True),
     "trained without gradients": lambda: WithoutGradients(0.1, False),
     "cumulative without gradients": lambda: WithoutGradients(None, False),
+    "autocast off": lambda: Precision(False),
+    "autocast on": lambda: Precision(True),
     "telling": Telling,
     "around a graph": lambda: Around(captured(Frozen())),
     "graph of graphs": lambda: nn.Sequential(captured(Frozen()), captured(Telling())),
@@ -303,3 +325,27 @@ def test_what_stays_off_of_a_program_from_elsewhere_stays_so_alone_in_the_next_c
     for captured_again in (graph, qf.export(graph, (x,)).module()):
         drops = captured_again.train().graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
         assert [node.args[1:] for node in drops] == [(0.5, False), (0.25, True)]
+
+
+class DropsInABranch(nn.Module):
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.drop, self.norm, self.linear = nn.Dropout(0.5), nn.BatchNorm1d(4, momentum=momentum), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.cond(x.sum() > 0, lambda x: self.drop(x) * 1.5, lambda x: x * 2, (x,))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.norm(x)
+        return self.linear(x)
+
+
+def test_what_can_not_switch_in_a_region_stays_off_and_is_told():
+    model, x = DropsInABranch(None), torch.rand(3, 4, 6)
+    for program in (model, torch.export.export(model.eval(), (x,))):
+        exported = qf.export(program, (x,))
+        told = {name.split(" ")[0] for name in exported.inference_only}
+        assert told == ({"dropout", "norm"} if program is model else {"dropout"})
+        again = qf.export(exported.module(), (x,))
+        assert again.inference_only == exported.inference_only
+        if program is model:
+            assert torch.equal(again.module().train()(x), model(x))

@@ -13,9 +13,9 @@ from torch.fx import Graph, GraphModule
 from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
 from quantflow.graph.parameters import submodule_at
-from quantflow.graph.regions import inline_grad_mode_regions
+from quantflow.graph.regions import AUTOCAST, bodies_of, brought_back, inline_regions
 
-_SETS_GRAD_MODE = "quantflow_sets_grad_mode"
+_SETS = "quantflow_sets"  # GraphModule.meta: what the graph sets on its way, grad mode or autocast
 
 
 class TrainableGraphModule(GraphModule):
@@ -40,12 +40,9 @@ class TrainableGraphModule(GraphModule):
     def from_program(cls, program: ExportedProgram) -> Self:
         """The graph of ``program`` with parameters of its own, in inference mode."""
         root = copy.deepcopy(program.module(check_guards=False))
-        if inline_grad_mode_regions(root):
-            root.meta[_SETS_GRAD_MODE] = True
-        modes.strip_tracking(root.graph)
-        modes.mark_switched(root.graph.nodes)
-        module = cls(root, root.graph)
-        module.meta.update(root.meta)
+        sets = inline_regions(root)
+        module = cls._of(root)
+        module.meta[_SETS] = sets
         _add_unread_state(module, program)
         for name, _ in list(module.named_buffers(remove_duplicate=False)):
             if name not in program.state_dict:  # a constant of the trace is no state of the model
@@ -54,10 +51,22 @@ class TrainableGraphModule(GraphModule):
         module.training = True
         return module.eval()
 
+    @classmethod
+    def _of(cls, graph: GraphModule) -> Self:
+        """``graph``, in inference mode, and in it the regions that switch modes with it."""
+        for node in graph.graph.nodes:
+            for name, body in bodies_of(node, graph).items() if node.target is AUTOCAST else ():
+                graph.set_submodule(name, cls._of(body))
+        modes.strip_tracking(graph.graph)
+        modes.mark_switched(graph.graph.nodes)
+        module = cls(graph, graph.graph)
+        module.meta.update(graph.meta)
+        return module
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.meta.get(_SETS_GRAD_MODE):
+        if not self.meta.get(_SETS):
             return super().__call__(*args, **kwargs)
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # brought back also when the graph raises in between
+        with brought_back(self.meta[_SETS]):
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
@@ -73,6 +82,9 @@ class TrainableGraphModule(GraphModule):
         if frozen != self.batch_norm_frozen:
             self.batch_norm_frozen = frozen
             self.switch_nodes()
+            for body in self.children():
+                if isinstance(body, TrainableGraphModule):
+                    body.freeze_batch_norm(frozen)
         return self
 
     def switch_nodes(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, op, set_argument
+from quantflow.graph.regions import AUTOCAST, bodies_of, inputs_of
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -63,6 +64,7 @@ def mark(node: Node, *, follows: bool, cumulative: bool = False) -> None:
     """
     if is_training(node):
         return
+    node.meta = dict(node.meta)  # export lets what reads the result of a region share it
     if not follows:
         node.meta[FROZEN] = True
     if not node.meta.get(FROZEN):
@@ -108,7 +110,7 @@ def strip_tracking(graph: torch.fx.Graph) -> None:
             counter = node
             while counter.target is aten.add_.Tensor:  # a norm that is called twice adds to what it has added to
                 counter = counter.args[0]
-            if counter.op == "get_attr" and counter.target.endswith("num_batches_tracked"):
+            if counter.op in ("get_attr", "placeholder") and counter.target.endswith("num_batches_tracked"):
                 graph.erase_node(node)
 
 
@@ -120,13 +122,18 @@ def switch(module: GraphModule, training: bool, *, batch_norm: bool) -> None:
     _untrack(graph)
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for node in list(graph.nodes):
+        for body in bodies_of(node, module).values() if node.target is AUTOCAST and training and batch_norm else ():
+            given = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
+            for inner in body.graph.nodes:
+                if SWITCHED in inner.meta and op(inner) is BATCH_NORM:
+                    _track(inner, given[argument(inner, "running_mean")], buffers, before=node)
         name = node.meta.get(SWITCHED)
         if name is None:
             continue
         on = training and (batch_norm or op(node) is not BATCH_NORM)
         set_argument(node, name, on)
         if on and op(node) is BATCH_NORM:
-            _track(node, buffers)
+            _track(node, argument(node, "running_mean"), buffers, before=node)
 
 
 def _untrack(graph: torch.fx.Graph) -> None:
@@ -139,18 +146,17 @@ def _untrack(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _track(node: Node, buffers: set[str]) -> None:
-    """Count batches before the batch norm ``node``, as the eager layer does in training mode."""
-    running_mean = argument(node, "running_mean")
+def _track(norm: Node, running_mean: Node, buffers: set[str], *, before: Node) -> None:
+    """Count batches before a node, of the batch norm ``norm``, as the eager layer does in training mode."""
     name = str(running_mean.target).removesuffix("running_mean") + "num_batches_tracked"
     if name not in buffers:
         return
-    graph = node.graph
-    with graph.inserting_before(node):
+    graph = before.graph
+    with graph.inserting_before(before):
         counter = graph.get_attr(name)
         new = [counter, graph.call_function(aten.add_.Tensor, (counter, 1))]
-        if node.meta.get(CUMULATIVE):
+        if norm.meta.get(CUMULATIVE):
             new.append(graph.call_function(cumulative_average_factor, (new[-1],)))
-            set_argument(node, "momentum", new[-1])
+            set_argument(norm, "momentum", new[-1])
     for n in new:
         n.meta[TRACKING] = True

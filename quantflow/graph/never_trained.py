@@ -14,7 +14,7 @@ from quantflow.aten import label, layer, op
 from quantflow.graph import modes
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import set_mode
-from quantflow.graph.regions import nodes_of
+from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches
 
 
 def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[], ExportedProgram]) -> tuple[str, ...]:
@@ -53,6 +53,21 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
         follows = modes.is_training(twins[node]) if node in twins else node in in_doubt or layer(node) in trains
         modes.mark(node, follows=follows, cumulative=layer(node) in cumulative)
     return _unclear(n for n in in_doubt if n not in twins)
+
+
+def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
+    """Keep in inference mode what follows the mode in regions of ``program`` that can't change it.
+
+    Returns:
+        What to call those nodes before a person.
+    """
+    whole = program.graph_module
+    kept = [node for node in nodes_beyond(whole, switches) if modes.SWITCHED in node.meta]
+    kept += [node for node in nodes_beyond(whole, is_inlined) if modes.CUMULATIVE in node.meta and node not in kept]
+    for node in kept:
+        del node.meta[modes.SWITCHED]
+        node.meta[modes.FROZEN] = True
+    return tuple(f"{label(node)} in a region of its own" for node in kept)
 
 
 def _twins(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import op, value
 from quantflow.graph.parameters import read_attribute, unused_name
-from quantflow.graph.state import aliased_by, written_tensors
+from quantflow.graph.state import aliased_by, drop_dead_code, written_tensors
 
 # Takes a node and returns the one that replaces it, or None where the rewrite does not apply.
 Rewrite = Callable[[GraphModule, Node], Node | None]
@@ -34,7 +34,7 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
             node.replace_all_uses_with(replacement)
             module.graph.erase_node(node)
     if changed:
-        module.graph.eliminate_dead_code()
+        drop_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
     return module
