@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from quantflow.capture_errors import why_not
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph import modes, provenance
@@ -23,7 +23,6 @@ from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
 from quantflow.graph.never_trained import freeze_unswitched, mark_modes
 from quantflow.graph.regions import nodes_of
-from quantflow.graph.state import state_kept
 from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -89,7 +88,7 @@ def export(
         except QuantflowError:
             raise
         except Exception as error:
-            raise _why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
+            raise why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
         if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
             return _take_in(program)  # its mode is what its nodes say
         unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
@@ -192,50 +191,3 @@ def _with_dynamic_batch(
         raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
     return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
-
-
-def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:
-    """The error of a model that can't be traced, or of one that does not even run on the example inputs.
-
-    Args:
-        model: The model.
-        given: The example inputs, positional and keyword.
-        widened: Those that a dynamic batch was captured with, a batch of one doubled; None without one.
-        error: What the capture raised.
-    """
-    name = type(model).__name__
-    if (eager := _eager_error(model, given)) is not None:
-        reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
-        return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
-    remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
-    doubled = None if widened is None else _eager_error(model, widened)
-    specialized = "marked batch as dynamic" in str(error)
-    if doubled is not None or specialized:
-        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
-    if doubled is not None:
-        reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
-        return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
-    if "specialized it to be a constant (1)" in str(error):
-        remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
-    return QuantflowError(
-        "export",
-        f"torch.export could not trace {name}: {_first_lines(error)}",
-        node="dynamic_batch" if specialized else None,
-        remedy=f"{remedy}; no quantization is involved at this stage",
-    )
-
-
-def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
-    """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
-    args, kwargs = inputs
-    try:
-        with torch.no_grad(), state_kept(model):
-            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    except Exception as error:
-        return error
-    return None
-
-
-def _first_lines(error: Exception, limit: int = 400) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
-    return text if len(text) <= limit else text[:limit].rstrip() + " ..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from quantflow.graph.graph_module import TrainableGraphModule
@@ -12,16 +13,32 @@ from quantflow.graph.graph_module import TrainableGraphModule
 
 @contextlib.contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; every submodule gets its own mode back."""
+    """``model.eval()`` for a while; every submodule gets its own mode back, and what its own ``train()`` changes besides."""
     was = [(m, m.training) for m in model.modules()]
+    switched = [*_switched_tensors(model)]
     try:
         set_mode(model, False)
         yield
     finally:
         for module, training in was:
-            if isinstance(module, TrainableGraphModule):
-                module.train(training)
+            if module.training != training:
+                set_mode(module, training)
+        for module, training in was:
             module.training = training
+        for held, name, tensor, value in switched:
+            held[name] = tensor
+            if not torch.equal(tensor, value):  # weights that are merged and taken apart again are rounded
+                tensor.detach().copy_(value)
+
+
+def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor, torch.Tensor]]:
+    """The tensors of modules with a ``train()`` of their own, which may compute: where they are, their names and values."""
+    own = [m for m in model.modules() if type(m).train not in (nn.Module.train, TrainableGraphModule.train)]
+    for module in {inner: None for m in own for inner in m.modules()}:
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield held, name, tensor, tensor.detach().clone()
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
