@@ -16,7 +16,7 @@ from quantflow.capture_errors import why_not
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph import modes, provenance
-from quantflow.graph.dropout_capture import distinct_dropouts, erase_aliases, freeze_ambiguous
+from quantflow.graph.dropout_capture import DistinctDropouts, erase_aliases, freeze_ambiguous
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.inference_only import captured_as_inference
@@ -81,7 +81,7 @@ def export(
     # Captured under no_grad, the whole program would be one opaque region.
     with inference_mode(model), torch.enable_grad():
         try:
-            with distinct_dropouts(model):
+            with DistinctDropouts():
                 program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
             erase_aliases(program)
             program = make_contiguous(program)

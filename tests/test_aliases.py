@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import quantflow as qf
+from quantflow.graph.state import state_kept
 from quantflow.metrics import signal_to_noise as sqnr
 from quantizers import XNNPACKQuantizer
 
@@ -94,3 +95,54 @@ class Row(nn.Module):
 
     def forward(self, x):
         return x[: self.rows]
+
+
+class Remembers(nn.Module):
+    """Makes a buffer in its first call, and puts another in the place of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", None)
+        self.register_buffer("sum", torch.zeros(8))
+
+    def forward(self, x):
+        self.sum = self.sum + x.sum(0)
+        self.last = x if self.last is None else self.last + x
+        return self.last + self.sum
+
+
+def test_buffers_that_a_call_makes_are_given_back():
+    model = Remembers()
+    with state_kept(model):
+        model(CALLS[0])
+    assert model.last is None
+    assert not model.sum.any()
+    with state_kept(model):
+        pass
+    assert torch.equal(model(CALLS[0]), CALLS[0] + CALLS[0].sum(0))
+
+
+class Steps(nn.Module):
+    """Writes a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.linear = nn.Parameter(torch.full((8,), 0.5)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.step.mul_(2)
+        return self.linear(x) + self.step
+
+
+@pytest.mark.filterwarnings("ignore:.*left to portable kernels:quantflow.QuantflowWarning")
+def test_a_parameter_that_is_written_is_state():
+    model = Steps().eval()
+    exported = qf.export(model, (CALLS[0],))
+    prepared = qf.calibrate(qf.prepare(exported.module(), XNNPACKQuantizer()), CALLS, progress=False)
+    assert torch.equal(prepared.step, model.step)
+    before = exported.program.graph_signature
+    program = exported.to_core_aten().to_edge("xnnpack").to_executorch()
+    assert exported.program.graph_signature == before
+    for x in CALLS:
+        assert torch.allclose(program(x), model(x), atol=1e-5)

@@ -36,7 +36,8 @@ class Functional(nn.Module):
         y = F.dropout(x, 0.3, self.training)
         z = torch.dropout(x, 0.3, self.training)
         w = F.dropout(input=x, p=0.2, training=self.training)
-        return x * y + self.linear(z) + w + F.dropout(x, 0.5, self.training, inplace=False) + y
+        v = torch.ops.aten.dropout(x, 0.1, self.training) + torch.ops.aten.dropout.default(x, 0.2, self.training)
+        return x * y + self.linear(z) + w + F.dropout(x, 0.5, self.training, inplace=False) + y + v
 
 
 class Chain(nn.Module):

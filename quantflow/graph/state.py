@@ -124,26 +124,27 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
 
 @contextlib.contextmanager
 def state_kept(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` for a while, and give its state back as it was: the buffers that its graph writes, or all where it has no
+    """Run ``module`` for a while, and give its state back as it was: what its graph writes, or all buffers where it has no
     graph.
     """
-    read = (
-        {str(n.target) for n in module.graph.nodes if n.op == "get_attr" and is_written(n)}
-        if _has_graph(module)
-        else None
-    )
-    kept = []
-    for path, owner in module.named_modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and (read is None or (f"{path}.{name}" if path else name) in read):
-                kept.append((owner, name, buffer, buffer.detach().clone()))
+    graph = module.graph if isinstance(module, GraphModule) else None
+    read = None if graph is None else {str(n.target) for n in graph.find_nodes(op="get_attr") if is_written(n)}
+    held = [(owner._buffers, dict(owner._buffers)) for owner in module.modules()]
+    kept = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name, tensor in (owner._buffers if read is None else {**owner._buffers, **owner._parameters}).items():
+            if tensor is not None and (read is None or (f"{path}.{name}" if path else name) in read):
+                kept[tensor] = tensor.detach().clone()
     try:
         yield
     finally:
-        for owner, name, buffer, value in kept:
+        for tensor, value in kept.items():
             with torch.no_grad():
-                buffer.detach().copy_(value)
-            owner._buffers[name] = buffer
+                tensor.detach().copy_(value)
+        for buffers, before in held:
+            if read is None:  # a call may put others in their place, or make the first
+                buffers.clear()
+                buffers.update(before)
 
 
 def inputs_kept(module: GraphModule, inputs: T) -> T:
@@ -154,7 +155,3 @@ def inputs_kept(module: GraphModule, inputs: T) -> T:
 def writes_inputs(module: GraphModule) -> bool:
     """Whether the graph of ``module`` writes to one of its inputs."""
     return any(is_written(node) for node in module.graph.find_nodes(op="placeholder"))
-
-
-def _has_graph(module: nn.Module) -> bool:
-    return isinstance(module, GraphModule)
