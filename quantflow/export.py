@@ -95,7 +95,7 @@ def export(
     unclear += freeze_unswitched(program)
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
-    return Exported(program, training, (*inherited, *unclear))
+    return Exported(program, training, tuple(dict.fromkeys((*inherited, *unclear))))
 
 
 def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
@@ -159,7 +159,8 @@ def _take_in(program: ExportedProgram) -> Exported:
     if any(dims):
         positional, keyword = pytree.tree_unflatten(dims, pytree.tree_structure((args, kwargs)))
         dynamic_shapes = (*positional, *keyword.values())
-    return Exported(export(graph, args, kwargs, dynamic_shapes=dynamic_shapes).program, training=True)
+    again = export(graph, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return Exported(again.program, training=True, inference_only=again.inference_only)
 
 
 def _with_dynamic_batch(

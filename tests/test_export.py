@@ -70,7 +70,8 @@ def test_export_leaves_a_model_that_computes_in_its_switch_as_it_was(mode):
     model[1].train(mode)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [(m.training, getattr(m, "merged", None)) for m in model.modules()]
-    qf.export(model, (torch.randn(2, 6),))
+    exported = qf.export(model, (torch.randn(2, 6),))
+    assert exported.inference_only == ("0 (Merges)", "1.1 (Merges)")  # what it trains, merged, is not what eager trains
     assert [(m.training, getattr(m, "merged", None)) for m in model.modules()] == modes
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 

@@ -350,3 +350,14 @@ def test_what_can_not_switch_in_a_region_stays_off_and_is_told():
         assert again.inference_only == exported.inference_only
         if program is model:
             assert torch.equal(again.module().train()(x), model(x))
+
+
+class MoreWhileItTrains(nn.Module):
+    """Another probability while it trains."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5 if self.training else 0.1, training=self.training)
+
+
+def test_a_call_that_is_another_in_training_is_named():
+    assert "dropout in an unknown mode" in str(qf.export(MoreWhileItTrains(), (torch.randn(4, 6),)).inference_only)

@@ -6,11 +6,12 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import label, layer, op
+from quantflow.aten import argument, has_argument, label, layer, op
 from quantflow.graph import modes
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import set_mode
@@ -29,7 +30,8 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
         capture: Captures the model in the mode that it is in.
 
     Returns:
-        What to call the nodes of which it can't be told before a person. They follow the mode.
+        What to call before a person the nodes of which it can't be told, which follow the mode, and the layers whose own
+        ``train()`` changes what they compute with.
     """
     nodes = modes.with_mode(nodes_of(program.graph_module))
     if isinstance(model, TrainableGraphModule):
@@ -38,12 +40,14 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
             known = twins[node].meta if node in twins else {}
             modes.mark(node, follows=modes.FROZEN not in known, cumulative=modes.CUMULATIVE in known)
         return _unclear(n for n in nodes if n not in twins)
-    set_mode(model, True)
     layers = dict(model.named_modules(remove_duplicate=False))
+    before = {name: _held(m) for name, m in layers.items() if type(m).train is not nn.Module.train}
+    set_mode(model, True)
+    changed = [f"{k} ({type(layers[k]).__name__})".lstrip() for k in before if not _holds(layers[k], before[k])]
     trains = {name for name, m in layers.items() if m.training}
     cumulative = {name for name, m in layers.items() if _is_cumulative(m)}
     own = not any(isinstance(m, GraphModule) for m in layers.values())
-    in_doubt = [n for n in nodes if not (modes.is_training(n) or (own and _is_stock(layers.get(layer(n)))))]
+    in_doubt = {n for n in nodes if not (modes.is_training(n) or (own and _is_stock(layers.get(layer(n)))))}
     twins = {}
     if in_doubt:
         with contextlib.suppress(Exception), _momentum_given([layers[name] for name in cumulative]):
@@ -52,7 +56,7 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
     for node in nodes:
         follows = modes.is_training(twins[node]) if node in twins else node in in_doubt or layer(node) in trains
         modes.mark(node, follows=follows, cumulative=layer(node) in cumulative)
-    return _unclear(n for n in in_doubt if n not in twins)
+    return (*changed, *_unclear(n for n in nodes if n in in_doubt and n not in twins))
 
 
 def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
@@ -72,17 +76,21 @@ def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
 
 def _twins(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:
     """The same calls in another capture: by their order where all are the same, else by their order within a layer."""
-    if list(map(op, nodes)) == list(map(op, others)):
+    if list(map(_call, nodes)) == list(map(_call, others)):
         return dict(zip(nodes, others, strict=True))
     pairs: dict[Node, Node] = {}
-    theirs = _by_call(others)
-    for call, mine in _by_call(nodes).items():
-        if len(mine) == len(theirs[call]):
-            pairs.update(zip(mine, theirs[call], strict=True))
+    theirs = _by_layer(others)
+    for of, mine in _by_layer(nodes).items():
+        if list(map(_call, mine)) == list(map(_call, theirs[of])):
+            pairs.update(zip(mine, theirs[of], strict=True))
     return pairs
 
 
-def _by_call(nodes: Iterable[Node]) -> defaultdict[tuple, list[Node]]:
+def _call(node: Node) -> tuple:
+    return op(node), argument(node, "p") if has_argument(node, "p") else None
+
+
+def _by_layer(nodes: Iterable[Node]) -> defaultdict[tuple, list[Node]]:
     calls: defaultdict[tuple, list[Node]] = defaultdict(list)
     for node in nodes:
         calls[layer(node), op(node)].append(node)
@@ -91,6 +99,19 @@ def _by_call(nodes: Iterable[Node]) -> defaultdict[tuple, list[Node]]:
 
 def _unclear(nodes: Iterable[Node]) -> tuple[str, ...]:
     return tuple(f"{label(node)} in an unknown mode" for node in nodes)
+
+
+def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
+    """What ``module`` itself holds, but for its mode: numbers and words by name, and copies of tensors."""
+    plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))}
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return plain, [tensor.detach().clone() for tensor in tensors if tensor is not None]
+
+
+def _holds(module: nn.Module, before: tuple[dict, list[torch.Tensor]]) -> bool:
+    """Whether ``module`` itself holds what it held before."""
+    plain, tensors = _held(module)
+    return plain == before[0] and len(tensors) == len(before[1]) and all(map(torch.equal, tensors, before[1]))
 
 
 def _is_stock(module: nn.Module | None) -> bool:
