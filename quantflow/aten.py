@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,35 @@ INFERENCE_IDENTITIES = frozenset(
     }
 )
 
+# What may return its first argument, or views of it, though the schema tells of no alias.
+_MAY_ALIAS = frozenset(
+    {
+        aten.type_as.default,
+        aten.atleast_1d.default,
+        aten.atleast_2d.default,
+        aten.atleast_3d.default,
+        aten.conj_physical.default,
+        aten.dequantize.self,
+        aten.sum_to_size.default,
+        aten.unsafe_chunk.default,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+    }
+)
+
+# The same of what takes a list: views of each of its tensors, or of the one tensor in it.
+_MAY_ALIAS_EACH = frozenset(
+    {
+        aten.atleast_1d.Sequence,
+        aten.atleast_2d.Sequence,
+        aten.atleast_3d.Sequence,
+        aten.broadcast_tensors.default,
+        aten.meshgrid.default,
+        aten.meshgrid.indexing,
+    }
+)
+_MAY_ALIAS_ONE = frozenset({aten.einsum.default, aten.chain_matmul.default, aten.cartesian_prod.default})
+
 
 @functools.cache
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
@@ -64,10 +94,26 @@ def is_inplace(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether the value of ``node`` shares memory with its first argument."""
+    """Whether the value of ``node`` shares memory with its first argument, or may."""
     schema = getattr(node.target, "_schema", None)
     alias = schema.returns[0].alias_info if schema is not None and schema.returns else None
-    return alias is not None and not alias.is_write and bool(node.args) and isinstance(node.args[0], Node)
+    views = node.target in _MAY_ALIAS or (alias is not None and not alias.is_write)
+    return views and bool(node.args) and isinstance(node.args[0], Node)
+
+
+def may_share_memory(node: Node) -> bool:
+    """Whether the value of ``node`` shares memory with any of its inputs, or may, and ``node`` writes to none."""
+    return is_view(node) or node.target in _MAY_ALIAS_EACH or node.target in _MAY_ALIAS_ONE
+
+
+def viewed_of_list(node: Node) -> Node | None:
+    """The tensor, of those that an operator takes as a list, whose memory the value of ``node`` may share; None of another."""
+    if node.target in _MAY_ALIAS_ONE:
+        tensors = next(arg for arg in node.args if isinstance(arg, (list, tuple)))
+        return tensors[0] if len(tensors) == 1 else None
+    if node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH:  # type: ignore[union-attr]
+        return node.args[0].args[0][node.args[1]]  # type: ignore[index, union-attr]
+    return None
 
 
 def argument(node: Node, name: str) -> Any:

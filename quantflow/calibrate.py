@@ -14,7 +14,8 @@ from tqdm import tqdm
 from quantflow.batches import PickInputs, batches, count_of
 from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
-from quantflow.graph.state import inputs_kept, state_kept
+from quantflow.graph.own_state import state_kept
+from quantflow.graph.state import inputs_kept
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.grid.requantization import warn_of_dead_activations
 from quantflow.observers.observation import observers_of, watching

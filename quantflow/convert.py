@@ -30,7 +30,7 @@ from quantflow.graph.parameters import (
     set_tensor,
     unused_name,
 )
-from quantflow.graph.state import writes_for_others
+from quantflow.graph.state import drop_dead_code, writes_for_others
 from quantflow.grid.biases import round_biases, separate_biases
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight
@@ -85,7 +85,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
             if observer is not None:
                 _write_activation(converted, node, observer)
         round_biases(converted)
-    converted.graph.eliminate_dead_code()
+    drop_dead_code(converted.graph)
     drop_unused(converted)
     converted.graph.lint()
     converted.recompile()

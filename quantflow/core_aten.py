@@ -14,6 +14,7 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.graph.lifted import rewritten
 from quantflow.graph.rewrites import CORE_REWRITES, rewrite
+from quantflow.graph.written_parameters import written_parameters_as_buffers
 from quantflow.signature import Signature
 from quantflow.upstream.decomposition import fast_decomposition
 
@@ -80,7 +81,7 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
 
     What has no decomposition and can be written in core operators (adaptive maxima, medians) is written so first.
     """
-    program = rewritten(program, make_copies_explicit)
+    program = rewritten(written_parameters_as_buffers(program), make_copies_explicit)
     try:
         with fast_decomposition():
             core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()

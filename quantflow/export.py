@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,16 +12,17 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from quantflow.aten import layer
+from quantflow.capture_errors import why_not
 from quantflow.errors import QuantflowError
 from quantflow.exported import INFERENCE_ONLY, Exported
 from quantflow.graph import modes, provenance
-from quantflow.graph.dropout_capture import distinct_dropouts, erase_aliases, freeze_ambiguous
+from quantflow.graph.dropout_capture import DistinctDropouts, erase_aliases, freeze_ambiguous
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.inference_mode import inference_mode, never_trained
+from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.inference_only import captured_as_inference
 from quantflow.graph.layout import make_contiguous
-from quantflow.graph.state import state_kept
+from quantflow.graph.never_trained import freeze_unswitched, mark_modes
+from quantflow.graph.regions import nodes_of
 from quantflow.observers.observation import observers_of
 from quantflow.signature import DynamicDim, Signature
 
@@ -80,23 +80,31 @@ def export(
     training = model.training
     # Captured under no_grad, the whole program would be one opaque region.
     with inference_mode(model), torch.enable_grad():
-        frozen = never_trained(model)
         try:
-            with distinct_dropouts(model):
+            with DistinctDropouts():
                 program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
             erase_aliases(program)
             program = make_contiguous(program)
         except QuantflowError:
             raise
         except Exception as error:
-            raise _why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
-    if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
-        return _take_in(program)  # its mode is what its nodes say
-    modes.mark_switched(program.graph, frozen)
-    _mark_cumulative_averages(model, program)
+            raise why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
+        if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
+            return _take_in(program)  # its mode is what its nodes say
+        unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
+    unclear += freeze_unswitched(program)
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
-    return Exported(program, training, inherited)
+    return Exported(program, training, tuple(dict.fromkeys((*inherited, *unclear))))
+
+
+def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
+    """The program of ``model`` in the mode that it is in. Batch norm may not train on a batch of one: then on two rows."""
+    try:
+        return torch.export.export(model, args, kwargs, strict=strict)
+    except Exception:
+        args, kwargs, _ = _with_dynamic_batch(model, args, kwargs, True)
+        return torch.export.export(model, args, kwargs, strict=strict)
 
 
 def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -122,11 +130,11 @@ def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 def _take_in(program: ExportedProgram) -> Exported:
     """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
     program = make_contiguous(program)
-    captured_in_training = modes.training_literals(program.graph)
+    captured_in_training = modes.training_literals(nodes_of(program.graph_module))
     if not captured_in_training:
         unclear = freeze_ambiguous(program)
-        modes.mark_switched(program.graph)
-        return Exported(program, inference_only=unclear)
+        modes.mark_switched(nodes_of(program.graph_module))
+        return Exported(program, inference_only=(*unclear, *freeze_unswitched(program)))
     if program.example_inputs is None:
         raise QuantflowError(
             "export",
@@ -134,9 +142,9 @@ def _take_in(program: ExportedProgram) -> Exported:
             node=captured_in_training[0].name,
             remedy="export model.eval(), or pass the model itself to qf.export",
         )
-    modes.mark_frozen(program.graph)
+    modes.mark_frozen(nodes_of(program.graph_module))
     graph = TrainableGraphModule.from_program(program)
-    modes.mark_all(graph.graph)
+    modes.mark_all(graph.graph.nodes)
     graph.training = True
     graph.eval()
     args, kwargs = program.example_inputs
@@ -151,7 +159,8 @@ def _take_in(program: ExportedProgram) -> Exported:
     if any(dims):
         positional, keyword = pytree.tree_unflatten(dims, pytree.tree_structure((args, kwargs)))
         dynamic_shapes = (*positional, *keyword.values())
-    return Exported(export(graph, args, kwargs, dynamic_shapes=dynamic_shapes).program, training=True)
+    again = export(graph, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return Exported(again.program, training=True, inference_only=again.inference_only)
 
 
 def _with_dynamic_batch(
@@ -183,62 +192,3 @@ def _with_dynamic_batch(
         raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
     return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes
-
-
-def _mark_cumulative_averages(model: nn.Module, program: ExportedProgram) -> None:
-    """Batch norm with ``momentum=None`` leaves no momentum in an inference trace: note it on the node."""
-    cumulative = {
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None and m.track_running_stats
-    }
-    for node in program.graph.nodes:
-        if modes.SWITCHED in node.meta and layer(node) in cumulative:
-            node.meta[modes.CUMULATIVE] = True
-
-
-def _why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:
-    """The error of a model that can't be traced, or of one that does not even run on the example inputs.
-
-    Args:
-        model: The model.
-        given: The example inputs, positional and keyword.
-        widened: Those that a dynamic batch was captured with, a batch of one doubled; None without one.
-        error: What the capture raised.
-    """
-    name = type(model).__name__
-    if (eager := _eager_error(model, given)) is not None:
-        reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
-        return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
-    remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
-    doubled = None if widened is None else _eager_error(model, widened)
-    specialized = "marked batch as dynamic" in str(error)
-    if doubled is not None or specialized:
-        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
-    if doubled is not None:
-        reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
-        return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
-    if "specialized it to be a constant (1)" in str(error):
-        remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
-    return QuantflowError(
-        "export",
-        f"torch.export could not trace {name}: {_first_lines(error)}",
-        node="dynamic_batch" if specialized else None,
-        remedy=f"{remedy}; no quantization is involved at this stage",
-    )
-
-
-def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
-    """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
-    args, kwargs = inputs
-    try:
-        with torch.no_grad(), state_kept(model):
-            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    except Exception as error:
-        return error
-    return None
-
-
-def _first_lines(error: Exception, limit: int = 400) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
-    return text if len(text) <= limit else text[:limit].rstrip() + " ..."

@@ -21,7 +21,8 @@ class Exported:
         program: The ``torch.export.ExportedProgram``, in inference mode.
         training: The mode that the model was in when it was captured, and that :meth:`module` starts in.
         inference_only: Layers that behave otherwise in training in ways that no node shows (stochastic depth, auxiliary
-            heads): the graph has them as in inference, in both modes. :func:`quantflow.train` warns of them.
+            heads, weights merged by ``train()``): the graph has them as in inference, in both modes. So it has dropout and
+            batch norm in branches. A call ``in an unknown mode`` follows the mode. :func:`quantflow.train` warns of all.
     """
 
     program: ExportedProgram

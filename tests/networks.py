@@ -5,6 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def drop(layer, x):
+    """Dropout in the mode of ``layer``."""
+    return F.dropout(x, 0.4, layer.training)
+
+
 class ConvNet(nn.Module):
     """Batch norm with uncommon settings, dropout, a residual and a linear head."""
 

@@ -1,5 +1,7 @@
 """Stage 1: capture, structure, gradients, and errors of export that are seen as such."""
 
+import inspect
+
 import pytest
 import torch
 from networks import ConvNet, NoGradInside, Structured, randomize_statistics
@@ -45,6 +47,33 @@ def test_gradients_equal_eager():
         assert torch.allclose(eager.grad, ours.grad, atol=1e-5), name
     for name, buffer in model.named_buffers():
         assert torch.allclose(buffer.float(), graph.get_buffer(name).float(), atol=1e-5), name
+
+
+class Merges(nn.Linear):
+    """A low-rank layer as loralib's: ``train(False)`` adds its update to the weight, ``train(True)`` takes it out again."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.update, self.merged = nn.Parameter(torch.randn(6, 6) * 1e3), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += self.update.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_export_leaves_a_model_that_computes_in_its_switch_as_it_was(mode):
+    model = nn.Sequential(Merges(), nn.Sequential(nn.Linear(6, 6), Merges())).train(not mode)
+    model[1].train(mode)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [(m.training, getattr(m, "merged", None)) for m in model.modules()]
+    exported = qf.export(model, (torch.randn(2, 6),))
+    assert exported.inference_only == ("0 (Merges)", "1.1 (Merges)")  # what it trains, merged, is not what eager trains
+    assert [(m.training, getattr(m, "merged", None)) for m in model.modules()] == modes
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
 def test_export_leaves_the_model_as_it_was():
@@ -126,6 +155,16 @@ def test_what_can_not_be_exported_is_an_error_of_export(call, node):
     assert caught.value.remedy or caught.value.__cause__
     if node:
         assert caught.value.node == node
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_error_of_the_trace_names_the_line_of_the_model(strict):
+    x = X.clone().requires_grad_() * 2  # no leaf: it can't be copied deeply
+    line = inspect.getsourcelines(DataDependent.forward)[1] + 1
+    with pytest.raises(qf.QuantflowError, match=r"could not trace DataDependent at .*test_export\.py") as caught:
+        qf.export(DataDependent(), (x,), strict=strict)
+    assert f"test_export.py:{line}:" in caught.value.reason
+    assert "dropout_capture" not in caught.value.reason
 
 
 def test_exporting_a_prepared_graph_names_convert():

@@ -75,6 +75,33 @@ def test_state_dict_passes_both_ways():
     assert torch.equal(model.eval()(x), other(x))
 
 
+class Tied(nn.Module):
+    """A weight and a batch norm under two names each, the second of which no strict capture reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        self.last.weight, self.again = self.first.weight, self.norm
+
+    def forward(self, x):
+        return self.again(self.last(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_shared_stays_shared(strict):
+    model, x = Tied(), torch.randn(4, 8)
+    graph = copy.deepcopy(qf.export(model, (x,), strict=strict).module())
+    state = graph.state_dict(keep_vars=True)
+    assert state.keys() == model.state_dict().keys()
+    for name, other in (("first.weight", "last.weight"), ("norm.running_mean", "again.running_mean")):
+        assert state[name] is state[other]
+    assert len(list(graph.parameters())) == len(list(model.parameters()))
+    assert_same_step(step(graph, x), step(model, x))
+    qf.train(graph, [(x, torch.arange(4))] * 2, lr=0.5, progress=False)
+    model.load_state_dict(graph.state_dict())
+    assert torch.allclose(model.eval()(x), graph.eval()(x), atol=1e-5)
+
+
 def test_a_copy_is_independent():
     x = torch.randn(4, 3, 16, 16)
     graph = qf.export(ConvNet(), (x,)).module()
@@ -104,12 +131,12 @@ class PrecisionInRegions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.backbone, self.head, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
 
     def forward(self, x):
         with torch.no_grad():
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                x = self.backbone(x)
+                x = self.norm(self.backbone(x))
             x = x.float() * 2
         x = self.head(x)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,12 +151,33 @@ def test_regions_keep_bodies_of_their_own(copied):
     graph = pickle.loads(pickle.dumps(copy.deepcopy(graph))) if copied else graph
     for mode in (True, False):
         assert torch.equal(graph.train(mode)(x), model.train(mode)(x))
+        assert all(torch.equal(graph.get_buffer(name), buffer) for name, buffer in model.named_buffers())
     for module in (graph, model):
         module(x).sum().backward()
     for name, parameter in model.named_parameters():
         mine = graph.get_parameter(name).grad
         assert (mine is None) == (parameter.grad is None)
         assert mine is None or torch.allclose(mine, parameter.grad)
+
+
+class FailsInside(nn.Module):
+    def forward(self, x):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return x @ x
+
+
+def test_a_graph_that_raises_in_a_region_leaves_no_mode_behind():
+    graph = qf.export(FailsInside(), (torch.randn(4, 4),)).module()
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            graph(torch.randn(4, 3))
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    after = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert after == depth
 
 
 class MonteCarloDropout(nn.Module):

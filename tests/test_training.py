@@ -258,6 +258,14 @@ def test_subclasses_that_train_as_in_inference_are_named():
     assert qf.export(parametrized, (torch.randn(8, 4),)).inference_only == ("depth (StochasticDepth)",)
 
 
+def test_a_layer_is_switched_off_where_all_its_switches_are():
+    model = DropsItsBranch()
+    model.depth.drop_prob = 0.0
+    assert qf.export(model, (torch.randn(8, 4),)).inference_only == ("depth (StochasticDepth)",)
+    model.depth.p = 0.0
+    assert qf.export(model, (torch.randn(8, 4),)).inference_only == ()
+
+
 def test_layers_that_train_as_in_inference_are_named():
     exported = qf.export(DropsItsBranch(), (torch.randn(8, 4),))
     assert exported.inference_only == ("depth (StochasticDepth)",)

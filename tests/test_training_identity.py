@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from networks import drop
 from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
+from quantflow.graph.inference_mode import set_mode
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantizers import XNNPACKQuantizer
 
@@ -34,7 +36,8 @@ class Functional(nn.Module):
         y = F.dropout(x, 0.3, self.training)
         z = torch.dropout(x, 0.3, self.training)
         w = F.dropout(input=x, p=0.2, training=self.training)
-        return x * y + self.linear(z) + w + F.dropout(x, 0.5, self.training, inplace=False) + y
+        v = torch.ops.aten.dropout(x, 0.1, self.training) + torch.ops.aten.dropout.default(x, 0.2, self.training)
+        return x * y + self.linear(z) + w + F.dropout(x, 0.5, self.training, inplace=False) + y + v
 
 
 class Chain(nn.Module):
@@ -91,6 +94,87 @@ class FunctionalFrozen(nn.Module):
         return self.free(F.dropout(F.batch_norm(self.conv(x), self.mean, self.var, None, None, False), 0.5, False))
 
 
+class WithoutGradients(nn.Module):
+    """A backbone whose gradients are off, frozen or with a norm that trains and is called again."""
+
+    def __init__(self, momentum, frozen):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5, momentum=momentum), nn.Dropout(0.4))
+        self.norm = nn.BatchNorm1d(5) if frozen else self.body[1]
+        self.head, self.frozen = nn.Linear(6, 6), frozen
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body(x)
+            with torch.enable_grad():
+                x = self.norm(self.head(x))
+        return x + self.head(x).sum(-1, keepdim=True)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.body.eval()
+        return self
+
+
+class Precision(nn.Module):
+    """A norm, a dropout and a counter under an autocast."""
+
+    def __init__(self, enabled):
+        super().__init__()
+        self.conv, self.norm, self.drop, self.enabled = nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5), nn.Dropout(0.4), enabled
+        self.head = nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            self.calls.add_(1)
+            x = self.drop(self.norm(self.conv(x)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            x = self.drop(self.norm(x + self.conv(x)))
+            with torch.autocast("cpu", enabled=False):
+                x = self.drop(x)
+        return self.head(x * self.calls.expand(6))
+
+
+class Told(nn.Module):
+    """A dropout that is told the mode in which it is."""
+
+    def forward(self, x, training):
+        return F.dropout(x, 0.4, training)
+
+
+class Telling(nn.Module):
+    """The mode of one module used in another, and in a function of another file."""
+
+    def __init__(self):
+        super().__init__()
+        self.told, self.never, self.linear = Told(), Told(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return drop(self.told, self.linear(self.told(x, self.training)) + self.never(x, False))
+
+
+class Around(nn.Module):
+    """Arithmetic before what was captured already."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        x = self.net((x - 0.5) / 0.5)
+        return F.dropout(x, 0.3, self.training)
+
+
+def captured(model):
+    return qf.export(model, (torch.randn(4, 5, 6),)).module()
+
+
+def captured_by_torch(model):
+    return torch.export.export(model.eval(), (torch.randn(4, 5, 6),)).module()
+
+
 NETWORKS = {
     **{
         kind.__name__: lambda kind=kind: Residual(kind(0.4))
@@ -101,6 +185,15 @@ NETWORKS = {
     "in place": InPlace,
     "frozen": Frozen,
     "functional frozen": FunctionalFrozen,
+    "frozen without gradients": lambda: WithoutGradients(0.1, True),
+    "trained without gradients": lambda: WithoutGradients(0.1, False),
+    "cumulative without gradients": lambda: WithoutGradients(None, False),
+    "autocast off": lambda: Precision(False),
+    "autocast on": lambda: Precision(True),
+    "telling": Telling,
+    "around a graph": lambda: Around(captured(Frozen())),
+    "graph of graphs": lambda: nn.Sequential(captured(Frozen()), captured(Telling())),
+    "around a graph of torch": lambda: Around(captured_by_torch(Residual(nn.Dropout(0.4)))),
 }
 
 
@@ -109,12 +202,18 @@ def step(module, x):
     module.zero_grad()
     y = module(x)
     y.square().mean().backward()
-    gradients = {k: p.grad for k, p in module.named_parameters()}
+    gradients = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
     return y.detach(), gradients, dict(module.named_buffers()), torch.get_rng_state()
+
+
+def in_mode(module, training):
+    set_mode(module, training)
+    return module
 
 
 def assert_same(ours, eager):
     assert torch.allclose(ours[0], eager[0], rtol=1e-5, atol=1e-6)
+    assert ours[1].keys() == eager[1].keys()
     for mine, theirs in zip(ours[1:3], eager[1:3], strict=True):
         for name, tensor in theirs.items():
             assert torch.allclose(mine[name].float(), tensor.float(), rtol=1e-4, atol=1e-5), name
@@ -129,7 +228,7 @@ def test_trains_as_eager(name, strict):
     graph = qf.export(model, (x,), strict=strict).module()
     again = qf.export(graph, (x,)).module()
     for mode in (True, False, True):
-        eager = step(copy.deepcopy(model).train(mode), x)
+        eager = step(in_mode(copy.deepcopy(model), mode), x)
         for captured in (graph, again):
             assert_same(step(copy.deepcopy(captured).train(mode), x), eager)
 
@@ -142,7 +241,7 @@ def test_prepared_with_rounding_off_trains_as_eager(name):
     for module in prepared.modules():
         if isinstance(module, FakeQuantize):
             module.enable_fake_quant(False)
-    assert_same(step(prepared, x), step(model.train(), x))
+    assert_same(step(prepared, x), step(in_mode(model, True), x))
 
 
 def test_no_alias_is_left():
@@ -158,19 +257,107 @@ def test_a_graph_that_is_captured_again_is_left_as_it_was():
     assert graph.code == before
 
 
-def test_a_program_captured_in_training_mode_elsewhere_keeps_what_is_frozen():
+@pytest.mark.parametrize("name", ["frozen", "frozen without gradients", "trained without gradients"])
+def test_a_program_captured_in_training_mode_elsewhere_keeps_what_is_frozen(name):
     torch.manual_seed(0)
-    model, x = Frozen().train(), torch.randn(4, 5, 6)
+    model, x = NETWORKS[name]().train(), torch.randn(4, 5, 6)
     graph = qf.export(torch.export.export(copy.deepcopy(model), (x,))).module()
     assert_same(step(graph.train(), x), step(model, x))
 
 
-def test_a_dropout_that_a_capture_elsewhere_has_mixed_up_stays_off_and_is_told():
+class ResidualWithoutGradients(Residual):
+    def forward(self, x):
+        with torch.no_grad():
+            x = super().forward(x)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("kind", [Residual, ResidualWithoutGradients])
+def test_a_dropout_that_a_capture_elsewhere_has_mixed_up_stays_off_and_is_told(kind):
     torch.manual_seed(0)
-    model, x = Residual(nn.Dropout(0.4)).eval(), torch.randn(8, 6)
+    model, x = kind(nn.Dropout(0.4)).eval(), torch.randn(8, 6)
     exported = qf.export(torch.export.export(model, (x,)))
     assert exported.inference_only == ("drop (dropout)",)
     graph = exported.module()
     assert torch.allclose(graph.train()(x), model(x), atol=1e-6)
     with pytest.warns(qf.QuantflowWarning, match="drop"):
         qf.train(graph, [(x, torch.zeros(8, dtype=torch.long))], progress=False)
+
+
+class BranchesWhileItTrains(Telling):
+    """What is captured in inference mode only."""
+
+    def forward(self, x):
+        if self.training and x.sum() > 100:
+            x = x / 2
+        return super().forward(x)
+
+
+def test_a_mode_that_can_not_be_told_is_followed_and_named():
+    torch.manual_seed(0)
+    model, x = BranchesWhileItTrains(), torch.randn(4, 5, 6)
+    exported = qf.export(model, (x,))
+    assert sum("unknown mode" in name for name in exported.inference_only) == 3
+    again = qf.export(exported.module(), (x,))
+    assert again.inference_only == exported.inference_only
+    assert not torch.equal(again.module()(x), again.module()(x))
+
+
+def test_a_batch_of_one_tells_modes_too():
+    model = nn.Sequential(Around(nn.Flatten()), nn.BatchNorm1d(4))
+    assert qf.export(model, (torch.randn(1, 4),)).inference_only == ()
+
+
+class TwoDropouts(nn.Module):
+    """A capture elsewhere mixes the first dropout up with its input, and not the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = F.dropout(x, 0.5, self.training)
+        return x * 2 + self.linear(F.dropout(x * 3, 0.25, self.training)) + x
+
+
+def test_what_stays_off_of_a_program_from_elsewhere_stays_so_alone_in_the_next_capture():
+    x = torch.randn(4, 6)
+    graph = qf.export(torch.export.export(TwoDropouts().eval(), (x,))).module()
+    for captured_again in (graph, qf.export(graph, (x,)).module()):
+        drops = captured_again.train().graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+        assert [node.args[1:] for node in drops] == [(0.5, False), (0.25, True)]
+
+
+class DropsInABranch(nn.Module):
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.drop, self.norm, self.linear = nn.Dropout(0.5), nn.BatchNorm1d(4, momentum=momentum), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.cond(x.sum() > 0, lambda x: self.drop(x) * 1.5, lambda x: x * 2, (x,))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.norm(x)
+        return self.linear(x)
+
+
+def test_what_can_not_switch_in_a_region_stays_off_and_is_told():
+    model, x = DropsInABranch(None), torch.rand(3, 4, 6)
+    for program in (model, torch.export.export(model.eval(), (x,))):
+        exported = qf.export(program, (x,))
+        told = {name.split(" ")[0] for name in exported.inference_only}
+        assert told == ({"dropout", "norm"} if program is model else {"dropout"})
+        again = qf.export(exported.module(), (x,))
+        assert again.inference_only == exported.inference_only
+        if program is model:
+            assert torch.equal(again.module().train()(x), model(x))
+
+
+class MoreWhileItTrains(nn.Module):
+    """Another probability while it trains."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5 if self.training else 0.1, training=self.training)
+
+
+def test_a_call_that_is_another_in_training_is_named():
+    assert "dropout in an unknown mode" in str(qf.export(MoreWhileItTrains(), (torch.randn(4, 6),)).inference_only)

@@ -34,7 +34,7 @@ class Xnnpack(Delegate):
         behind integers and where others read its weight; one over images does not.
         """
         rewrite(graph, COMPOSITE_REWRITES)
-        modes.mark_switched(graph.graph)
+        modes.mark_switched(graph.graph.nodes)
         fold_batch_norm(graph)
         norm_as_convolution(graph)
         norm_as_arithmetic(graph)

@@ -11,7 +11,8 @@ from torch.fx import GraphModule
 
 from quantflow.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
-from quantflow.graph.state import inputs_kept, state_kept
+from quantflow.graph.own_state import state_kept
+from quantflow.graph.state import inputs_kept
 from quantflow.program import Program
 from quantflow.recovery.sample import cut_inputs
 from quantflow.signature import Signature

@@ -7,47 +7,32 @@ therefore reads an alias of its input; the aliases are erased from the captured 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from quantflow.aten import INFERENCE_IDENTITIES, aten, is_inplace, label, op
 from quantflow.graph.modes import FROZEN
+from quantflow.graph.regions import nodes_of
 
 _DROPOUTS = INFERENCE_IDENTITIES - {aten.detach.default}
+_PACKETS = frozenset(target.overloadpacket for target in _DROPOUTS)
 _FUNCTIONS = frozenset(
     {
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
         *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+        *(_DROPOUTS | _PACKETS),  # what graphs call
     }
 )
 _INPLACE = 3  # the position of ``inplace`` in the functions that have it
 
 
-@contextlib.contextmanager
-def distinct_dropouts(model: nn.Module) -> Iterator[None]:
-    """Let every dropout of ``model`` that is not in place read an alias of its input, for the time of a capture."""
-    graphs = {m: _retarget(m) for m in model.modules() if isinstance(m, GraphModule)}
-    try:
-        with _AliasedDropouts():
-            yield
-    finally:
-        for module, nodes in graphs.items():
-            for node, target in nodes.items():
-                node.target = target
-            if nodes:
-                module.recompile()
-
-
 def erase_aliases(program: ExportedProgram) -> None:
-    """Erase what :func:`distinct_dropouts` has left in ``program``, in place."""
+    """Erase what :class:`DistinctDropouts` has left in ``program``, in place."""
     for module in program.graph_module.modules():
         if not isinstance(module, GraphModule):
             continue
@@ -69,13 +54,17 @@ def freeze_ambiguous(program: ExportedProgram) -> tuple[str, ...]:
     Returns:
         What to call those dropouts before a person.
     """
-    unclear = [n for n in program.graph.nodes if op(n) in _DROPOUTS and not is_inplace(n) and len(n.users) > 1]
+    unclear = [
+        n for n in nodes_of(program.graph_module) if op(n) in _DROPOUTS and not is_inplace(n) and len(n.users) > 1
+    ]
     for node in unclear:
         node.meta[FROZEN] = True
     return tuple(map(label, unclear))
 
 
-class _AliasedDropouts(TorchFunctionMode):
+class DistinctDropouts(TorchFunctionMode):
+    """Let every dropout that is not in place read an alias of its input, for the time of a capture."""
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inplace = kwargs.get("inplace") or (len(args) > _INPLACE and args[_INPLACE])
@@ -85,20 +74,3 @@ class _AliasedDropouts(TorchFunctionMode):
             else:
                 kwargs = {**kwargs, "input": aten.alias.default(kwargs["input"])}
         return func(*args, **kwargs)
-
-
-def _retarget(module: GraphModule) -> dict[Node, Any]:
-    """Let the dropouts of a graph, which calls operators and no functions, read aliases; what they called before."""
-    found = {n: n.target for n in module.graph.nodes if op(n) in _DROPOUTS and not is_inplace(n)}
-    for node, target in found.items():
-        node.target = _aliased(target)
-    if found:
-        module.recompile()
-    return found
-
-
-def _aliased(operator: Any) -> Any:
-    def dropout(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return operator(aten.alias.default(x), *args, **kwargs)
-
-    return dropout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -13,9 +12,10 @@ from torch.fx import Graph, GraphModule
 
 from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
-from quantflow.graph.parameters import set_tensor, submodule_at, unused_name
+from quantflow.graph.parameters import submodule_at
+from quantflow.graph.regions import AUTOCAST, bodies_of, brought_back, inline_regions
 
-_SETS_GRAD_MODE = "quantflow_sets_grad_mode"
+_SETS = "quantflow_sets"  # GraphModule.meta: what the graph sets on its way, grad mode or autocast
 
 
 class TrainableGraphModule(GraphModule):
@@ -40,12 +40,9 @@ class TrainableGraphModule(GraphModule):
     def from_program(cls, program: ExportedProgram) -> Self:
         """The graph of ``program`` with parameters of its own, in inference mode."""
         root = copy.deepcopy(program.module(check_guards=False))
-        modes.strip_tracking(root.graph)
-        if inline_grad_mode_regions(root):
-            root.meta[_SETS_GRAD_MODE] = True
-        modes.mark_switched(root.graph)
-        module = cls(root, root.graph)
-        module.meta.update(root.meta)
+        sets = inline_regions(root)
+        module = cls._of(root)
+        module.meta[_SETS] = sets
         _add_unread_state(module, program)
         for name, _ in list(module.named_buffers(remove_duplicate=False)):
             if name not in program.state_dict:  # a constant of the trace is no state of the model
@@ -54,10 +51,22 @@ class TrainableGraphModule(GraphModule):
         module.training = True
         return module.eval()
 
+    @classmethod
+    def _of(cls, graph: GraphModule) -> Self:
+        """``graph``, in inference mode, and in it the regions that switch modes with it."""
+        for node in graph.graph.nodes:
+            for name, body in bodies_of(node, graph).items() if node.target is AUTOCAST else ():
+                graph.set_submodule(name, cls._of(body))
+        modes.strip_tracking(graph.graph)
+        modes.mark_switched(graph.graph.nodes)
+        module = cls(graph, graph.graph)
+        module.meta.update(graph.meta)
+        return module
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.meta.get(_SETS_GRAD_MODE):
+        if not self.meta.get(_SETS):
             return super().__call__(*args, **kwargs)
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # brought back also when the graph raises in between
+        with brought_back(self.meta[_SETS]):
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
@@ -73,6 +82,9 @@ class TrainableGraphModule(GraphModule):
         if frozen != self.batch_norm_frozen:
             self.batch_norm_frozen = frozen
             self.switch_nodes()
+            for body in self.children():
+                if isinstance(body, TrainableGraphModule):
+                    body.freeze_batch_norm(frozen)
         return self
 
     def switch_nodes(self) -> None:
@@ -94,8 +106,8 @@ def adopt(module: GraphModule) -> TrainableGraphModule:
     module = copy.deepcopy(module)
     adopted = TrainableGraphModule(module, module.graph)
     adopted.meta.update(module.meta)
-    modes.mark_switched(adopted.graph)
-    modes.mark_all(adopted.graph)  # captured in training mode
+    modes.mark_switched(adopted.graph.nodes)
+    modes.mark_all(adopted.graph.nodes)  # captured in training mode
     adopted.training = modes_say_training(adopted.graph.nodes)
     return adopted
 
@@ -105,63 +117,28 @@ def modes_say_training(nodes: Iterable[torch.fx.Node]) -> bool:
     return any(modes.SWITCHED in n.meta and argument(n, n.meta[modes.SWITCHED]) for n in nodes)
 
 
-def inline_grad_mode_regions(module: GraphModule) -> bool:
-    """Write regions under ``torch.no_grad`` (or ``enable_grad``) back into the flat graph.
-
-    Export wraps them in a higher-order operator whose body no quantizer sees. They become plain nodes between calls that
-    set the grad mode, which is what they are in eager mode. Returns whether there were any.
-    """
-    found = False
-    graph = module.graph
-    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not hop:
-            continue
-        found = True
-        enabled, body_ref, *inputs = node.args
-        body = module.get_submodule(str(body_ref.target))
-        inline_grad_mode_regions(body)
-        with graph.inserting_before(node):
-            before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, (enabled,))
-            env = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
-            for inner in body.graph.nodes:
-                if inner.op in ("placeholder", "output"):
-                    continue
-                env[inner] = graph.node_copy(inner, lambda n, env=env: env[n])
-                if inner.op in ("get_attr", "call_module"):
-                    held = operator.attrgetter(str(inner.target))(body)
-                    env[inner].target = _taken_over(module, f"{node.name}_{inner.name}", held)
-            graph.call_function(torch._C._set_grad_enabled, (before,))
-        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
-        results = results if isinstance(results, (tuple, list)) else (results,)
-        for user in list(node.users):  # a region always returns a tuple, read by getitem
-            user.replace_all_uses_with(env[results[user.args[1]]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not body_ref.users:
-            graph.erase_node(body_ref)
-    graph.lint()
-    return found
-
-
 def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
-    """Give ``module`` copies of what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters."""
-    there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    there.update(name for name, _ in module.named_buffers(remove_duplicate=False))
-    for name in program.state_dict.keys() - there:
-        tensor = program.state_dict[name]
-        set_tensor(module, name, tensor.detach().clone(), parameter=isinstance(tensor, torch.nn.Parameter))
+    """Give ``module`` what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters and the second
+    names of shared tensors: a tensor that another name has stays one with it, of others it is a copy.
+    """
+    there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    known = {_memory(tensor): there[name] for name, tensor in program.state_dict.items() if name in there}
+    for name, tensor in program.state_dict.items():
+        if name in there:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner, own = submodule_at(module, path), known.setdefault(_memory(tensor), tensor.detach().clone())
+        if not isinstance(tensor, torch.nn.Parameter):
+            owner.register_buffer(leaf, own)
+        else:
+            own = own if isinstance(own, torch.nn.Parameter) else torch.nn.Parameter(own, tensor.requires_grad)
+            owner.register_parameter(leaf, own)
+            known[_memory(tensor)] = own
 
 
-def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
-    """The name, ``wanted`` or like it, under which ``module`` now has what a body ``held``."""
-    name = unused_name(module, wanted)
-    if isinstance(held, torch.nn.Module):
-        module.add_submodule(name, held)
-    else:
-        set_tensor(module, name, held, parameter=isinstance(held, torch.nn.Parameter))
-    return name
+def _memory(tensor: torch.Tensor) -> tuple:
+    """What is the same of two tensors of which each holds what is written to the other."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:

@@ -3,60 +3,63 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from quantflow.aten import layer
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.modes import FROZEN
 
 
 @contextlib.contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; every submodule gets its own mode back."""
+    """``model.eval()`` for a while; every submodule gets its own mode back, and what its own ``train()`` changes besides."""
     was = [(m, m.training) for m in model.modules()]
-    with contextlib.suppress(NotImplementedError):  # a graph of stock torch holds its mode on its nodes
-        model.eval()
+    switched = [*_switched_tensors(model)]
     try:
+        set_mode(model, False)
         yield
     finally:
         for module, training in was:
-            if isinstance(module, TrainableGraphModule):
-                module.train(training)
+            if module.training != training:
+                set_mode(module, training)
+        for module, training in was:
             module.training = training
+        for held, name, tensor, value in switched:
+            held[name] = tensor
+            if not torch.equal(tensor, value):  # weights that are merged and taken apart again are rounded
+                tensor.detach().copy_(value)
 
 
-def never_trained(model: nn.Module) -> frozenset[str]:
-    """The names of the layers of ``model`` that are in inference mode also while it trains.
-
-    Those are what ``model.train()`` leaves so, as a model with frozen batch norm has it, and those whose class never asks for
-    the mode: a ``F.batch_norm(..., training=False)`` in it is meant. ``model`` is left in inference mode.
-    """
-    if isinstance(model, GraphModule):  # what a capture found; a graph of stock torch holds its mode on its nodes
-        return frozenset(layer(node) for node in model.graph.nodes if node.meta.get(FROZEN))
-    model.train()
-    layers = list(model.named_modules(remove_duplicate=False))
-    frozen = frozenset(name for name, m in layers if not m.training or not _asks_for_mode(type(m)))  # type: ignore[arg-type]
-    model.eval()
-    return frozen
+def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor, torch.Tensor]]:
+    """The tensors of modules with a ``train()`` of their own, which may compute: where they are, their names and values."""
+    own = [m for m in model.modules() if type(m).train not in (nn.Module.train, TrainableGraphModule.train)]
+    for module in {inner: None for m in own for inner in m.modules()}:
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield held, name, tensor, tensor.detach().clone()
 
 
-@functools.cache
-def _asks_for_mode(kind: type) -> bool:
-    """Whether the source of a class of layers, or a function of its file that it calls, reads the mode of a module; True where
-    there is no source.
-    """
-    classes = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+def set_mode(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``. A graph of stock torch refuses that, since its nodes hold its mode: it is passed over."""
+    refusing = [m for m in model.modules() if "train" in vars(m)]
+    given = [m.train for m in refusing]
     try:
-        return any(_reads_mode(inspect.getsource(base), inspect.getmodule(base)) for base in classes)
-    except (OSError, TypeError):  # typed into a console, or a graph
-        return True
+        for module in refusing:
+            module.train = _unless_refused(module)  # type: ignore[method-assign]
+        model.train(training)
+    finally:
+        for module, train in zip(refusing, given, strict=True):
+            module.train = train  # type: ignore[method-assign]
 
 
-def _reads_mode(source: str, file: object) -> bool:
-    functions = (f for name, f in vars(file).items() if inspect.isfunction(f) and f"{name}(" in source)
-    return ".training" in source or any(".training" in inspect.getsource(f) for f in functions)
+def _unless_refused(module: nn.Module) -> Callable[[bool], nn.Module]:
+    train = module.train
+
+    def unless_refused(mode: bool = True) -> nn.Module:
+        with contextlib.suppress(NotImplementedError):
+            train(mode)
+        return module
+
+    return unless_refused

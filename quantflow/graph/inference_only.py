@@ -31,8 +31,9 @@ def _branches(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
         return True
-    switches = (getattr(module, name, None) for name in ("p", "drop_prob", "aux_logits"))
-    if any(isinstance(switch, (int, float)) and not switch for switch in switches):
+    switches = [getattr(module, name, None) for name in ("p", "drop_prob", "aux_logits")]
+    known = [switch for switch in switches if isinstance(switch, (int, float))]
+    if known and not any(known):
         return False  # switched off
     # A subclass may leave its forward, or a part of it, to any of its bases.
     return any("self.training" in _SWITCHED_ON_NODES.sub("", _source(kind)) for kind in type(module).__mro__)

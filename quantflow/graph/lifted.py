@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from quantflow.aten import is_view
+from quantflow.aten import may_share_memory
 from quantflow.graph.parameters import submodule_at
+from quantflow.graph.state import all_written_by
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.CONSTANT_TENSOR: "c_"}
@@ -90,12 +91,9 @@ def _is_written(node: Node) -> bool:
     for user in node.users:
         if user.op == "output":
             continue
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
+        if not isinstance(user.target, torch._ops.OpOverload):
             return True  # what a region does with its inputs is not told
-        given = {**dict(zip((a.name for a in schema.arguments), user.args, strict=False)), **user.kwargs}
-        writes = (a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-        if any(given.get(name) is node for name in writes) or (is_view(user) and _is_written(user)):
+        if node in all_written_by(user) or (may_share_memory(user) and _is_written(user)):
             return True
     return False
 

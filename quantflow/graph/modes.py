@@ -8,12 +8,13 @@ model's own choice in both modes and is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, layer, op, set_argument
+from quantflow.aten import argument, aten, op, set_argument
+from quantflow.graph.regions import AUTOCAST, bodies_of, inputs_of
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -43,27 +44,45 @@ def cumulative_average_factor(num_batches_tracked: torch.Tensor) -> float:
     return 1.0 / float(num_batches_tracked)
 
 
-def mark_switched(graph: torch.fx.Graph, never_trained: Set[str] = frozenset()) -> None:
-    """Note on each node whether it follows the mode; ``graph`` is in inference mode.
+def with_mode(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes among ``nodes`` that call an operator with a mode."""
+    return [node for node in nodes if op(node) in _MODE_ARGUMENT]
+
+
+def is_training(node: Node) -> bool:
+    """Whether ``node``, whose operator has a mode, stands in training mode."""
+    return bool(argument(node, _MODE_ARGUMENT[op(node)]))
+
+
+def mark(node: Node, *, follows: bool, cumulative: bool = False) -> None:
+    """Note on ``node``, whose operator has a mode, whether it follows the mode of its module.
 
     Args:
-        graph: The graph, changed in place.
-        never_trained: Names of layers that stay in inference mode.
+        node: The node, of a graph in inference mode. What is in training mode even there is left alone.
+        follows: False where the model's own ``train()`` leaves it in inference mode.
+        cumulative: Whether it is a batch norm with ``momentum=None``.
     """
-    for node in graph.nodes:
-        name = _MODE_ARGUMENT.get(op(node))
-        if name is None or argument(node, name):
-            continue
-        if layer(node) in never_trained:
-            node.meta[FROZEN] = True
-        if not node.meta.get(FROZEN):
-            node.meta[SWITCHED] = name
+    if is_training(node):
+        return
+    node.meta = dict(node.meta)  # export lets what reads the result of a region share it
+    if not follows:
+        node.meta[FROZEN] = True
+    if not node.meta.get(FROZEN):
+        node.meta[SWITCHED] = _MODE_ARGUMENT[op(node)]
+        if cumulative and op(node) is BATCH_NORM:
+            node.meta[CUMULATIVE] = True
 
 
-def mark_frozen(graph: torch.fx.Graph) -> None:
-    """Note on each node that stands in inference mode that it stays there; ``graph`` was captured in training mode."""
-    for node in graph.nodes:
-        if (name := _MODE_ARGUMENT.get(op(node))) is not None and not argument(node, name):
+def mark_switched(nodes: Iterable[Node]) -> None:
+    """Let every node of a graph in inference mode follow the mode, but those that are known not to."""
+    for node in with_mode(nodes):
+        mark(node, follows=True)
+
+
+def mark_frozen(nodes: Iterable[Node]) -> None:
+    """Note on each node that stands in inference mode that it stays there; their graph was captured in training mode."""
+    for node in with_mode(nodes):
+        if not is_training(node):
             node.meta[FROZEN] = True
 
 
@@ -72,24 +91,26 @@ def is_inference_constant(node: Node) -> bool:
     return SWITCHED in node.meta or FROZEN in node.meta
 
 
-def training_literals(graph: torch.fx.Graph) -> list[Node]:
+def training_literals(nodes: Iterable[Node]) -> list[Node]:
     """The nodes that stand in training mode and could stand in inference mode."""
-    nodes = [n for n in graph.nodes if op(n) in _MODE_ARGUMENT and argument(n, _MODE_ARGUMENT[op(n)])]
-    return [n for n in nodes if op(n) not in _WITH_STATISTICS or argument(n, "running_mean") is not None]
+    training = [n for n in with_mode(nodes) if is_training(n)]
+    return [n for n in training if op(n) not in _WITH_STATISTICS or argument(n, "running_mean") is not None]
 
 
-def mark_all(graph: torch.fx.Graph) -> None:
-    """Let every node that could follow the mode follow it; ``graph`` was captured in training mode."""
-    for node in training_literals(graph):
+def mark_all(nodes: Iterable[Node]) -> None:
+    """Let every node that could follow the mode follow it; their graph was captured in training mode."""
+    for node in training_literals(nodes):
         node.meta[SWITCHED] = _MODE_ARGUMENT[op(node)]
 
 
 def strip_tracking(graph: torch.fx.Graph) -> None:
     """Erase the batch counters that a capture in training mode has written into ``graph``."""
-    for node in list(graph.nodes):
-        if op(node) is aten.add.Tensor and node.target is not aten.add.Tensor and not node.users:
-            counter = node.args[0]
-            if counter.op == "get_attr" and counter.target.endswith("num_batches_tracked"):
+    for node in reversed(graph.nodes):
+        if node.target is aten.add_.Tensor and not node.users:
+            counter = node
+            while counter.target is aten.add_.Tensor:  # a norm that is called twice adds to what it has added to
+                counter = counter.args[0]
+            if counter.op in ("get_attr", "placeholder") and counter.target.endswith("num_batches_tracked"):
                 graph.erase_node(node)
 
 
@@ -101,13 +122,18 @@ def switch(module: GraphModule, training: bool, *, batch_norm: bool) -> None:
     _untrack(graph)
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for node in list(graph.nodes):
+        for body in bodies_of(node, module).values() if node.target is AUTOCAST and training and batch_norm else ():
+            given = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
+            for inner in body.graph.nodes:
+                if SWITCHED in inner.meta and op(inner) is BATCH_NORM:
+                    _track(inner, given[argument(inner, "running_mean")], buffers, before=node)
         name = node.meta.get(SWITCHED)
         if name is None:
             continue
         on = training and (batch_norm or op(node) is not BATCH_NORM)
         set_argument(node, name, on)
         if on and op(node) is BATCH_NORM:
-            _track(node, buffers)
+            _track(node, argument(node, "running_mean"), buffers, before=node)
 
 
 def _untrack(graph: torch.fx.Graph) -> None:
@@ -120,18 +146,17 @@ def _untrack(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _track(node: Node, buffers: set[str]) -> None:
-    """Count batches before the batch norm ``node``, as the eager layer does in training mode."""
-    running_mean = argument(node, "running_mean")
+def _track(norm: Node, running_mean: Node, buffers: set[str], *, before: Node) -> None:
+    """Count batches before a node, of the batch norm ``norm``, as the eager layer does in training mode."""
     name = str(running_mean.target).removesuffix("running_mean") + "num_batches_tracked"
     if name not in buffers:
         return
-    graph = node.graph
-    with graph.inserting_before(node):
+    graph = before.graph
+    with graph.inserting_before(before):
         counter = graph.get_attr(name)
         new = [counter, graph.call_function(aten.add_.Tensor, (counter, 1))]
-        if node.meta.get(CUMULATIVE):
+        if norm.meta.get(CUMULATIVE):
             new.append(graph.call_function(cumulative_average_factor, (new[-1],)))
-            set_argument(node, "momentum", new[-1])
+            set_argument(norm, "momentum", new[-1])
     for n in new:
         n.meta[TRACKING] = True

@@ -22,7 +22,8 @@ from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.observers.observation import observer_of, qparams_of
 from quantflow.recovery.originals import attribute, given_input
 
-_MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled)  # a walk has a grad mode of its own
+# A walk has a grad mode of its own, and no autocast.
+_MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast)
 
 Values = dict[Node, Any]
 

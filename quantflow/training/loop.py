@@ -192,7 +192,7 @@ def _check(graph: TrainableGraphModule) -> None:
         raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
     if lost := graph.meta.get(INFERENCE_ONLY):
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        reason = "trained as in inference: what these layers do in training besides is not in the graph"
+        reason = "these may train otherwise than in eager mode: what they do in training besides is not in the graph"
         remedy = "nothing, if a few epochs of QAT do without; else train such layers in eager mode first"
         warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
 

@@ -27,7 +27,9 @@ from quantflow.exported import Exported
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import inference_mode
 from quantflow.graph.modes import training_literals
-from quantflow.graph.state import state_kept, writes_inputs
+from quantflow.graph.own_state import state_kept
+from quantflow.graph.regions import nodes_of
+from quantflow.graph.state import writes_inputs
 from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.inspection import inspect as inspection
 from quantflow.inspection import pte
@@ -107,7 +109,7 @@ class Stage:
     @classmethod
     def _of_graph(cls, name: str, graph: GraphModule) -> Stage:
         signature, observers = Signature.of_graph(graph), observers_of(graph).values()
-        training = [] if isinstance(graph, TrainableGraphModule) else training_literals(graph.graph)
+        training = [] if isinstance(graph, TrainableGraphModule) else training_literals(nodes_of(graph))
         if training:
             reason = f"the graph stands in training mode: {label(training[0])}"
             remedy = "torchao.quantization.pt2e.move_exported_model_to_eval(graph)"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from quantflow import latency, runtime
 from quantflow.batches import Batch, PickInputs, count_of, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph.state import OwnState
+from quantflow.graph.own_state import OwnState
 from quantflow.latency import Latency
 from quantflow.signature import Signature
 from quantflow.verification.figures import StageFigures, Verification

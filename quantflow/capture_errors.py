@@ -1,0 +1,80 @@
+"""Why a model can't be captured, told with the line of the model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import traceback
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from quantflow.errors import QuantflowError
+from quantflow.graph.own_state import state_kept
+
+_PACKAGES = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+
+
+def why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:
+    """The error of a model that can't be traced, or of one that does not even run on the example inputs.
+
+    Args:
+        model: The model.
+        given: The example inputs, positional and keyword.
+        widened: Those that a dynamic batch was captured with, a batch of one doubled; None without one.
+        error: What the capture raised.
+    """
+    name = type(model).__name__
+    if (eager := _eager_error(model, given)) is not None:
+        reason = f"{name} itself does not run on the example inputs: {_first_lines(eager)}"
+        return QuantflowError("export", reason, node="args", remedy="pass inputs on which model(*args, **kwargs) runs")
+    remedy = "make the data-dependent part static (torch.cond, torch._check), or export a submodule"
+    doubled = None if widened is None else _eager_error(model, widened)
+    specialized = "marked batch as dynamic" in str(error)
+    if doubled is not None or specialized:
+        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
+    if doubled is not None:
+        reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
+        return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
+    if "specialized it to be a constant (1)" in str(error):
+        remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
+    return QuantflowError(
+        "export",
+        f"torch.export could not trace {name}{_place(error)}: {_first_lines(error)}",
+        node="dynamic_batch" if specialized else None,
+        remedy=f"{remedy}; no quantization is involved at this stage",
+    )
+
+
+def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
+    """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
+    try:
+        with torch.no_grad(), state_kept(model):
+            args, kwargs = pytree.tree_map(_own, inputs)
+            model(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def _own(leaf: Any) -> Any:
+    """A copy of one input. A tensor that was computed from others can't be copied deeply."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return copy.deepcopy(leaf)
+
+
+def _place(error: Exception) -> str:
+    """The line of the model at which a trace ended, `` at FILE:LINE``: the last one outside of torch and of this package."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'File "([^"]+)", line (\d+)', str(error))  # dynamo's frames are in its message
+    own = [(file, line) for file, line in frames if not file.startswith((*_PACKAGES, "<"))]
+    return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
+
+
+def _first_lines(error: Exception, limit: int = 400) -> str:
+    text = re.sub(r"^Caused by: .*\n", "", f"{type(error).__name__}: {error}".strip(), flags=re.MULTILINE)
+    return text if len(text) <= limit else text[:limit].rstrip() + " ..."

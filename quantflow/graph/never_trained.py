@@ -1,0 +1,139 @@
+"""Which nodes of a capture in inference mode train where their model does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from quantflow.aten import argument, has_argument, label, layer, op
+from quantflow.graph import modes
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.inference_mode import set_mode
+from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches
+
+
+def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[], ExportedProgram]) -> tuple[str, ...]:
+    """Note on each node of ``program``, the capture of ``model`` in inference mode, whether it follows the mode.
+
+    A layer of torch.nn goes by its own mode while the model trains. The mode that another class gives to a call may come from
+    anywhere: where there is such a call, the model is captured again, in training mode, and the calls of both are compared.
+
+    Args:
+        model: The model, in inference mode. It is left so.
+        program: Its capture. The nodes are changed in place.
+        capture: Captures the model in the mode that it is in.
+
+    Returns:
+        What to call before a person the nodes of which it can't be told, which follow the mode, and the layers whose own
+        ``train()`` changes what they compute with.
+    """
+    nodes = modes.with_mode(nodes_of(program.graph_module))
+    if isinstance(model, TrainableGraphModule):
+        twins = _twins(nodes, modes.with_mode(nodes_of(model)))
+        for node in nodes:
+            known = twins[node].meta if node in twins else {}
+            modes.mark(node, follows=modes.FROZEN not in known, cumulative=modes.CUMULATIVE in known)
+        return _unclear(n for n in nodes if n not in twins)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    before = {name: _held(m) for name, m in layers.items() if type(m).train is not nn.Module.train}
+    set_mode(model, True)
+    changed = [f"{k} ({type(layers[k]).__name__})".lstrip() for k in before if not _holds(layers[k], before[k])]
+    trains = {name for name, m in layers.items() if m.training}
+    cumulative = {name for name, m in layers.items() if _is_cumulative(m)}
+    own = not any(isinstance(m, GraphModule) for m in layers.values())
+    in_doubt = {n for n in nodes if not (modes.is_training(n) or (own and _is_stock(layers.get(layer(n)))))}
+    twins = {}
+    if in_doubt:
+        with contextlib.suppress(Exception), _momentum_given([layers[name] for name in cumulative]):
+            twins = _twins(nodes, modes.with_mode(nodes_of(capture().graph_module)))
+    set_mode(model, False)
+    for node in nodes:
+        follows = modes.is_training(twins[node]) if node in twins else node in in_doubt or layer(node) in trains
+        modes.mark(node, follows=follows, cumulative=layer(node) in cumulative)
+    return (*changed, *_unclear(n for n in nodes if n in in_doubt and n not in twins))
+
+
+def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
+    """Keep in inference mode what follows the mode in regions of ``program`` that can't change it.
+
+    Returns:
+        What to call those nodes before a person.
+    """
+    whole = program.graph_module
+    kept = [node for node in nodes_beyond(whole, switches) if modes.SWITCHED in node.meta]
+    kept += [node for node in nodes_beyond(whole, is_inlined) if modes.CUMULATIVE in node.meta and node not in kept]
+    for node in kept:
+        del node.meta[modes.SWITCHED]
+        node.meta[modes.FROZEN] = True
+    return tuple(f"{label(node)} in a region of its own" for node in kept)
+
+
+def _twins(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:
+    """The same calls in another capture: by their order where all are the same, else by their order within a layer."""
+    if list(map(_call, nodes)) == list(map(_call, others)):
+        return dict(zip(nodes, others, strict=True))
+    pairs: dict[Node, Node] = {}
+    theirs = _by_layer(others)
+    for of, mine in _by_layer(nodes).items():
+        if list(map(_call, mine)) == list(map(_call, theirs[of])):
+            pairs.update(zip(mine, theirs[of], strict=True))
+    return pairs
+
+
+def _call(node: Node) -> tuple:
+    return op(node), argument(node, "p") if has_argument(node, "p") else None
+
+
+def _by_layer(nodes: Iterable[Node]) -> defaultdict[tuple, list[Node]]:
+    calls: defaultdict[tuple, list[Node]] = defaultdict(list)
+    for node in nodes:
+        calls[layer(node), op(node)].append(node)
+    return calls
+
+
+def _unclear(nodes: Iterable[Node]) -> tuple[str, ...]:
+    return tuple(f"{label(node)} in an unknown mode" for node in nodes)
+
+
+def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
+    """What ``module`` itself holds, but for its mode: numbers and words by name, and copies of tensors."""
+    plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))}
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return plain, [tensor.detach().clone() for tensor in tensors if tensor is not None]
+
+
+def _holds(module: nn.Module, before: tuple[dict, list[torch.Tensor]]) -> bool:
+    """Whether ``module`` itself holds what it held before."""
+    plain, tensors = _held(module)
+    return plain == before[0] and len(tensors) == len(before[1]) and all(map(torch.equal, tensors, before[1]))
+
+
+def _is_stock(module: nn.Module | None) -> bool:
+    """Whether torch.nn has written what ``module`` computes: it trains where it is in training mode."""
+    if module is None or "forward" in vars(module):
+        return False
+    return str(getattr(type(module).forward, "__module__", "")).startswith("torch.nn.modules.")
+
+
+def _is_cumulative(module: nn.Module) -> bool:
+    """Batch norm with ``momentum=None`` leaves no momentum in an inference trace."""
+    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return norm and module.momentum is None and module.track_running_stats
+
+
+@contextlib.contextmanager
+def _momentum_given(norms: list[nn.Module]) -> Iterator[None]:
+    """A number in the place of ``momentum=None`` for a while: a mean over the batches so far can't be captured."""
+    for norm in norms:
+        norm.momentum = 0.1  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None  # type: ignore[assignment]

@@ -1,0 +1,76 @@
+"""The state of a module at one moment, apart from it, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from quantflow.graph.state import is_written
+
+
+class OwnState:
+    """What ``module`` writes: what its graph does, or all buffers where it has no graph. It stays as it is now where other calls
+    of what shares its memory write it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        graph = module.graph if isinstance(module, GraphModule) else None
+        read = None if graph is None else {str(n.target) for n in graph.find_nodes(op="get_attr") if is_written(n)}
+        self._held: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
+        for path, owner in module.named_modules(remove_duplicate=False):
+            for store in (owner._buffers,) if read is None else (owner._buffers, owner._parameters):
+                for name, tensor in store.items():
+                    if read is None or (f"{path}.{name}" if path else name) in read:
+                        self._held.append((store, name, tensor))
+        self._values = [None if tensor is None else tensor.detach().clone() for *_, tensor in self._held]
+        # A call may give the module buffers that it had not.
+        self._names = [(m._buffers, set(m._buffers)) for m in module.modules()] if read is None else []
+
+    def put_back(self) -> None:
+        """Bring the module into this state."""
+        for store, names in self._names:
+            for name in store.keys() - names:
+                del store[name]
+        for (store, name, tensor), value in zip(self._held, self._values, strict=True):
+            if tensor is None or value is None or tensor.shape != value.shape:
+                store[name] = None if value is None else value.clone()
+                continue
+            with torch.no_grad():
+                tensor.detach().copy_(value)
+            store[name] = tensor
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Run the module for a while from this state, which goes on."""
+        outside = OwnState(self._module)
+        self.put_back()
+        try:
+            yield
+        finally:
+            now = [store[name] for store, name, _ in self._held]
+            self._values = [None if tensor is None else tensor.detach().clone() for tensor in now]
+            outside.put_back()
+
+    def shares(self, other: OwnState) -> bool:
+        """Whether a tensor of the one lies in the memory of a tensor of the other."""
+        ours, theirs = (
+            {t.untyped_storage().data_ptr() for *_, t in state._held if t is not None and t.numel()}
+            for state in (self, other)
+        )
+        return bool(ours & theirs)
+
+
+@contextlib.contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` for a while, and give its state back as it was."""
+    kept = OwnState(module)
+    try:
+        yield
+    finally:
+        kept.put_back()

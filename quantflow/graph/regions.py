@@ -1,0 +1,149 @@
+"""Regions of a captured graph: the bodies of higher-order operators, as ``torch.no_grad`` and ``torch.autocast`` leave them."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.graph.parameters import set_tensor, unused_name
+
+GRAD_MODE: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST: Any = torch.ops.higher_order.wrap_with_autocast
+
+
+def nodes_of(module: GraphModule) -> Iterator[Node]:
+    """The nodes of ``module`` in the order of their calls, each region's where the graph names it."""
+    bodies = {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, GraphModule)}
+    for node in module.graph.nodes:
+        yield node
+        if node.op == "get_attr" and (body := bodies.get(str(node.target))) is not None:
+            yield from nodes_of(body)
+
+
+def bodies_of(node: Node, module: GraphModule) -> dict[str, GraphModule]:
+    """The bodies that ``node`` of ``module`` calls, by their names; none where it calls no region."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return {}
+    names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    held = {name: operator.attrgetter(name)(module) for name in names}
+    return {name: body for name, body in held.items() if isinstance(body, GraphModule)}
+
+
+def switches(node: Node) -> bool:
+    """Whether the region that ``node`` calls changes mode with the graph; a branch does not."""
+    return node.target in (GRAD_MODE, AUTOCAST)
+
+
+def is_inlined(node: Node) -> bool:
+    """Whether the region that ``node`` calls is written back into the graph."""
+    return node.target is GRAD_MODE or (node.target is AUTOCAST and not node.args[2])
+
+
+def nodes_beyond(module: GraphModule, passed: Callable[[Node], bool], within: bool = True) -> Iterator[Node]:
+    """The nodes of all regions of ``module`` but those to which only calls lead that ``passed`` tells."""
+    for node in module.graph.nodes:
+        if not within:
+            yield node
+        for body in bodies_of(node, module).values():
+            yield from nodes_beyond(body, passed, within and passed(node))
+
+
+def inline_regions(module: GraphModule) -> frozenset[str]:
+    """Write regions under ``torch.no_grad`` or ``enable_grad``, and under an autocast that is off, back into the flat graph.
+
+    Export wraps them in higher-order operators whose bodies no quantizer sees. They become plain nodes between calls that set
+    the mode, which is what they are in eager mode. What runs under an autocast that is on stays a region.
+
+    Returns:
+        What the graph now sets on its way: ``"grad"``, or the device type of an autocast.
+    """
+    graph, found = module.graph, set[str]()
+    for node in list(graph.nodes):
+        for body in bodies_of(node, module).values():
+            inner = inline_regions(body)
+            body.recompile()
+            if is_inlined(node):
+                found |= inner
+                found.add("grad" if node.target is GRAD_MODE else str(node.args[0]))
+                _inline(node, body, module)
+    graph.lint()
+    return frozenset(found)
+
+
+def inputs_of(node: Node) -> tuple:
+    """What ``node``, which calls a region under a grad mode or an autocast, gives to the body."""
+    return node.args[2:] if node.target is GRAD_MODE else node.args[5:]
+
+
+def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
+    """Write ``body``, which ``node`` of ``module`` calls, in the place of ``node``."""
+    graph = module.graph
+    env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
+    with graph.inserting_before(node):
+        if node.target is GRAD_MODE:
+            before, leave = graph.call_function(torch.is_grad_enabled), torch._C._set_grad_enabled
+            graph.call_function(torch._C._set_grad_enabled, (node.args[0],))
+        else:
+            before, leave = graph.call_function(torch.amp._enter_autocast, node.args[:4]), torch.amp._exit_autocast
+        for inner in body.graph.nodes:
+            if inner.op in ("placeholder", "output"):
+                continue
+            env[inner] = graph.node_copy(inner, env.__getitem__)
+            if inner.op in ("get_attr", "call_module"):
+                held = operator.attrgetter(str(inner.target))(body)
+                env[inner].target = _taken_over(module, f"{node.name}_{inner.name}", held)
+        graph.call_function(leave, (before,))
+    results = body.graph.output_node().args[0]
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    for user in list(node.users):  # a region always returns a tuple, read by getitem
+        user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]
+        graph.erase_node(user)
+    body_refs = node.all_input_nodes
+    graph.erase_node(node)
+    for ref in body_refs:
+        if ref.op == "get_attr" and not ref.users and operator.attrgetter(str(ref.target))(module) is body:
+            graph.erase_node(ref)
+
+
+@contextlib.contextmanager
+def brought_back(settings: Iterable[str]) -> Iterator[None]:
+    """Bring back, also when the graph raises in between, what it sets on its way.
+
+    Args:
+        settings: As :func:`inline_regions` returns them.
+    """
+    devices = [name for name in settings if name != "grad"]
+    was = [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
+    depth, caches = _autocast_depth() if devices else 0, torch.is_autocast_cache_enabled()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    except BaseException:
+        for name, (enabled, dtype) in zip(devices, was, strict=True):
+            torch.set_autocast_enabled(name, enabled)
+            torch.set_autocast_dtype(name, dtype)
+        if devices:
+            torch.set_autocast_cache_enabled(caches)
+            while _autocast_depth() > depth:
+                torch.autocast_decrement_nesting()
+        raise
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
+    """The name, ``wanted`` or like it, under which ``module`` now has what a body ``held``."""
+    name = unused_name(module, wanted)
+    if isinstance(held, torch.nn.Module):
+        module.add_submodule(name, held)
+    else:
+        set_tensor(module, name, held, parameter=isinstance(held, torch.nn.Parameter))
+    return name
