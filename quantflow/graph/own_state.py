@@ -14,8 +14,9 @@ from quantflow.graph.state import is_written
 
 
 class OwnState:
-    """What ``module`` writes: what its graph does, or all buffers where it has no graph. It stays as it is now where other calls
-    of what shares its memory write it.
+    """What the graph of ``module`` writes, or all its buffers where it has no graph, as it is now.
+
+    Calls of what shares the memory of these do not change it.
     """
 
     def __init__(self, module: nn.Module) -> None:
