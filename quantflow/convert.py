@@ -21,6 +21,7 @@ from quantflow.aten import (
 )
 from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
+from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import (
     drop_unused,
@@ -30,7 +31,7 @@ from quantflow.graph.parameters import (
     set_tensor,
     unused_name,
 )
-from quantflow.graph.state import drop_dead_code, writes_for_others
+from quantflow.graph.state import writes_for_others
 from quantflow.grid.biases import round_biases, separate_biases
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.grid.integers import IntegerTensor, integer_constant, is_weight

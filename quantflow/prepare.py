@@ -15,9 +15,9 @@ from quantflow.core_aten import CoreAten
 from quantflow.errors import QuantflowError
 from quantflow.exported import Exported
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
+from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.graph.state import drop_dead_code
 from quantflow.grid.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
 from quantflow.observers import Observer
 from quantflow.observers.insertion import (
@@ -52,7 +52,7 @@ def prepare(
     _check(graph, quantizer)
     training = graph.training
     prepared = adopt(graph).eval()
-    drop_dead_code(prepared.graph)
+    drop_dead_code(prepared.graph, trains=qat)
     if not qat:
         fold_batch_norm(prepared)
         norm_as_convolution(prepared)
@@ -76,7 +76,7 @@ def prepare(
         for pair in normed_layers(prepared.graph):
             _fuse_weight_with_batch_norm(prepared, pair)
     observe_constants(prepared)
-    drop_dead_code(prepared.graph)
+    drop_dead_code(prepared.graph, trains=qat)
     drop_uncalled_observers(prepared)
     prepared.recompile()
     return prepared.train(training and qat)

@@ -14,8 +14,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 from quantflow.aten import argument
 from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import norm_as_convolution
+from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.rewrites import Rewrite, rewrite
-from quantflow.graph.state import drop_dead_code
 from quantizers.complaints import complain
 from quantizers.edges import Edges, quantized_edges
 from quantizers.kernels import FloatKernels
@@ -79,7 +79,7 @@ class RuleQuantizer(Quantizer):
             remedy = "pass qf.export(model, args).module()"
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         copied = GraphModule(graph, copy.deepcopy(graph.graph))  # shares the parameters
-        drop_dead_code(copied.graph)
+        drop_dead_code(copied.graph, trains=qat)
         if not qat:
             norm_as_convolution(copied)
         return self._plan(rewrite(copied, self.rewrites))

@@ -70,3 +70,32 @@ def test_a_graph_of_stock_torchao_whose_dead_branch_was_erased():
     qf.sensitivity(prepared, [x], progress=False)
     converted = qf.convert(qf.recover(prepared, [x], progress=False).graph)
     assert sqnr(model(x).detach(), converted(x).detach()) > 25
+
+
+@pytest.mark.parametrize("qat", [False, True], ids=["captured", "prepared"])
+def test_what_draws_or_moves_statistics_in_training_stays(qat):
+    """A batch norm that is called once for the output and once for nothing; a dropout that draws for nothing."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.drop = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+        def forward(self, x):
+            y = self.norm(self.linear(x))
+            self.drop(self.norm(self.linear(y)) * 2)
+            return self.drop(y)
+
+    model, x = Shared(), torch.randn(16, 8)
+    graph = qf.export(model, (x,)).module()
+    if qat:
+        graph = qf.prepare(graph, XNNPACKQuantizer(), qat=True)
+        for module in graph.modules():
+            if isinstance(module, qf.FakeQuantize):
+                module.enable_fake_quant(False)
+    found = []
+    for network in (model.train(), graph.train()):
+        torch.manual_seed(0)
+        outputs = [network(x), network(x)]
+        found.append([*outputs, torch.get_rng_state(), network.norm.running_mean, network.norm.running_var])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)

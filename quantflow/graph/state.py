@@ -100,11 +100,6 @@ def _is_seen(written: Node) -> bool:
     return base is not None
 
 
-def drop_dead_code(graph: Graph) -> None:
-    """Erase the nodes whose value nobody reads, but those that write, regions included."""
-    graph.eliminate_dead_code(lambda node: node.is_impure() or bool(all_written_by(node)))
-
-
 def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
     """The nodes whose values lie in memory that is written where that can be seen: in state, in an input (where the ``caller``
     counts), or in a tensor that a node reads, after the write, by an older name. A copy that is made of these before the write

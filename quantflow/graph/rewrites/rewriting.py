@@ -14,9 +14,10 @@ from torch.fx.node import map_arg
 
 from quantflow.aten import label, op, value
 from quantflow.errors import QuantflowWarning
+from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension
-from quantflow.graph.state import aliased_by, drop_dead_code, memory_of, seen_as_one, written_tensors
+from quantflow.graph.state import aliased_by, memory_of, seen_as_one, written_tensors
 
 # What stands for a node: another, or for a call with several results, those that are read by their index; None where a rewrite
 # does not apply.
@@ -45,7 +46,7 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
         changed = True
         _replace(node, replacement, inserted)
     if changed:
-        drop_dead_code(module.graph)
+        drop_dead_code(module.graph, trains=True)
         module.graph.lint()
         module.recompile()
     return module
