@@ -116,6 +116,12 @@ def viewed_of_list(node: Node) -> Node | None:
     return None
 
 
+def returns_whole(node: Node) -> bool:
+    """Whether ``node`` returns one of its inputs itself where their shapes and types agree, though no schema says so."""
+    listed = node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH  # type: ignore[union-attr]
+    return listed or node.target in _MAY_ALIAS or node.target in _MAY_ALIAS_ONE - {aten.einsum.default}
+
+
 def argument(node: Node, name: str) -> Any:
     """The value of the schema argument ``name`` at the call ``node``, its default where the call leaves it out."""
     for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from quantflow.aten import label
 from quantflow.errors import QuantflowError
-from quantflow.graph.explicit_copies import make_copies_explicit
+from quantflow.graph.explicit_copies import make_memory_explicit
 from quantflow.graph.lifted import rewritten
 from quantflow.graph.rewrites import CORE_REWRITES, rewrite
 from quantflow.graph.written_parameters import written_parameters_as_buffers
@@ -81,7 +81,7 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
 
     What has no decomposition and can be written in core operators (adaptive maxima, medians) is written so first.
     """
-    program = rewritten(written_parameters_as_buffers(program), make_copies_explicit)
+    program = with_explicit_state(program)
     try:
         with fast_decomposition():
             core = rewritten(program, lambda graph: rewrite(graph, CORE_REWRITES)).run_decompositions()
@@ -93,6 +93,11 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
         ) from error
     check_core(core)
     return CoreAten(core, program)
+
+
+def with_explicit_state(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with what decompositions and lowering take for granted: written state in buffers, copies that are copies."""
+    return rewritten(written_parameters_as_buffers(program), make_memory_explicit)
 
 
 def check_core(program: ExportedProgram) -> None:

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from quantflow import delegates, runtime_check
 from quantflow.aten import label
-from quantflow.core_aten import CoreAten, lower_to_core_aten
+from quantflow.core_aten import CoreAten, lower_to_core_aten, with_explicit_state
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
@@ -18,7 +18,6 @@ from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.fault_search import SECONDS, FaultSearch
 from quantflow.graph.containers import with_plain_containers
-from quantflow.graph.explicit_copies import make_copies_explicit
 from quantflow.graph.lifted import rewritten
 from quantflow.inspection.pte import SIGNATURE_METHOD
 from quantflow.program import Program
@@ -186,7 +185,7 @@ def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
     """
     if delegates.resolve(delegate).partitioners():
         try:
-            program = rewritten(program, make_copies_explicit)
+            program = with_explicit_state(program)
             return lower_to_edge(CoreAten(program, program), delegate)
         except QuantflowError:  # core ATen may know better which operator is at fault
             pass

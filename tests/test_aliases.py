@@ -88,6 +88,15 @@ def test_state_that_is_written_by_another_name_is_left_and_stays_float(name):
         assert sqnr(expected.detach(), converted(x).detach()) > 30
 
 
+@pytest.mark.filterwarnings("ignore:.*left to portable kernels:quantflow.QuantflowWarning")
+@pytest.mark.parametrize("name", ["type_as", "broadcast_tensors"])
+def test_state_that_is_written_by_another_name_is_written_on_the_runtime(name):
+    model = Accumulates(NAMES[name]).eval()
+    program = qf.export(model, (CALLS[0],)).to_core_aten().to_edge("xnnpack").to_executorch()
+    for x in CALLS:
+        assert torch.allclose(program(x), model(x), atol=1e-5)
+
+
 class Row(nn.Module):
     def __init__(self, rows):
         super().__init__()
@@ -142,6 +151,9 @@ def test_a_parameter_that_is_written_is_state():
     prepared = qf.calibrate(qf.prepare(exported.module(), XNNPACKQuantizer()), CALLS, progress=False)
     assert torch.equal(prepared.step, model.step)
     before = exported.program.graph_signature
+    program = qf.quantize(model, (CALLS[0],), CALLS, progress=False, recover=False).program
+    for x, expected in zip(CALLS, map(copy.deepcopy(model), CALLS), strict=True):
+        assert sqnr(expected.detach(), program(x)) > 30
     program = exported.to_core_aten().to_edge("xnnpack").to_executorch()
     assert exported.program.graph_signature == before
     for x in CALLS:

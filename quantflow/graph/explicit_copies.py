@@ -1,15 +1,36 @@
-"""Copies made explicit: functional graphs take a copied tensor for its source."""
+"""Copies and views made explicit: functional graphs take a copied tensor for its source, and a hidden view for a copy."""
 
 from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, op, value
+from quantflow.aten import argument, aten, has_argument, op, returns_whole, value
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.state import memory_of, written_tensors
 
 
-def make_copies_explicit(module: GraphModule) -> None:
+def make_memory_explicit(module: GraphModule) -> None:
+    """Both, in place: first what is no copy, then what is one."""
+    _drop_hidden_views(module)
+    _make_copies_explicit(module)
+
+
+def _drop_hidden_views(module: GraphModule) -> None:
+    """Let a tensor that is written go by its own name where an operator returns it whole, and no schema says so (``type_as``):
+    what is written by the other name would be written to a copy.
+    """
+    written = written_tensors(module.graph)
+    for node in reversed(module.graph.nodes):
+        base = aliased_by(node)
+        if base is None or node not in written or not returns_whole(node):
+            continue
+        mine, whole = value(node), value(base)
+        if mine is not None and whole is not None and (mine.shape, mine.dtype) == (whole.shape, whole.dtype):
+            node.replace_all_uses_with(base)
+            module.graph.erase_node(node)
+
+
+def _make_copies_explicit(module: GraphModule) -> None:
     """Convert, expand and clone, in place, what a copy converts, expands and keeps from being written.
 
     torch's decompositions put the source itself in the place of a copy. It may have another dtype or shape than what it was
