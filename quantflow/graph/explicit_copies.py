@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.aten import argument, aten, has_argument, op, returns_whole, value
 from quantflow.graph.rewrites.rewriting import call_before
-from quantflow.graph.state import memory_of, written_tensors
+from quantflow.graph.state import aliased_by, memory_of, written_tensors
 
 
 def make_memory_explicit(module: GraphModule) -> None:
