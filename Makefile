@@ -17,7 +17,7 @@ types: .venv/ready
 	$(BIN)/mypy
 
 check: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 # two workers of many threads each would fight for the cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal # two workers of many threads each would fight for the cores
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
