@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300.0, help="after which a case counts as hanging")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/executorch_suite.json"))
+    parser.add_argument("--output", type=Path, default=Path("runs/executorch_suite.json"))
     options = parser.parse_args()
     chosen = [case for case in cases() if any(part in case for part in options.only)]
     tasks = [(flow, case) for flow in options.flows for case in chosen]

@@ -22,7 +22,7 @@ from fuzzing.verdict import answer, judge
 import quantflow as qf
 from quantizers import XNNPACKQuantizer
 
-SEEDS = range(16)
+SEEDS = range(24)
 
 
 def verdict_of(network, path):
