@@ -140,6 +140,15 @@ def test_a_float_convolution_over_rows_between_integers(name):
     assert sqnr(converted(x), program(x)) > 35
 
 
+def test_a_float_convolution_over_rows_before_integers():
+    model, x = nn.Sequential(nn.Conv1d(5, 5, 1, groups=5), nn.SiLU(), nn.Conv1d(5, 8, 3)).eval(), torch.randn(2, 5, 6)
+    quantizer = XNNPACKQuantizer(skip=["0"])
+    prepared = qf.prepare(qf.export(model, (x,)).module(), quantizer)
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    program = lowered(converted, x)
+    assert sqnr(converted(x), program(x)) > 35
+
+
 PADS = {
     "cut on all sides": (-1, -1, -1, -1),
     "cut and padded": (-2, 1, 3, -1),
@@ -162,6 +171,16 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("convolution", [nn.Conv1d(8, 8, 3, padding="same"), nn.ConvTranspose1d(8, 8, 3, padding=1)])
 def test_a_convolution_over_rows_that_is_called_twice(convolution):
     same(Recurrent(convolution).eval(), torch.randn(2, 8, 5))
+
+
+@pytest.mark.parametrize("qat", [False, True], ids=["ptq", "qat"])
+def test_a_convolution_over_rows_that_is_called_twice_in_integers(qat):
+    model, x = nn.Sequential(*[nn.Conv1d(8, 8, 3, padding=1)] * 2).eval(), torch.randn(2, 8, 5)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(), qat=qat).eval()
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    program = lowered(converted, x)
+    assert program.delegation.fraction == 1.0
+    assert sqnr(converted(x), program(x)) > 35
 
 
 @pytest.mark.parametrize("delegate", ["xnnpack", None])

@@ -23,6 +23,7 @@ from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
 from quantflow.runtime_check import _difference, _Reference
 from quantflow.signature import Signature
+from quantizers import XNNPACKQuantizer
 
 X = torch.randn(2, 4, 8, 8)
 
@@ -158,6 +159,18 @@ def test_an_example_that_was_computed_with_gradients():
     model = nn.Linear(4, 4)
     program = qf.export(model, (features,)).to_core_aten().to_edge("xnnpack").to_executorch()
     assert torch.allclose(program(features.detach()), model(features), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.edge.*no delegate runs it")
+def test_conversions_around_a_layer_that_is_left_out_are_done():
+    """Whoever asks whether the delegate takes a layer tags them as a part of its kernel."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    core = qf.export(converted, (x,)).to_core_aten()
+    for refused in ({"aten_linear_default"}, {"aten_linear_default", "aten_linear_default_1"}):
+        program = lower_to_edge(core, "xnnpack", frozenset(refused)).to_executorch(check=False)
+        assert signal_to_noise(converted(x).detach(), program(x)) > 60
 
 
 class Counter(nn.Module):

@@ -18,7 +18,13 @@ from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
 from executorch.backends.xnnpack.partition.config.node_configs import BatchNormConfig, PreluConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor, is_quant
+from executorch.backends.xnnpack.utils.quant_utils import (
+    IS_IMPLICIT_Q_DQ_TAG,
+    is_dequant,
+    is_dynamic_qdq,
+    is_per_tensor,
+    is_quant,
+)
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -183,11 +189,31 @@ class Int8Partitioner(XnnpackPartitioner):
             config.check_constraints = _without_state(config, config.check_constraints)  # type: ignore[method-assign]
             if isinstance(config, GEMMConfig):
                 config.check_constraints = _with_own_bias(config, config.check_constraints)  # type: ignore[method-assign]
+            config.get_partition = self._noting(config.get_partition)  # type: ignore[method-assign]
+        self._taken: list[tuple[Callable, Node]] = []  # operators, with what gives their partition
+
+    def _noting(self, get_partition: Callable) -> Callable:
+        def noted(node: Node, ep: ExportedProgram) -> list[Node]:
+            self._taken.append((get_partition, node))
+            return get_partition(node, ep)
+
+        return noted
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
-        """Whatever can be called together is one partition."""
-        if self.one_by_one:
-            return self._operators(ep)
+        """Whatever can be called together is one partition.
+
+        What asks whether the delegate takes an operator tags the conversions around it as parts of its kernel, which the
+        delegate then leaves out. Only the tags of operators that are taken may stay.
+        """
+        self._taken.clear()
+        partitions = self._operators(ep) if self.one_by_one else self._calls(ep)
+        for node in ep.graph.nodes:
+            node.meta.pop(IS_IMPLICIT_Q_DQ_TAG, None)
+        for get_partition, node in self._taken:
+            get_partition(node, ep)
+        return partitions
+
+    def _calls(self, ep: ExportedProgram) -> list[Partition]:
         delegated = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
         partitions: dict[int, list[Node]] = {}
         for node, stage in stages(ep.graph, delegated, _belongs_to_reader(delegated)).items():

@@ -1,4 +1,4 @@
-"""Float convolutions over rows that XNNPACK gets wrong as convolutions over images of one row: exact."""
+"""Convolutions over rows that executorch prepares wrongly for XNNPACK, in other forms: exact."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from quantflow.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
-from quantflow.graph.parameters import is_constant
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
 from quantflow.graph.rewrites.weights import Steps, has_own_weight, reshaped_weight
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution of a constant float weight that others read too, which executorch would make an image twice, or over rows
-    that were dequantized.
+    """A convolution over images of one row for one over rows, whose weight is a constant in float: beside integers, or where
+    others read the weight too.
+
+    executorch makes an image of each weight, and of one that two convolutions read twice. Integers are copied for each.
     """
     x, weight = argument(node, "input"), argument(node, "weight")
+    if _is_dequantized(weight):
+        return _with_own_integers(module, node)
     own = has_own_weight(node)
-    if not is_constant(weight) or value(x).ndim != 3 or (own and not _is_dequantized(x)):  # type: ignore[union-attr]
+    if not is_constant(weight) or value(x).ndim != 3 or (own and not _is_beside_integers(x, node)):  # type: ignore[union-attr]
         return None
     numbered = same_padding(module, node) if op(node) is aten.conv1d.padding else node
     if numbered is None:
@@ -42,8 +46,26 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
     return call_before(node, aten.reshape.default, out, sizes)
 
 
+def _with_own_integers(module: GraphModule, node: Node) -> Node | None:
+    """The convolution ``node`` with a copy of its integer weight, where others read that too."""
+    weight = argument(node, "weight")
+    read = weight.args[0]
+    if node.kwargs or not is_constant(read) or (reads_of(node.graph)[str(read.target)] == 1 and len(weight.users) == 1):
+        return None
+    name = unused_name(module, f"{read.target}_own")
+    set_tensor(module, name, tensor_of(module, read).clone(), parameter=False)
+    copied = read_attribute(module, name, node, read)
+    own = call_before(node, weight.target, copied, *weight.args[1:])
+    return call_before(node, node.target, *(own if given is weight else given for given in node.args))
+
+
 def _is_dequantized(node: Node) -> bool:
     return node.op == "call_function" and "dequantize" in str(node.target)
+
+
+def _is_beside_integers(x: Node, node: Node) -> bool:
+    """Whether ``x``, which ``node`` reads, was dequantized, or ``node`` is quantized."""
+    return any(n.op == "call_function" and "quantize" in str(n.target) for n in (x, *node.users))
 
 
 _SIDES = ((1, "stride"), (0, "padding"), (1, "dilation"))  # each with what it is along the new dimension
