@@ -154,7 +154,7 @@ def test_other_versions_are_left_alone(monkeypatch):
         assert GraphModule.recompile is recompile
 
 
-def test_a_fork_waits_until_nothing_is_replaced():
+def test_in_a_fork_nothing_stays_replaced_by_another_thread():
     stock, entered = GraphModule.recompile, threading.Event()
 
     def lower():

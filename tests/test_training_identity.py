@@ -361,3 +361,48 @@ class MoreWhileItTrains(nn.Module):
 
 def test_a_call_that_is_another_in_training_is_named():
     assert "dropout in an unknown mode" in str(qf.export(MoreWhileItTrains(), (torch.randn(4, 6),)).inference_only)
+
+
+class Auxiliary(nn.Module):
+    """Keeps a loss of its own in training; ``dropout`` makes its mode one that a second capture tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = F.dropout(self.linear(x), 0.5, self.training)
+        if self.training:
+            self.auxiliary = y.mean()
+        return y
+
+
+def test_export_leaves_what_a_model_holds():
+    model = Auxiliary().train()
+    held = set(vars(model))
+    qf.export(model, (torch.randn(3, 4),))
+    assert set(vars(model)) == held
+    copy.deepcopy(model)
+
+
+class OwnTrain(nn.Module):
+    """A ``train()`` of its own that computes nothing, beside a buffer that nothing has set."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("unset", torch.full((2,), torch.nan))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_switch_that_computes_nothing_is_not_named(device):
+    with torch.device(device):
+        assert qf.export(OwnTrain(), (torch.randn(3, 4),)).inference_only == ()

@@ -35,8 +35,8 @@ from torch.utils import _pytree as pytree
 from quantflow.delegates import fast_retraces
 from quantflow.delegates.fast_retraces import copied_retraces
 from quantflow.errors import QuantflowWarning
-from quantflow.upstream.decomposition import LOCK, fast_decomposition
-from quantflow.upstream.replaced import replaced
+from quantflow.upstream.decomposition import fast_decomposition
+from quantflow.upstream.replaced import exclusively, replaced
 from quantflow.upstream.versions import supported
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ _PASSING = frozenset({"run_fast", "call", "call_if_possible", "run_decomposition
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[bool]:
     """Make executorch's lowering fast for a while; gives whether it is."""
-    with LOCK, contextlib.ExitStack() as stack:
+    with exclusively(), contextlib.ExitStack() as stack:
         yield supported() and _enter(stack)
 
 

@@ -27,7 +27,7 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         for held, name, tensor, value in switched:
             held[name] = tensor
-            if not torch.equal(tensor, value):  # weights that are merged and taken apart again are rounded
+            if not same_values(tensor, value):  # weights that are merged and taken apart again are rounded
                 tensor.detach().copy_(value)
 
 
@@ -39,6 +39,15 @@ def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tenso
             for name, tensor in held.items():
                 if tensor is not None:
                     yield held, name, tensor, tensor.detach().clone()
+
+
+def same_values(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both hold the same, NaN for NaN. On the meta device there is nothing to compare."""
+    if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    if tensor.is_meta or torch.equal(tensor, other):
+        return True
+    return tensor.is_floating_point() and torch.allclose(tensor, other, 0.0, 0.0, equal_nan=True)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

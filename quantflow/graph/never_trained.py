@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from quantflow.aten import argument, has_argument, label, layer, op
 from quantflow.graph import modes
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.inference_mode import set_mode
+from quantflow.graph.inference_mode import same_values, set_mode
 from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches
 
 
@@ -50,7 +50,7 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
     in_doubt = {n for n in nodes if not (modes.is_training(n) or (own and _is_stock(layers.get(layer(n)))))}
     twins = {}
     if in_doubt:
-        with contextlib.suppress(Exception), _momentum_given([layers[name] for name in cumulative]):
+        with contextlib.suppress(Exception), _left_alone(model), _momentum_given([layers[n] for n in cumulative]):
             twins = _twins(nodes, modes.with_mode(nodes_of(capture().graph_module)))
     set_mode(model, False)
     for node in nodes:
@@ -111,7 +111,7 @@ def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
 def _holds(module: nn.Module, before: tuple[dict, list[torch.Tensor]]) -> bool:
     """Whether ``module`` itself holds what it held before."""
     plain, tensors = _held(module)
-    return plain == before[0] and len(tensors) == len(before[1]) and all(map(torch.equal, tensors, before[1]))
+    return plain == before[0] and len(tensors) == len(before[1]) and all(map(same_values, tensors, before[1]))
 
 
 def _is_stock(module: nn.Module | None) -> bool:
@@ -125,6 +125,18 @@ def _is_cumulative(module: nn.Module) -> bool:
     """Batch norm with ``momentum=None`` leaves no momentum in an inference trace."""
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return norm and module.momentum is None and module.track_running_stats
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """What the modules of ``model`` hold stays: a capture in training mode may put fake tensors there."""
+    before = [(held, dict(held)) for m in model.modules() for held in (vars(m), m._buffers, m._parameters)]
+    try:
+        yield
+    finally:
+        for held, then in before:
+            held.clear()
+            held.update(then)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.recovery.compensation import compensate
 from quantflow.recovery.given import check_calibrated, draw, within_memory
-from quantflow.recovery.interaction import examples_interact
+from quantflow.recovery.interaction import examples_interact, examples_of
 from quantflow.recovery.originals import restored
 from quantflow.recovery.ranges import settle_ranges
 from quantflow.recovery.sample import Inputs, Sample, cut_inputs
@@ -139,7 +139,9 @@ def _unfit(graph: GraphModule, drawn: Sequence[Inputs]) -> str:
     """Why batches of a sample do not tell what the network meets in use; ``""`` where they do."""
     if any(is_written(node) for node in graph.graph.find_nodes(op="get_attr")):
         return "it keeps state"
-    if examples_interact(restored(graph), drawn[0], cut_inputs(Signature.of_graph(graph))):
+    cut = cut_inputs(Signature.of_graph(graph))
+    most = max(drawn, key=lambda batch: examples_of(batch, cut))
+    if examples_interact(restored(graph), most, cut):
         return "the examples of a batch act on each other"
     return ""
 

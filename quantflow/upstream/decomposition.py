@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from quantflow.upstream.replaced import replaced
+from quantflow.upstream.replaced import exclusively, replaced
 from quantflow.upstream.versions import supported
-
-# The names are global: one thread at a time replaces them.
-LOCK = threading.RLock()
-# A fork waits until it has them back: nothing in its child would give them back, or the lock.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 @contextlib.contextmanager
 def fast_decomposition() -> Iterator[None]:
     """Make ``run_decompositions`` fast for a while; with other versions, leave it as it is."""
-    with LOCK, contextlib.ExitStack() as stack:
+    with exclusively(), contextlib.ExitStack() as stack:
         if supported():
             stack.enter_context(_operators_once())
             stack.enter_context(_registered_at_once())
