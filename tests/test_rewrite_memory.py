@@ -82,3 +82,21 @@ def test_what_is_made_anew_is_not_shared(name, use):
             for tensors in ((found, x), (expected, given))
         ]
         assert memories[0] == memories[1]
+
+
+@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish, F.silu, F.mish, F.softsign, F.relu6])
+@pytest.mark.parametrize("write", [torch.Tensor.tanh_, lambda y: y[:, :2].neg_()])
+def test_what_is_written_in_place_has_a_gradient(function, write):
+    """Autograd keeps the results of some operators that rewrites write."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            y = function(x * 1.5)
+            write(y)
+            return y * y
+
+    x = IMAGE.clone().requires_grad_()
+    graph = rewrite(torch.export.export(Model(), (IMAGE.clone(),)).module(), TABLES[0])
+    (expected,) = torch.autograd.grad(Model()(x).sum(), x)
+    (found,) = torch.autograd.grad(graph(x).sum(), x)
+    torch.testing.assert_close(found, expected)

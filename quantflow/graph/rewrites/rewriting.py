@@ -17,7 +17,7 @@ from quantflow.errors import QuantflowWarning
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension
-from quantflow.graph.state import aliased_by, memory_of, seen_as_one, written_tensors
+from quantflow.graph.state import aliased_by, is_written, memory_of, seen_as_one, written_tensors
 
 # What stands for a node: another, or for a call with several results, those that are read by their index; None where a rewrite
 # does not apply.
@@ -25,6 +25,16 @@ Results: TypeAlias = Sequence[Node] | Mapping[int, Node]
 Replacement: TypeAlias = Node | Results | None
 # Takes a node, and writes its replacement before it.
 Rewrite = Callable[[GraphModule, Node], Replacement]
+
+
+_aten = torch.ops.aten
+# Their gradient is computed from their result, into which nobody may write.
+_SAVED_BY_AUTOGRAD = frozenset(
+    {
+        *(_aten.relu.default, _aten.sigmoid.default, _aten.tanh.default, _aten.exp.default, _aten.softmax.int),
+        *(_aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.log_softmax.int),
+    }
+)
 
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
@@ -97,8 +107,9 @@ def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> No
         if old.users:
             new = replacement if isinstance(replacement, Node) else replacement[old.args[1]]  # type: ignore[index]
             shares = memory_of(new) not in inserted and aliased_by(node) is None
-            if shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new)):
-                new = call_before(node, torch.ops.aten.clone.default, new)
+            shown = shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new))
+            if shown or (op(new) in _SAVED_BY_AUTOGRAD and is_written(old)):
+                new = call_before(node, _aten.clone.default, new)
             old.replace_all_uses_with(new)
         if old is not node:
             node.graph.erase_node(old)
@@ -109,7 +120,7 @@ def _viewed_in_other_order(old: Node, new: Node) -> bool:
     """Whether a view of ``old`` may be none of ``new``, which lies in memory in another order."""
     given, wanted = value(new), value(old)
     known = given is not None and wanted is not None and given.stride() == wanted.stride()
-    return not known and any(user.target is torch.ops.aten.view.default for user in old.users)
+    return not known and any(user.target is _aten.view.default for user in old.users)
 
 
 def call_before(node: Node, target: Any, *args: Any) -> Node:
