@@ -98,8 +98,21 @@ class Unread(nn.Module):
         return y + shift, self.other(y)
 
 
+class Chosen(nn.Module):
+    """A layer that only chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.choice, self.embedding = Small(), nn.Linear(5, 4), nn.Embedding(4, 5)
+
+    def forward(self, x):
+        y = self.small(x)
+        return y + self.embedding(self.choice(y).argmax(-1))
+
+
 def parameters_without_gradients():
     torch.manual_seed(0)
+    train(qf.export(Chosen(), (batches(1)[0][0],)).module())
     graph = qf.export(Unread(), (batches(1)[0][0],)).module()
     found = train(graph, loss=lambda outputs, target: F.cross_entropy(outputs[0], target))
     return found | {"weight": graph.get_parameter("small.conv.weight").flatten().tolist()}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from quantflow import distributed
-from quantflow.aten import aten
+from quantflow.aten import aten, value
 from quantflow.batches import Batch
 from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
@@ -70,7 +70,7 @@ def _all_learn(graph: TrainableGraphModule) -> bool:
     for node in graph.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        elif not enabled or node.target in (aten.detach.default, aten.detach_.default):
+        elif not enabled or node.target in (aten.detach.default, aten.detach_.default) or _is_discrete(node):
             without.add(node)
     (output,) = graph.graph.find_nodes(op="output")
     if len(output.all_input_nodes) > 1:  # the loss may take one of them
@@ -84,3 +84,9 @@ def _all_learn(graph: TrainableGraphModule) -> bool:
     read = {str(node.target) for node in learning if node.op in ("get_attr", "call_module")}
     named = [name for name, p in graph.named_parameters() if p.requires_grad]
     return all(any(name == r or name.startswith(f"{r}.") for r in read) for name in named)
+
+
+def _is_discrete(node: Node) -> bool:
+    """Whether the value of ``node`` is a tensor of integers or booleans, through which no gradient comes."""
+    val = value(node)
+    return val is not None and not (val.is_floating_point() or val.is_complex())
