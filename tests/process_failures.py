@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantflow.distributed import peers
 
-SILENCE, BOUND = 4, 8  # seconds, instead of 30 and 1800
+SILENCE, BOUND = 4, 16  # seconds, instead of 30 and 1800: longer than a busy machine keeps a process waiting
 
 
 def wrong(how):
@@ -66,7 +66,7 @@ def main():
     for case in sys.argv[1:]:
         where, how, culprit = case.split("-")
         given = {"case": case, "where": where, "how": how, "culprit": int(culprit)}
-        together(functools.partial(work, **given), count=3, limit=10, bound=BOUND)
+        together(functools.partial(work, **given), count=3, limit=20, bound=BOUND)
 
 
 if __name__ == "__main__":

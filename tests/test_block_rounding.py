@@ -139,7 +139,7 @@ class Halves(nn.Module):
 
 
 def _left_errors(seed):
-    """The error of the places that the head reads, with and without their prices."""
+    """The error of the places that the head reads, with and without their prices; None where no rounding is found."""
     torch.manual_seed(seed)
     mixing = torch.randn(2, 8, 8) * torch.tensor([1, 3]).reshape(2, 1, 1)  # of channels, another in each half
     left, right = (torch.einsum("oc,nchw->nohw", m, torch.randn(64, 8, 4, 4)) for m in mixing)
@@ -156,13 +156,19 @@ def _left_errors(seed):
             )
         return float((found - wanted)[..., :4].square().mean() / wanted[..., :4].square().mean())
 
-    return error(prices), error(None)
+    try:
+        return error(prices), error(None)
+    except qf.QuantflowWarning as warning:
+        if "no rounding was found" not in str(warning):
+            raise
+        return None
 
 
-@pytest.mark.filterwarnings("ignore:.adaround.*no rounding was found")
 def test_places_count_by_their_prices():
-    # Learned rounding ends in another place on another processor: one network alone tells little, and may keep its weights.
-    priced, unpriced = zip(*map(_left_errors, range(3)), strict=True)
+    # Learned rounding ends in another place on another processor: one network alone tells little.
+    learned = [errors for errors in map(_left_errors, range(8)) if errors is not None]
+    priced, unpriced = zip(*learned, strict=True)
+    assert len(learned) >= 4
     assert sum(priced) < 0.9 * sum(unpriced)
 
 

@@ -182,7 +182,7 @@ FAILURES = {
     # where, how, who: what the others say of it
     "step-killed-1": "no sign of life",
     "step-killed-0": "the store by which the processes talk is gone",
-    "data-hung-1": "no answer within 8 s",
+    "data-hung-1": "no answer within 16 s",
     "step-hung-1": "it hangs",
     "step-failed-1": "it failed: ValueError: a fault of its own",
     "validate-failed-2": "it failed: ValueError: a fault of its own",
@@ -206,4 +206,4 @@ def test_one_that_goes_wrong_is_named_by_all_others(failures, case):
         assert outcome["node"] == f"rank {culprit}", outcome
         assert outcome["stage"] == ("calibrate" if where == "calibrate" else "train")
         assert FAILURES[case] in outcome["reason"]
-        assert outcome["seconds"] < 40
+        assert outcome["seconds"] < 60
