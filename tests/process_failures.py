@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantflow.distributed import peers
 
-SILENCE, BOUND = 4, 16  # seconds, instead of 30 and 1800: longer than a busy machine keeps a process waiting
+SILENCE, BOUND = 12, 16  # seconds, instead of 30 and 1800: longer than a busy machine keeps a process waiting
 
 
 def wrong(how):
