@@ -18,13 +18,15 @@ class Xnnpack(Delegate):
 
     def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Any]:
         """The partitioner, leaving out the edge nodes named in ``refused``."""
-        from quantflow.delegates.xnnpack_int8 import Int8Partitioner  # executorch is imported late: it costs seconds
+        from quantflow.delegates.xnnpack_partitioner import (
+            Int8Partitioner,  # executorch is imported late: it costs seconds
+        )
 
         return [Int8Partitioner(refused)]
 
     def one_by_one(self) -> list[Any]:
         """A partitioner that calls the delegate for each operator alone."""
-        from quantflow.delegates.xnnpack_int8 import Int8Partitioner
+        from quantflow.delegates.xnnpack_partitioner import Int8Partitioner
 
         return [Int8Partitioner(one_by_one=True)]
 
