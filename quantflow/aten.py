@@ -111,15 +111,17 @@ def viewed_of_list(node: Node) -> Node | None:
     if node.target in _MAY_ALIAS_ONE:
         tensors = next(arg for arg in node.args if isinstance(arg, (list, tuple)))
         return tensors[0] if len(tensors) == 1 else None
-    if node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH:  # type: ignore[union-attr]
-        return node.args[0].args[0][node.args[1]]  # type: ignore[index, union-attr]
-    return None
+    return node.args[0].args[0][node.args[1]] if _is_one_of_each(node) else None  # type: ignore[index, union-attr]
+
+
+def _is_one_of_each(node: Node) -> bool:
+    """Whether ``node`` is one result of an operator that gives back each tensor of a list."""
+    return node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH  # type: ignore[union-attr]
 
 
 def returns_whole(node: Node) -> bool:
     """Whether ``node`` returns one of its inputs itself where their shapes and types agree, though no schema says so."""
-    listed = node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH  # type: ignore[union-attr]
-    return listed or node.target in _MAY_ALIAS or node.target in _MAY_ALIAS_ONE - {aten.einsum.default}
+    return _is_one_of_each(node) or node.target in _MAY_ALIAS or node.target in _MAY_ALIAS_ONE - {aten.einsum.default}
 
 
 def argument(node: Node, name: str) -> Any:

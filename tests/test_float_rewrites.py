@@ -149,14 +149,6 @@ def test_a_float_convolution_over_rows_before_integers():
     assert sqnr(converted(x), program(x)) > 35
 
 
-PADS = {
-    "cut on all sides": (-1, -1, -1, -1),
-    "cut and padded": (-2, 1, 3, -1),
-    "cut at one end": (0, -2),
-    "of the batch": (0, 0, 0, 0, -1, 1, 0, 1),
-}
-
-
 class Recurrent(nn.Module):
     """One convolution over rows, called twice."""
 
@@ -181,6 +173,14 @@ def test_a_convolution_over_rows_that_is_called_twice_in_integers(qat):
     program = lowered(converted, x)
     assert program.delegation.fraction == 1.0
     assert sqnr(converted(x), program(x)) > 35
+
+
+PADS = {
+    "cut on all sides": (-1, -1, -1, -1),
+    "cut and padded": (-2, 1, 3, -1),
+    "cut at one end": (0, -2),
+    "of the batch": (0, 0, 0, 0, -1, 1, 0, 1),
+}
 
 
 @pytest.mark.parametrize("delegate", ["xnnpack", None])

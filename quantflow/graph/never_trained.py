@@ -41,7 +41,7 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
             modes.mark(node, follows=modes.FROZEN not in known, cumulative=modes.CUMULATIVE in known)
         return _unclear(n for n in nodes if n not in twins)
     layers = dict(model.named_modules(remove_duplicate=False))
-    before = {name: _held(m) for name, m in layers.items() if type(m).train is not nn.Module.train}
+    before = {name: _copied(_held(m)) for name, m in layers.items() if type(m).train is not nn.Module.train}
     set_mode(model, True)
     changed = [f"{k} ({type(layers[k]).__name__})".lstrip() for k in before if not _holds(layers[k], before[k])]
     trains = {name for name, m in layers.items() if m.training}
@@ -102,10 +102,14 @@ def _unclear(nodes: Iterable[Node]) -> tuple[str, ...]:
 
 
 def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
-    """What ``module`` itself holds, but for its mode: numbers and words by name, and copies of tensors."""
+    """What ``module`` itself holds, but for its mode: numbers and words by name, and tensors."""
     plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))}
     tensors = [*module._parameters.values(), *module._buffers.values()]
-    return plain, [tensor.detach().clone() for tensor in tensors if tensor is not None]
+    return plain, [tensor.detach() for tensor in tensors if tensor is not None]
+
+
+def _copied(held: tuple[dict, list[torch.Tensor]]) -> tuple[dict, list[torch.Tensor]]:
+    return held[0], [tensor.clone() for tensor in held[1]]
 
 
 def _holds(module: nn.Module, before: tuple[dict, list[torch.Tensor]]) -> bool:

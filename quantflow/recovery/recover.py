@@ -100,9 +100,15 @@ def recover(
     """
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()
-    drawn = draw(current, data, stage="recover", inputs=inputs)
-    if reason := _unfit(current, drawn):
+
+    def as_calibrated(reason: str) -> Recovered:
         return Recovered(current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
+
+    if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
+        return as_calibrated("it keeps state")
+    drawn = draw(current, data, stage="recover", inputs=inputs)
+    if _interact(current, drawn):
+        return as_calibrated("the examples of a batch act on each other")
     fit, judge = _parted(current, drawn)
     reference = outputs(restored(current), judge, integers=False)
     steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
@@ -135,15 +141,11 @@ def recover(
 _NOTHING = 0.1  # dB: as much noise as signal
 
 
-def _unfit(graph: GraphModule, drawn: Sequence[Inputs]) -> str:
-    """Why batches of a sample do not tell what the network meets in use; ``""`` where they do."""
-    if any(is_written(node) for node in graph.graph.find_nodes(op="get_attr")):
-        return "it keeps state"
+def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
+    """Whether the examples of a batch act on each other, by the batch with the most of them."""
     cut = cut_inputs(Signature.of_graph(graph))
     most = max(drawn, key=lambda batch: examples_of(batch, cut))
-    if examples_interact(restored(graph), most, cut):
-        return "the examples of a batch act on each other"
-    return ""
+    return examples_interact(restored(graph), most, cut)
 
 
 def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:

@@ -10,9 +10,8 @@ from typing import Any
 
 _lock = threading.RLock()
 _holder: int | None = None  # the thread that has it
-_standing: list[
-    tuple[Any, str, Any, bool]
-] = []  # what is replaced now: where, its name, what was there, whether as its own
+# What is replaced now: where, its name, what was there, and whether that was its own.
+_standing: list[tuple[Any, str, Any, bool]] = []
 
 
 @contextlib.contextmanager

@@ -121,9 +121,8 @@ def in_rows(call: Call, signature: Signature | None, args: tuple, kwargs: dict[s
     found = []
     for start in range(0, pieces.rows, pieces.most):
         output = call(*signature.call(pieces.piece(flat, start)))
-        found.append(
-            pytree.tree_flatten(pytree.tree_map_only(torch.Tensor, torch.clone, output))
-        )  # it may be its state
+        own = pytree.tree_map_only(torch.Tensor, torch.clone, output)  # it may be state, which the next piece writes
+        found.append(pytree.tree_flatten(own))
     parts = zip(*(leaves for leaves, _ in found), strict=True)
     return pytree.tree_unflatten([_joined(part, pieces) for part in parts], found[0][1])
 
