@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from quantflow import delegates, runtime_check
 from quantflow.aten import label
 from quantflow.core_aten import CoreAten, lower_to_core_aten, with_explicit_state
+from quantflow.delegates import lowered_modules
+from quantflow.delegates.compile_errors import being_compiled
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
@@ -25,6 +28,7 @@ from quantflow.runtime import isolated
 from quantflow.runtime_check import Finding
 from quantflow.signature import Signature
 
+_SHOWN = 8  # layers that a message names
 _REMEDY_FOREIGN = "run it where its backend is: this runtime may not have it"
 
 
@@ -105,7 +109,7 @@ class Edge:
             return set()  # a portable kernel is at fault
         inputs = self.core.source.example_inputs
         flat = None if inputs is None or not finding.loaded else self.signature.leaves(*inputs, stage="runtime")
-        apart = _manager(self.core, self.delegate, self.delegate.one_by_one()).exported_program()
+        apart = _manager(self.core, self.delegate, self.delegate.one_by_one(self.refused)).exported_program()
         if found := search.alone(apart, flat) - self.refused:
             return found
 
@@ -113,7 +117,8 @@ class Edge:
             tried = lower_to_edge(self.core, self.delegate, nodes | self.refused)._serialise(config)
             return runtime_check.check(tried, self.core.source) is not None
 
-        return search.together(self.manager.exported_program(), wrong_without)
+        inside = [node for _, nodes in lowered_modules(self.manager.exported_program().graph_module) for node in nodes]
+        return search.together(inside, wrong_without)
 
     def _serialise(self, config: Any) -> Program:
         for declared, dim in self.signature.unbounded():
@@ -171,10 +176,57 @@ def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool, *, 
 
 
 def lower_to_edge(core: CoreAten, delegate: Any, refused: frozenset[str] = frozenset()) -> Edge:
-    """Lower ``core`` to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``."""
+    """Lower ``core`` to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``.
+
+    An operator on which the delegate's compiler fails is named in a warning and left to portable kernels.
+    """
     backend = delegates.resolve(delegate)
     isolated.warm_up()  # starts while this process lowers
-    return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
+    search = FaultSearch()
+    while True:
+        try:
+            return Edge(_manager(core, backend, backend.partitioners(refused)), core, backend, refused)
+        except QuantflowError as error:
+            given = being_compiled(error)
+            faulty = _not_compiled(core, backend, refused, given, search) - refused
+            names = ", ".join(sorted(search.names[name] for name in faulty))
+            if not faulty:
+                raise _unmended_compiler(error, given) from error.__cause__
+            reason = f"the delegate's compiler fails: {error.reason}"
+            remedy = "skip these layers in the quantizer, or let them run in portable kernels"
+            warnings.warn(QuantflowWarning("edge", reason, node=names, remedy=remedy), stacklevel=3)
+            refused |= faulty
+
+
+def _not_compiled(
+    core: CoreAten, backend: Delegate, refused: frozenset[str], given: list[Node], search: FaultSearch
+) -> set[str]:
+    """Which of ``given``, what the delegate's compiler failed on, it fails on alone, else the first that it fails on beside
+    others.
+    """
+    alone: set[str] = set()
+    if not given or not backend.one_by_one():
+        return alone
+
+    def failure(partitioners: list[Any]) -> list[Node]:
+        try:
+            _manager(core, backend, partitioners)
+        except QuantflowError as error:
+            return being_compiled(error)
+        return []
+
+    while not search.over and (found := search.named(failure(backend.one_by_one(refused | alone))) - alone):
+        alone |= found
+    return alone or search.together(given, lambda nodes: bool(failure(backend.partitioners(refused | nodes))))
+
+
+def _unmended_compiler(error: QuantflowError, given: list[Node]) -> QuantflowError:
+    """``error``, with the layers of the operators that the delegate's compiler was given, where it names none."""
+    if not given or error.node is not None:
+        return error
+    names = [label(node) for node in given]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return QuantflowError(error.stage, error.reason, node=", ".join(names[:_SHOWN]) + more, remedy=error.remedy)
 
 
 def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:

@@ -55,21 +55,20 @@ class FaultSearch:
         """
         if inputs is None:
             programs = self._within(list(lowered_modules(edge.graph_module)))
-            found = {n for lowered, nodes in programs if not isolated.run(lowered.buffer()).loaded for n in nodes}
+            found = [n for lowered, nodes in programs if not isolated.run(lowered.buffer()).loaded for n in nodes]
         else:
             found = _Compared(edge, self._within).search(inputs)
-        self._name(edge.graph_module, found)
-        return found
+        return self.named(found)
 
-    def together(self, edge: ExportedProgram, wrong_without: Callable[[frozenset[str]], bool]) -> set[str]:
+    def together(self, nodes: Sequence[Node], wrong_without: Callable[[frozenset[str]], bool]) -> set[str]:
         """The first node, in the order of the graph, with which the program goes wrong, while it is right without that node and
         all behind it in the delegate; empty where that can't be told.
 
         Args:
-            edge: The partitioned ``ExportedProgram`` that is wrong.
+            nodes: The operators inside the delegate, in that order.
             wrong_without: Whether the program is wrong still with these nodes left out of the delegate.
         """
-        inside = [name for _, nodes in lowered_modules(edge.graph_module) for name in nodes]
+        inside = [node.name for node in nodes]
         right, wrong = 0, len(inside)
         if not inside or wrong_without(frozenset(inside)):
             return set()
@@ -83,9 +82,7 @@ class FaultSearch:
                 else:
                     right = middle
                 bar.update()
-        found = {inside[wrong - 1]}
-        self._name(edge.graph_module, found)
-        return found
+        return self.named([nodes[wrong - 1]])
 
     def _within(self, items: Iterable[T]) -> Iterator[T]:
         for item in tqdm(items, desc="operators one by one", delay=_SHOWN_AFTER, leave=False):
@@ -93,11 +90,11 @@ class FaultSearch:
                 return
             yield item
 
-    def _name(self, module: Any, found: set[str]) -> None:
-        for lowered, _ in lowered_modules(module):
-            for node in lowered.original_module.graph.nodes:
-                if node.name in found:
-                    self.names[node.name] = label(node)
+    def named(self, nodes: Iterable[Node]) -> set[str]:
+        """The names of ``nodes``, which are kept with their layers."""
+        found = {node.name: label(node) for node in nodes}
+        self.names.update(found)
+        return set(found)
 
 
 class _Compared(Interpreter):
@@ -109,11 +106,11 @@ class _Compared(Interpreter):
 
     def __init__(self, edge: ExportedProgram, within: Callable[[Iterable[Node]], Iterable[Node]]) -> None:
         super().__init__(edge.graph_module)
-        self.edge, self.faulty = edge, set[str]()
+        self.edge, self.faulty = edge, list[Node]()
         self.nodes = dict(lowered_modules(edge.graph_module))
         self.progress = iter(within([n for n in edge.graph.nodes if n.target is _CALL]))
 
-    def search(self, inputs: Sequence[Any]) -> set[str]:
+    def search(self, inputs: Sequence[Any]) -> list[Node]:
         """The nodes at fault on the flat ``inputs``, as far as the time allows."""
         given = iter(inputs)
         held = {**self.edge.state_dict, **self.edge.constants}
@@ -132,7 +129,7 @@ class _Compared(Interpreter):
         if next(self.progress, None) is not None:
             trial = isolated.run(lowered.buffer(), [given])
             if trial.failure or not all(map(_same, trial.outputs[0], flat)):
-                self.faulty.update(self.nodes[lowered])
+                self.faulty.extend(self.nodes[lowered])
         return flat
 
 

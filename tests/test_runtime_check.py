@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.dialects._ops import ops
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.delegates import xnnpack_int8
+from quantflow.delegates import lowered_modules, xnnpack_int8
 from quantflow.delegates.xnnpack import Xnnpack
 from quantflow.edge import lower_to_edge
 from quantflow.fault_search import FaultSearch
@@ -199,19 +201,44 @@ def test_state_is_compared_over_calls(monkeypatch):
 @pytest.mark.parametrize("culprit", range(5))
 def test_the_first_operator_with_which_a_program_goes_wrong_is_found(culprit):
     edge = edge_of(lambda m, x: torch.tanh(torch.exp(torch.sigmoid(m.conv(x)))) * x, X).manager.exported_program()
-    inside = [name for _, names in xnnpack_names(edge) for name in names]
+    inside = [node for _, nodes in lowered_modules(edge.graph_module) for node in nodes]
     assert len(inside) == 5
     search = FaultSearch()
-    found = search.together(edge, lambda out: inside[culprit] not in out)
-    assert found == {inside[culprit]}
-    assert search.together(edge, lambda out: True) == set()
-    assert FaultSearch(seconds=-1.0).together(edge, lambda out: inside[culprit] not in out) == set()
+    name = inside[culprit].name
+    assert search.together(inside, lambda out: name not in out) == {name}
+    assert search.together(inside, lambda out: True) == set()
+    assert FaultSearch(seconds=-1.0).together(inside, lambda out: name not in out) == set()
 
 
-def xnnpack_names(edge):
-    from quantflow.delegates import lowered_modules
+def compiler_fails(monkeypatch, *operators):
+    """The delegate's compiler raises, in words that name nothing, for a program that has all of these operators."""
+    compiled = XnnpackBackend.preprocess
 
-    return lowered_modules(edge.graph_module)
+    def preprocess(edge_program, compile_specs):
+        if set(operators) <= {node.target for node in edge_program.graph.nodes}:
+            raise AssertionError("not compatible")
+        return compiled(edge_program, compile_specs)
+
+    monkeypatch.setattr(XnnpackBackend, "preprocess", staticmethod(preprocess))
+
+
+@pytest.mark.parametrize(
+    "operators", [[ops.edge.aten.tanh.default], [ops.edge.aten.tanh.default, ops.edge.aten.exp.default]]
+)
+def test_an_operator_on_which_the_compiler_of_the_delegate_fails_is_named_and_left_out(monkeypatch, operators):
+    compiler_fails(monkeypatch, *operators)
+    with pytest.warns(
+        qf.QuantflowWarning, match=r"tanh.*the delegate's compiler fails: AssertionError: not compatible"
+    ):
+        edge = edge_of(lambda m, x: torch.tanh(torch.exp(m.conv(x))) * x, X)
+    assert edge.delegation().portable == {"aten::tanh": 1}
+    assert edge.to_executorch()(X).shape == X.shape
+
+
+def test_layers_on_which_the_compiler_of_a_foreign_delegate_fails_are_named(monkeypatch):
+    compiler_fails(monkeypatch, ops.edge.aten.tanh.default)
+    with pytest.raises(qf.QuantflowError, match=r"conv .*tanh.*not compatible"):
+        edge_of(lambda m, x: torch.tanh(m.conv(x)), X, delegate=XnnpackPartitioner())
 
 
 def test_a_crash_of_the_runtime_is_a_finding():

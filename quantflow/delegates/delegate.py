@@ -21,8 +21,8 @@ class Delegate:
         """The partitioners. Our own leave out the edge nodes named in ``refused``; others can not."""
         return self._partitioners
 
-    def one_by_one(self) -> list[Any]:
-        """Partitioners that call the delegate for each operator alone, to find the one that it refuses; none if unknown."""
+    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+        """As :meth:`partitioners`, calling the delegate for each operator alone, to find one at fault; none if unknown."""
         return []
 
     def rewrite(self, graph: GraphModule) -> None:

@@ -49,7 +49,7 @@ class Delegation:
                 lowered: Any = getattr(edge, node.args[0].target)
                 inside = _Inside(lowered)
                 delegated.update(_name(n) for n in inside.graph.nodes if _calls(n))
-                floating.update(_name(n) for n in inside.graph.nodes if _computes(n) and not inside.in_integers(n))
+                floating.update(_name(n) for n in inside.graph.nodes if computes(n) and not inside.in_integers(n))
             else:
                 portable[_name(node)] += 1
         outside = tuple(n.name for n in edge.graph.nodes if _converts(n))
@@ -90,7 +90,7 @@ class _Inside:
         return fed and bool(reads) and all(self._fused(n, "quantize") for n in behind)
 
     def _computed_in_integers(self, node: Node) -> bool:
-        return _computes(node) and self.in_integers(node)
+        return computes(node) and self.in_integers(node)
 
     def _fused(self, node: Node, how: str) -> bool:
         """Whether ``node`` converts within the kernel beside it. XNNPACK's partitioner tags those; the others run on their own,
@@ -103,19 +103,20 @@ _CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
 _DYNAMIC = {"quantized_decomposed::dequantize_per_token", "quantized_decomposed::dequantize_per_tensor.tensor"}
 
 
-def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[str]]]:
-    """Each program handed to a delegate by a partitioned edge graph, with the names of the nodes that compute in it."""
+def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[Node]]]:
+    """Each program handed to a delegate by a partitioned edge graph, with the nodes that compute in it."""
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
             lowered: Any = getattr(edge, node.args[0].target)
-            yield lowered, [n.name for n in lowered.original_module.graph.nodes if _computes(n)]
+            yield lowered, [n for n in lowered.original_module.graph.nodes if computes(n)]
 
 
 def _calls(node: Node) -> bool:
     return node.op == "call_function" and node.target is not operator.getitem
 
 
-def _computes(node: Node) -> bool:
+def computes(node: Node) -> bool:
+    """Whether ``node`` is an operator, not a conversion to or from integers."""
     return _calls(node) and not _converts(node)
 
 

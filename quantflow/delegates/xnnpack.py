@@ -24,11 +24,11 @@ class Xnnpack(Delegate):
 
         return [Int8Partitioner(refused)]
 
-    def one_by_one(self) -> list[Any]:
-        """A partitioner that calls the delegate for each operator alone."""
+    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+        """The partitioner, calling the delegate for each operator alone."""
         from quantflow.delegates.xnnpack_partitioner import Int8Partitioner
 
-        return [Int8Partitioner(one_by_one=True)]
+        return [Int8Partitioner(refused, one_by_one=True)]
 
     def rewrite(self, graph: GraphModule) -> None:
         """Batch norm is folded, or written as a scale and a shift, since executorch's own fusion writes to weights that others
