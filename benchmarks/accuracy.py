@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
+from quantflow.malloc import keep_freed_memory
 from quantflow.vision.images import first, labelled_folder, preprocessing
 from quantflow.vision.models import classifier, load_weights, read_weights
 from quantizers import W4A8, XNNPACKQuantizer

@@ -24,12 +24,12 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 import quantflow as qf
-from quantflow.aten import op, set_argument
+from quantflow.graph.aten import op, set_argument
 from quantflow.graph.modes import BATCH_NORM
 from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.grid.qparams import choose_qparams
 from quantflow.observers import SettledObserver
 from quantflow.observers.observation import observer_of
+from quantflow.qparams.qparams import choose_qparams
 from quantizers import XNNPACKQuantizer
 
 EPS, LOST_EPS = 1e-3, 1e-5

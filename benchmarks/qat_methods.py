@@ -21,7 +21,7 @@ from torchvision import models
 from tqdm import tqdm
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
+from quantflow.malloc import keep_freed_memory
 from quantflow.vision.images import digits, first
 from quantizers import INT8, W4A8, Scheme, XNNPACKQuantizer
 

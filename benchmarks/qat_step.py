@@ -23,7 +23,7 @@ from torch import nn
 from torchvision import models
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
+from quantflow.malloc import keep_freed_memory
 from quantizers import XNNPACKQuantizer
 
 
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each variant")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="with quantflow.allocator, for all variants")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="with quantflow.malloc, for all variants")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_step.json"))
     return parser.parse_args()
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import quantflow as qf
 from quantflow.metrics import signal_to_noise
-from quantflow.recovery import adaround
-from quantflow.recovery.walk import outputs
+from quantflow.ptq import adaround
+from quantflow.simulation.interpreter import outputs
 from quantflow.vision.images import digits
 from quantizers import Scheme, TensorScheme, XNNPACKQuantizer
 

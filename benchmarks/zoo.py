@@ -214,7 +214,7 @@ def one_by_one(graph: Any, images: Any) -> Any:
 
 
 def integer_share(graph: Any) -> float:
-    from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, value
+    from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, op, value
 
     total = integers = 0
     for node in graph.graph.nodes:

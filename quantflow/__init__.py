@@ -9,61 +9,60 @@ A name is imported when it is first used: torch and torchao take seconds.
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantflow.calibrate import calibrate
-    from quantflow.convert import convert
-    from quantflow.core_aten import CoreAten
+    from quantflow.analysis.accuracy_control import Budget
+    from quantflow.analysis.diagnose import diagnose
+    from quantflow.analysis.diagnosis import Diagnosis
+    from quantflow.analysis.probe import probe
+    from quantflow.analysis.probe_result import Probing
+    from quantflow.analysis.sensitivity import Sensitivities, sensitivity
+    from quantflow.calibration.calibrate import calibrate
+    from quantflow.capture.export import export
+    from quantflow.capture.exported import Exported
+    from quantflow.conversion.convert import convert
+    from quantflow.data.sample import Sample
     from quantflow.errors import QuantflowError, QuantflowWarning
-    from quantflow.evidence.budget import Budget
-    from quantflow.evidence.diagnose import diagnose
-    from quantflow.evidence.diagnosis import Diagnosis
-    from quantflow.evidence.one_at_a_time import Sensitivities, sensitivity
-    from quantflow.evidence.probe import probe
-    from quantflow.evidence.probing import Probing
-    from quantflow.export import export
-    from quantflow.exported import Exported
+    from quantflow.evaluation.figures import Verification
+    from quantflow.evaluation.verify import verify
     from quantflow.graph.graph_module import TrainableGraphModule
-    from quantflow.grid.fake_quantize import FakeQuantize
-    from quantflow.grid.learned_step_size import LearnedStepSize
     from quantflow.inspection.inspect import Inspection, inspect
-    from quantflow.prepare import prepare
-    from quantflow.program import Program, load
-    from quantflow.quantize import Result, quantize
-    from quantflow.recovery import Sample
-    from quantflow.recovery.recover import Recovered, recover
-    from quantflow.report.report import report
-    from quantflow.search.found import Found
-    from quantflow.search.search import search
+    from quantflow.lowering.core_aten import CoreAten
+    from quantflow.lowering.program import Program, load
+    from quantflow.mixed_precision.search import search
+    from quantflow.mixed_precision.search_result import Found
+    from quantflow.observers.fake_quantize import FakeQuantize
+    from quantflow.observers.learned_step_size import LearnedStepSize
+    from quantflow.pipeline.quantize import Result, quantize
+    from quantflow.preparation.prepare import prepare
+    from quantflow.ptq.recover import Recovered, recover
+    from quantflow.reporting.report import report
     from quantflow.training import Checkpoints, Distillation, History, Schedule, train
-    from quantflow.verification.figures import Verification
-    from quantflow.verification.verify import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "calibrate": ("calibrate",),
-    "convert": ("convert",),
-    "core_aten": ("CoreAten",),
+    "calibration.calibrate": ("calibrate",),
+    "conversion.convert": ("convert",),
+    "lowering.core_aten": ("CoreAten",),
     "errors": ("QuantflowError", "QuantflowWarning"),
-    "evidence": ("Budget", "Diagnosis", "Probing", "Sensitivities", "diagnose", "probe", "sensitivity"),
-    "export": ("export",),
-    "exported": ("Exported",),
+    "analysis": ("Budget", "Diagnosis", "Probing", "Sensitivities", "diagnose", "probe", "sensitivity"),
+    "capture.export": ("export",),
+    "capture.exported": ("Exported",),
     "graph.graph_module": ("TrainableGraphModule",),
-    "grid.fake_quantize": ("FakeQuantize",),
-    "grid.learned_step_size": ("LearnedStepSize",),
+    "observers.fake_quantize": ("FakeQuantize",),
+    "observers.learned_step_size": ("LearnedStepSize",),
     "inspection.inspect": ("Inspection", "inspect"),
-    "prepare": ("prepare",),
-    "program": ("Program", "load"),
-    "quantize": ("Result", "quantize"),
-    "recovery": ("Recovered", "Sample", "recover"),
-    "report": ("report",),
-    "search": ("Found", "search"),
+    "preparation.prepare": ("prepare",),
+    "lowering.program": ("Program", "load"),
+    "pipeline.quantize": ("Result", "quantize"),
+    "data.sample": ("Sample",),
+    "ptq": ("Recovered", "recover"),
+    "reporting": ("report",),
+    "mixed_precision": ("Found", "search"),
     "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
-    "verification": ("Verification", "verify"),
+    "evaluation": ("Verification", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -118,14 +117,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Surface(types.ModuleType):
-    """Where a verb and its file share a name, importing the file does not hide the verb."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Surface

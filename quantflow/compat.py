@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from quantflow.core_aten import CoreAten
-from quantflow.export import export
+from quantflow.capture.export import export
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.lowering.core_aten import CoreAten
 
 
 def _warn(old: str, new: str) -> None:

@@ -1,8 +1,8 @@
 """Backend quantizers: tables of rules over ATen. They know nothing of the edge dialect and of executorch."""
 
-from quantizers.forecast import Forecast
 from quantizers.kernels import FloatKernels
 from quantizers.override import Override
+from quantizers.partition_forecast import Forecast
 from quantizers.plan import Decision, Plan
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer

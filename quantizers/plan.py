@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from quantflow.aten import (
+from quantflow.errors import QuantflowError
+from quantflow.graph.aten import (
     INFERENCE_IDENTITIES,
     argument,
     has_argument,
@@ -22,15 +23,14 @@ from quantflow.aten import (
     short_name,
     value,
 )
-from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.text_table import aligned
-from quantizers.fate import Fate
-from quantizers.forecast import Forecast, forecast
 from quantizers.kernels import FloatKernels
+from quantizers.operator_plan import Fate
 from quantizers.override import Override
+from quantizers.partition_forecast import Forecast, forecast
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
 

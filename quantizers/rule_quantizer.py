@@ -11,16 +11,16 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
-from quantflow.aten import argument
 from quantflow.errors import QuantflowError
+from quantflow.graph.aten import argument
 from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.rewrites import Rewrite, rewrite
-from quantizers.complaints import complain
-from quantizers.edges import Edges, quantized_edges
+from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
+from quantizers.plan_warnings import complain
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme
 from quantizers.symmetry import symmetric_grids

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch.fx import Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode
 
-from quantflow.aten import op
-from quantizers.edges import Edges
+from quantflow.graph.aten import op
+from quantizers.annotation_edges import Edges
 from quantizers.plan import Decision, Plan
 
 

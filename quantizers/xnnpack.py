@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
 from quantizers.xnnpack_float import XNNPACK_FLOAT
-from quantizers.xnnpack_lacks import XNNPACK_LACKS
+from quantizers.xnnpack_unsupported import XNNPACK_LACKS
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from quantflow.aten import argument, aten, pair, value
+from quantflow.graph.aten import argument, aten, pair, value
 from quantflow.graph.parameters import is_constant
 from quantizers.kernels import FloatKernels, Runs
 

@@ -24,9 +24,9 @@ from results import output_folder, write_result
 from torch.utils.data import DataLoader, Subset
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
 from quantflow.distributed import rank, world_size
 from quantflow.files import write_atomically
+from quantflow.malloc import keep_freed_memory
 from quantflow.observers import OBSERVERS
 from quantflow.vision.images import first, labelled_folder, preprocessing
 from quantflow.vision.models import classifier

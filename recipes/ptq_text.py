@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
+from quantflow.malloc import keep_freed_memory
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
 BYTES_A_TOKEN = 6

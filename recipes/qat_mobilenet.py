@@ -22,8 +22,8 @@ from results import output_folder, write_result
 from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
 from quantflow.distributed import init_process_group, world_size
+from quantflow.malloc import keep_freed_memory
 from quantflow.vision.images import first, image_data
 from quantflow.vision.models import classifier
 from quantizers import XNNPACKQuantizer

@@ -7,7 +7,7 @@ from networks import Concatenated, ConvNet, NoGradInside, Residual, SharedConv, 
 from torch import nn
 
 import quantflow as qf
-from quantflow.recovery.walk import steps
+from quantflow.simulation.interpreter import steps
 from quantizers import W4A8, XNNPACKQuantizer
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.distributed import SynchronizedBatchNorm
+from quantflow.mixed_precision.choices import Choice, Table
 from quantflow.observers import MovingAverageMinMaxObserver, MSEObserver
-from quantflow.search.choices import Choice, Table
-from quantflow.signature import Signature
+from quantflow.signature.signature import Signature
 
 
 def train(graph, data=None, **options):

@@ -7,15 +7,15 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
-from quantflow.aten import clamp_limits
+from quantflow.graph.aten import clamp_limits
 from quantflow.observers.observation import qparams_of
-from quantflow.recovery import adaround, compensate
-from quantflow.recovery.layers import quantized_layers
-from quantflow.recovery.learned_rounding import Rows, learn_rounding
-from quantflow.recovery.originals import attribute, original, restored
-from quantflow.recovery.paired_walk import side_by_side
-from quantflow.recovery.soft_rounding import SoftRounding
-from quantflow.recovery.walk import evaluate, outputs
+from quantflow.ptq import adaround, compensate
+from quantflow.ptq.adaround.learned_rounding import Rows, learn_rounding
+from quantflow.ptq.adaround.soft_rounding import SoftRounding
+from quantflow.simulation.float_weights import attribute, original, restored
+from quantflow.simulation.interpreter import evaluate, outputs
+from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import INT8, W4A8, Scheme, TensorScheme, XNNPACKQuantizer
 
 PER_TENSOR = Scheme(weight=TensorScheme(bits=4))
@@ -78,7 +78,7 @@ def test_no_output_errs_more_and_weights_stay_on_their_grid(name, scheme):
 
 
 def _per_tensor():
-    from quantflow.aten import aten
+    from quantflow.graph.aten import aten
     from quantizers import Rule, RuleQuantizer
 
     layers = {aten.conv1d.default, aten.conv2d.default, aten.linear.default}

@@ -7,7 +7,7 @@ import torch
 from networks import norm_networks, randomize_statistics
 
 import quantflow as qf
-from quantflow.aten import op
+from quantflow.graph.aten import op
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.modes import BATCH_NORM
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import quantflow as qf
-from quantflow.batches import batches
+from quantflow.data.batches import batches
 from quantizers import XNNPACKQuantizer
 
 X, Z, Y = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])

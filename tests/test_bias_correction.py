@@ -9,10 +9,10 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
-from quantflow.recovery import correct_bias
-from quantflow.recovery.clipped_normal import clipped_normal
-from quantflow.recovery.originals import restored
-from quantflow.recovery.walk import outputs
+from quantflow.ptq import correct_bias
+from quantflow.ptq.bias_correction.clipped_normal import clipped_normal
+from quantflow.simulation.float_weights import restored
+from quantflow.simulation.interpreter import outputs
 from quantizers import W4A8, XNNPACKQuantizer
 
 

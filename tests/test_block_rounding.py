@@ -11,11 +11,11 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.observers.observation import qparams_of
-from quantflow.recovery import adaround, block_rounding, sensitivity
-from quantflow.recovery.blocks import blocks
-from quantflow.recovery.layers import quantized_layers
-from quantflow.recovery.originals import attribute, original, restored
-from quantflow.recovery.walk import outputs
+from quantflow.ptq import adaround, block_rounding, sensitivity
+from quantflow.ptq.adaround.blocks import blocks
+from quantflow.simulation.float_weights import attribute, original, restored
+from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, W4A8, Scheme, XNNPACKQuantizer
 
 

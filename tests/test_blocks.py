@@ -7,9 +7,9 @@ import torch
 from block_networks import NETWORKS, calibrated, values_of
 
 from quantflow.observers.observation import observer_of
-from quantflow.recovery.blocks import blocks
-from quantflow.recovery.layers import quantized_layers
-from quantflow.recovery.walk import value_at
+from quantflow.ptq.adaround.blocks import blocks
+from quantflow.simulation.interpreter import value_at
+from quantflow.simulation.quantized_layers import quantized_layers
 
 
 def block_after_block(graph, found, inputs, integers, same):

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torchvision import models
 
 import quantflow as qf
-from quantflow.evidence.budget import _fewest, keep_within
-from quantflow.evidence.judge import Judge
-from quantflow.evidence.layers import layers_of, observers_in, still_quantized
-from quantflow.evidence.partial import PartialNetwork
-from quantflow.recovery.walk import outputs
+from quantflow.analysis.accuracy_control import _fewest, keep_within
+from quantflow.analysis.evaluator import Judge
+from quantflow.analysis.layers import layers_of, observers_in, still_quantized
+from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.partial import PartialNetwork
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
 

@@ -9,13 +9,13 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 import quantflow as qf
-from quantflow.evidence.layers import observers_in
-from quantflow.evidence.partial import PartialNetwork
+from quantflow.analysis.layers import observers_in
 from quantflow.graph.parameters import is_constant
 from quantflow.metrics import signal_to_noise as sqnr
 from quantflow.observers import MinMaxObserver
 from quantflow.observers.observation import observer_of
-from quantflow.recovery.walk import Simulation
+from quantflow.simulation.interpreter import Simulation
+from quantflow.simulation.partial import PartialNetwork
 from quantizers import DYNAMIC_INT8, DYNAMIC_W4, INT8, XNNPACKQuantizer
 
 DYNAMIC = pytest.mark.parametrize("scheme", [DYNAMIC_INT8, DYNAMIC_W4], ids=str)

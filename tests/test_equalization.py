@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.aten import CONVOLUTIONS, LINEARS, argument, op
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, op
 from quantflow.graph.parameters import tensor_of
-from quantflow.recovery import equalize
-from quantflow.recovery.channel_groups import channel_groups
-from quantflow.recovery.scaling import divide_outputs, multiply_inputs
+from quantflow.ptq import equalize
+from quantflow.ptq.channel_scaling import divide_outputs, multiply_inputs
+from quantflow.ptq.equalization.channel_groups import channel_groups
 from quantizers import XNNPACKQuantizer
 
 

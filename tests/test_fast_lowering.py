@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 import quantflow as qf
 from quantflow.delegates import resolve
 from quantflow.delegates.fast_lowering import fast_lowering, run_fast, supported
-from quantflow.edge import straight_to_edge
+from quantflow.lowering.core_aten import straight_to_edge
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
 

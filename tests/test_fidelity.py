@@ -8,7 +8,7 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 import quantflow as qf
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantizers import XNNPACK_RULES, RuleQuantizer
 
 FAMILIES = {

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from networks import ConvNet
 
 import quantflow as qf
-from quantflow.grid.fake_quantize import FakeQuantize
 from quantflow.metrics import decibels
 from quantflow.observers import MinMaxObserver, MovingAverageMinMaxObserver
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantizers import XNNPACKQuantizer
 
 

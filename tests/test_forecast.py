@@ -14,7 +14,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import quantflow as qf
-from quantflow.aten import argument
+from quantflow.graph.aten import argument
 from quantizers import DYNAMIC_INT8, INT8, RuleQuantizer, XNNPACKQuantizer
 from quantizers.xnnpack import XNNPACK_RULES
 

@@ -11,8 +11,8 @@ from networks import ConvNet
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantflow as qf
-from quantflow.grid.rounding import round_to_grid
 from quantflow.observers import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
+from quantflow.qparams.rounding import round_to_grid
 from quantizers import DYNAMIC_INT8, W4A8, XNNPACKQuantizer
 
 Y = torch.arange(32) % 5

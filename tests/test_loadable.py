@@ -7,7 +7,7 @@ from torch import nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
 import quantflow as qf
-from quantflow.delegates import xnnpack_int8
+from quantflow.delegates.xnnpack import int8
 from quantflow.metrics import signal_to_noise
 
 Q = torch.ops.quantized_decomposed
@@ -88,11 +88,11 @@ def test_runs_right(name):
 def careless(monkeypatch):
     """A partitioner that admits softmax in int8, which the delegate does not load."""
 
-    class Softmax(xnnpack_int8._Integer, generic.SoftmaxConfig):
+    class Softmax(int8._Integer, generic.SoftmaxConfig):
         pass
 
-    kept = (c for c in xnnpack_int8.CONFIGS if c.target_name != Softmax.target_name)
-    monkeypatch.setattr(xnnpack_int8, "CONFIGS", (*kept, Softmax))
+    kept = (c for c in int8.CONFIGS if c.target_name != Softmax.target_name)
+    monkeypatch.setattr(int8, "CONFIGS", (*kept, Softmax))
 
 
 def test_a_refused_node_is_named_and_left_out(careless):

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from quantflow.errors import QuantflowError
-from quantflow.grid.fake_quantize import FakeQuantize
-from quantflow.grid.qparams import quantize
 from quantflow.observers import (
     OBSERVERS,
     EntropyObserver,
@@ -20,6 +18,8 @@ from quantflow.observers import (
     PercentileObserver,
     PerChannelMinMaxObserver,
 )
+from quantflow.observers.fake_quantize import FakeQuantize
+from quantflow.qparams.qparams import quantize
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), st.integers(1, 5))

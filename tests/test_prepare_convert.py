@@ -11,7 +11,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import quantflow as qf
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantizers import DYNAMIC_INT8, W4A8, RuleQuantizer, Scheme, TensorScheme, XNNPACKQuantizer
 from quantizers.xnnpack import XNNPACK_RULES
 

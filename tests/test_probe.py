@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.delegates.xnnpack import Xnnpack
-from quantflow.evidence.probing import Probed, Probing
-from quantflow.evidence.taps import tapped, taps_of
+from quantflow.analysis.intermediate_outputs import tapped, taps_of
+from quantflow.analysis.probe_result import Probed, Probing
+from quantflow.delegates.xnnpack.delegate import Xnnpack
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
 X = torch.randn(6, 3, 16, 16)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.aten import aten, op
+from quantflow.graph.aten import aten, op
 from quantflow.graph.rewrites import PRODUCT_REWRITES, rewrite
 from quantizers import INT8, XNNPACKQuantizer
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from networks import ConvNet, Structured, randomize_statistics
 
 import quantflow as qf
+from quantflow import pte
 from quantflow.cli import main
+from quantflow.evaluation import examined
 from quantflow.inspection import inspect as inspection
-from quantflow.inspection import pte
 from quantflow.inspection.bounds import too_much
-from quantflow.inspection.pte.tables import Reader
-from quantflow.signature import Signature
-from quantflow.spec_text import spec_is_plain
-from quantflow.verification import examined
+from quantflow.pte.tables import Reader
+from quantflow.signature.pytree_safety import spec_is_plain
+from quantflow.signature.signature import Signature
 
 
 @pytest.fixture(scope="module")

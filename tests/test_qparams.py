@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantflow.grid.qparams import choose_qparams, quantize
+from quantflow.qparams.qparams import choose_qparams, quantize
 
 FINITE = st.floats(-1e4, 1e4, allow_nan=False, width=32)
 GRIDS = st.sampled_from([(-128, 127), (-127, 127), (0, 255), (-8, 7), (-7, 7)])

@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 import quantflow as qf
-from quantflow.aten import aten
+from quantflow.graph.aten import aten
 from quantizers import DYNAMIC_INT8, INT8, Rule, RuleQuantizer, Scheme, TensorScheme, XNNPACKQuantizer
 
 X = torch.randn(4, 3, 16, 16)
@@ -143,7 +143,7 @@ def test_two_quantizers_do_not_share_state():
 
 def test_biases_of_layers_with_scales_of_another_kind_stay_exact():
     """A transposed convolution in groups has fewer scales than outputs."""
-    from quantflow.aten import aten
+    from quantflow.graph.aten import aten
 
     rule = Rule("transposed", frozenset({aten.conv_transpose2d.input}), weight="weight", weight_axis=1)
     model, x = nn.ConvTranspose2d(4, 4, 3, groups=2).eval(), torch.randn(2, 4, 6, 6)

@@ -12,13 +12,14 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.observers.observation import observers_of
-from quantflow.recovery import compensate, sensitivity, settle_ranges
-from quantflow.recovery.gptq import output_error, round_weights
-from quantflow.recovery.layers import quantized_layers
-from quantflow.recovery.least_squares import correction
-from quantflow.recovery.moments import Moments
-from quantflow.recovery.walk import outputs
-from quantflow.signature import DynamicDim, Input, Signature
+from quantflow.ptq import compensate, settle_ranges
+from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
+from quantflow.ptq.weight_reconstruction.least_squares import correction
+from quantflow.ptq.weight_reconstruction.moments import Moments
+from quantflow.signature.signature import DynamicDim, Input, Signature
+from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.output_gradients import sensitivity
+from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, W4A8, XNNPACKQuantizer
 
 
@@ -95,7 +96,7 @@ def test_a_layer_is_its_rows_times_its_matrices(layer, shape):
 
 
 def _Conv3dQuantizer():  # noqa: N802
-    from quantflow.aten import aten
+    from quantflow.graph.aten import aten
     from quantizers import Rule, RuleQuantizer
 
     return RuleQuantizer(rules=(Rule("conv", frozenset({aten.conv3d.default}), weight="weight"),))

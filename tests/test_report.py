@@ -15,10 +15,10 @@ from networks import ConvNet, randomize_statistics
 from torch import nn
 
 import quantflow as qf
-from quantflow.report.fates import graph, grouped
-from quantflow.report.report import _command
+from quantflow.reporting.operator_plans import graph, grouped
+from quantflow.reporting.report import _command
 from quantizers import XNNPACKQuantizer
-from quantizers.fate import Fate
+from quantizers.operator_plan import Fate
 
 HOSTILE = '<script>alert("1")</script>&$x_1$'
 LAYER = HOSTILE.replace('"', "'")  # torch.fx takes no other quotes

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.aten import op
-from quantflow.delegates.portable_lacks import PORTABLE_LACKS
+from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
+from quantflow.graph.aten import op
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, rewrite
 
 IMAGE = torch.randn(3, 8, 6, 6) * 3

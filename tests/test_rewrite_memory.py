@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.nn import functional as F
 
-from quantflow.delegates.portable_lacks import PORTABLE_LACKS
+from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, rewrite
 
 IMAGE = torch.randn(3, 8, 6, 6) * 3

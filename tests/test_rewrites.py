@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.aten import op
+from quantflow.graph.aten import op
 from quantflow.graph.rewrites import REWRITES, rewrite
 from quantizers import RuleQuantizer, XNNPACKQuantizer
 

@@ -17,14 +17,15 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.delegates import lowered_modules, xnnpack_int8
-from quantflow.delegates.xnnpack import Xnnpack
-from quantflow.edge import lower_to_edge
-from quantflow.fault_search import FaultSearch
+from quantflow.delegates import lowered_modules
+from quantflow.delegates.xnnpack import int8
+from quantflow.delegates.xnnpack.delegate import Xnnpack
+from quantflow.lowering.edge import lower_to_edge
+from quantflow.lowering.fault_search import FaultSearch
+from quantflow.lowering.runtime_check import _difference, _Reference
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
-from quantflow.runtime_check import _difference, _Reference
-from quantflow.signature import Signature
+from quantflow.signature.signature import Signature
 from quantizers import XNNPACKQuantizer
 
 X = torch.randn(2, 4, 8, 8)
@@ -59,15 +60,15 @@ def planted(monkeypatch, old, new):
 
 def test_an_operator_that_the_delegate_computes_wrongly_is_named_and_left_out(monkeypatch):
     # The delegate drops the scales of SELU; our partitioner keeps it out.
-    monkeypatch.setattr(xnnpack_int8._Elu, "check_constraints", generic.EluConfig.check_constraints)
+    monkeypatch.setattr(int8._Elu, "check_constraints", generic.EluConfig.check_constraints)
     edge = edge_of(lambda m, x: m.conv(F.elu(m.conv(x), 2.0)) + F.selu(x), X)
     with pytest.warns(qf.QuantflowWarning, match="elu.*computes it wrongly"):
         program = edge.to_executorch()
-    assert signal_to_noise(edge.core.module()(X), program(X)) > 60
+    assert signal_to_noise(edge.source.module()(X), program(X)) > 60
     assert program.delegation.delegated["aten::elu"] == 1  # the one that is right stays
     with pytest.raises(qf.QuantflowError, match="elu"):
         edge.to_executorch(strict=True)
-    assert signal_to_noise(edge.core.module()(X), edge.to_executorch(check=False)(X)) < 30
+    assert signal_to_noise(edge.source.module()(X), edge.to_executorch(check=False)(X)) < 30
 
 
 def test_a_program_that_can_not_be_mended_is_an_error_unless_asked_for(monkeypatch):
@@ -113,7 +114,8 @@ def test_rounding_that_a_network_amplifies_is_told_with_an_example_of_zeros():
 def test_what_the_delegate_keeps_whole_is_decomposed_where_it_is_left_out(refused):
     layers = nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU(4), nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU(4)
     model = nn.Sequential(nn.Conv2d(4, 4, 1), *layers).eval()
-    edge = lower_to_edge(qf.export(model, (X,)).to_core_aten(), "xnnpack", frozenset({refused}))
+    core = qf.export(model, (X,)).to_core_aten()
+    edge = lower_to_edge(core.program, core.source, "xnnpack", frozenset({refused}))
     assert signal_to_noise(model(X).detach(), edge.to_executorch()(X)) > 100
 
 
@@ -171,7 +173,7 @@ def test_conversions_around_a_layer_that_is_left_out_are_done():
     converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
     core = qf.export(converted, (x,)).to_core_aten()
     for refused in ({"aten_linear_default"}, {"aten_linear_default", "aten_linear_default_1"}):
-        program = lower_to_edge(core, "xnnpack", frozenset(refused)).to_executorch(check=False)
+        program = lower_to_edge(core.program, core.source, "xnnpack", frozenset(refused)).to_executorch(check=False)
         assert signal_to_noise(converted(x).detach(), program(x)) > 60
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 import quantflow as qf
-from quantflow.search.choices import Choice, Table
-from quantflow.search.solve import frontier, solve
+from quantflow.mixed_precision.choices import Choice, Table
+from quantflow.mixed_precision.solve import frontier, solve
 from quantizers import DYNAMIC_W4, INT8, XNNPACKQuantizer
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from networks import Structured
 
 import quantflow as qf
-from quantflow.signature import DynamicDim, Input, Signature
+from quantflow.signature.signature import DynamicDim, Input, Signature
 
 DIMS = st.one_of(
     st.integers(0, 64), st.builds(DynamicDim, st.text(min_size=1), st.integers(0, 4), st.none() | st.integers(5, 99))

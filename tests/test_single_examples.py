@@ -6,7 +6,7 @@ from networks import sqnr
 from torch import nn
 
 import quantflow as qf
-from quantflow.recovery import adaround, correct_bias, equalize, smooth
+from quantflow.ptq import adaround, correct_bias, equalize, smooth
 from quantizers import XNNPACKQuantizer
 
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.aten import LINEARS, argument, op
+from quantflow.graph.aten import LINEARS, argument, op
 from quantflow.graph.parameters import reads_of, tensor_of
-from quantflow.recovery import smooth
-from quantflow.recovery.channel_ranges import channel_ranges
-from quantflow.recovery.features import linear_readers
-from quantflow.recovery.scaling import multiply_inputs
-from quantflow.recovery.smooth import _divide
+from quantflow.ptq import smooth
+from quantflow.ptq.channel_ranges import channel_ranges
+from quantflow.ptq.channel_scaling import multiply_inputs
+from quantflow.ptq.smoothquant.features import linear_readers
+from quantflow.ptq.smoothquant.smoothquant import _divide
 from quantizers import XNNPACKQuantizer
 
 

@@ -12,10 +12,10 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.metrics import signal_to_noise as sqnr
-from quantflow.recovery import adaround, compensate, correct_bias
-from quantflow.recovery.layers import quantized_layers
-from quantflow.recovery.paired_walk import side_by_side
-from quantflow.recovery.sensitivity import sensitivity
+from quantflow.ptq import adaround, compensate, correct_bias
+from quantflow.simulation.output_gradients import sensitivity
+from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
 

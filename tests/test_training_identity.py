@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import quantflow as qf
 from quantflow.graph.inference_mode import set_mode
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantizers import XNNPACKQuantizer
 
 

@@ -8,7 +8,7 @@ from networks import randomize_statistics, sqnr
 from torch import nn
 
 import quantflow as qf
-from quantflow.aten import op
+from quantflow.graph.aten import op
 from quantflow.graph.rewrites import VOLUME_REWRITES, rewrite
 from quantizers import XNNPACKQuantizer
 

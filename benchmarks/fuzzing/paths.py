@@ -18,7 +18,7 @@ from fuzzing.compare import Compared, compare
 from fuzzing.network import Network
 from fuzzing.rounding import Call, Outputs, float_noise, one_step_noise, outputs_of
 from fuzzing.training import compare_training, train
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantizers import XNNPACKQuantizer
 
 FLOAT_DB, INTEGER_DB, KEPT_DB = 60.0, 35.0, 15.0

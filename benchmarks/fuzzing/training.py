@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import quantflow as qf
 from fuzzing.compare import Compared, compare
 from fuzzing.rounding import Call, Outputs, moved, tensors_of
-from quantflow.exported import INFERENCE_ONLY
+from quantflow.capture.exported import INFERENCE_ONLY
 from quantflow.graph.graph_module import TrainableGraphModule
 
 EQUAL_DB = 80.0  # a relative difference of 1e-4

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from quantflow.errors import QuantflowError
-from quantflow.signature import Signature
+from quantflow.signature.signature import Signature
 from quantflow.vision import images
 
 

@@ -59,7 +59,7 @@ def compare(first: Path, second: Path, batches: int, seed: int, min_sqnr: float 
     """
     from quantflow import verify
     from quantflow.cli.random_inputs import random_batches
-    from quantflow.verification import examined
+    from quantflow.evaluation import examined
 
     one, other = examined(first), examined(second)
     figures = verify({"first": one, "second": other}, random_batches(one.signature, batches, seed))

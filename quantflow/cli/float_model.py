@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 from torch.utils.data import DataLoader, Dataset
 
 import quantflow as qf
-from quantflow.allocator import keep_freed_memory
 from quantflow.cli.chosen_images import ChosenImages
 from quantflow.errors import QuantflowError
 from quantflow.files import write_atomically
-from quantflow.signature import DynamicDim, Signature
+from quantflow.malloc import keep_freed_memory
+from quantflow.signature.signature import DynamicDim, Signature
 from quantflow.vision import images, models
 
 Network: TypeAlias = nn.Module | ExportedProgram

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from quantflow import __version__
-from quantflow.allocator import keep_freed_memory
 from quantflow.cli.compare import compare
 from quantflow.cli.completion import completion
 from quantflow.cli.doctor import doctor
@@ -20,6 +19,7 @@ from quantflow.cli.qat import qat
 from quantflow.cli.sensitivity import sensitivity
 from quantflow.cli.verify import verify
 from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.malloc import keep_freed_memory
 
 
 class _Commands(click.Group):

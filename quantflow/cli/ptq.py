@@ -56,8 +56,8 @@ def ptq(
     from quantflow import report as write_report
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model
-    from quantflow.cli.made import Made
-    from quantflow.quantize import default_quantizer
+    from quantflow.cli.result import Made
+    from quantflow.pipeline.quantize import default_quantizer
 
     chosen = ChosenImages(**images)
     scored, chosen_by = chosen.to_score(), None

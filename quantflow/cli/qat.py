@@ -50,8 +50,8 @@ def qat(
     import quantflow as qf
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model, loader_of
-    from quantflow.cli.made import Made
-    from quantflow.quantize import default_quantizer
+    from quantflow.cli.result import Made
+    from quantflow.pipeline.quantize import default_quantizer
 
     start_time = time.perf_counter()
     chosen = ChosenImages(**images)

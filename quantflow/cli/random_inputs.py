@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from quantflow.errors import QuantflowError
-from quantflow.signature import DynamicDim, Input, Signature
+from quantflow.signature.signature import DynamicDim, Input, Signature
 
 _VARYING = 2  # the size of a dimension without an upper bound
 

@@ -52,7 +52,7 @@ def verify(
     from quantflow.cli import float_model
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.random_inputs import random_batches
-    from quantflow.verification import examined
+    from quantflow.evaluation import examined
 
     if model is not None and weights is None and not float_model.is_program(model):
         remedy = "--weights, as `quantflow ptq --save-float` writes them, or a .pt2 file"

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import lowered_modules
-from quantflow.delegates.xnnpack import Xnnpack
+from quantflow.delegates.xnnpack.delegate import Xnnpack
 from quantflow.errors import QuantflowError
 
 __all__ = ["Delegate", "lowered_modules", "resolve"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from quantflow.delegates.portable_lacks import PORTABLE_LACKS
+from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
 from quantflow.graph.rewrites import rewrite
 
 

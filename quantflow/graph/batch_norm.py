@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
 from quantflow.graph.modes import BATCH_NORM, FROZEN, SWITCHED, is_inference_constant
 from quantflow.graph.parameters import (
     Reads,

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from quantflow.aten import INFERENCE_IDENTITIES, aten, is_inplace, label, op
+from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, label, op
 from quantflow.graph.modes import FROZEN
 from quantflow.graph.regions import nodes_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, op, returns_whole, value
+from quantflow.graph.aten import argument, aten, has_argument, op, returns_whole, value
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.state import aliased_by, memory_of, written_tensors
 

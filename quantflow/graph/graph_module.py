@@ -10,8 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from quantflow.aten import argument
 from quantflow.graph import graph_pickle, modes
+from quantflow.graph.aten import argument
 from quantflow.graph.parameters import submodule_at
 from quantflow.graph.regions import AUTOCAST, bodies_of, brought_back, inline_regions
 

@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from quantflow.aten import aten, label
 from quantflow.errors import QuantflowError
+from quantflow.graph.aten import aten, label
 
 
 def make_contiguous(program: ExportedProgram) -> ExportedProgram:

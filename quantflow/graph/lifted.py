@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from quantflow.aten import may_share_memory
+from quantflow.graph.aten import may_share_memory
 from quantflow.graph.parameters import submodule_at
 from quantflow.graph.state import all_written_by
 

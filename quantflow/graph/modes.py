@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, op, set_argument
+from quantflow.graph.aten import argument, aten, op, set_argument
 from quantflow.graph.regions import AUTOCAST, bodies_of, inputs_of
 
 BATCH_NORM = aten.batch_norm.default

@@ -11,8 +11,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, has_argument, label, layer, op
 from quantflow.graph import modes
+from quantflow.graph.aten import argument, has_argument, label, layer, op
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import same_values, set_mode
 from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches

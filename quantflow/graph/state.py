@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
 
-from quantflow.aten import INFERENCE_IDENTITIES, is_view, op, viewed_of_list
+from quantflow.graph.aten import INFERENCE_IDENTITIES, is_view, op, viewed_of_list
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantflow.inspection.pte import Method, TensorType
+from quantflow.pte import Method, TensorType
 
 _BASE = 2 * 2**30  # bytes of address space
 _A_THREAD = 160 * 2**20  # its stack, and the arena that malloc reserves for it

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from quantflow.errors import QuantflowError
 
 if TYPE_CHECKING:
-    from quantflow.inspection.pte import TensorType
+    from quantflow.pte import TensorType
 
 
 def loads(buffer: bytes, seconds: float) -> dict[str, dict[str, str]]:
     """Of the methods of the program ``buffer``: ``"refused"``, why one does not load, or does not run on zeros; ``"not_run"``,
     why one that loads was not run. After ``seconds`` the process ends.
     """
-    from quantflow import runtime
-    from quantflow.inspection import bounds, pte
+    from quantflow import pte, runtime
+    from quantflow.inspection import bounds
 
     methods = pte.read(buffer).methods.values()
     refused = {method.name: why for method in methods if (why := bounds.too_much(method))}

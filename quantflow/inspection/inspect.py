@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from quantflow.errors import QuantflowError
 from quantflow.inspection.bounds import memory
-from quantflow.inspection.pte import SIGNATURE_METHOD, Contents, Method, read
 from quantflow.inspection.quarantine import in_quarantine
+from quantflow.pte import SIGNATURE_METHOD, Contents, Method, read
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ configuration that is data.
 
 from quantflow.observers.base import Observer
 from quantflow.observers.entropy import EntropyObserver, PerChannelEntropyObserver
+from quantflow.observers.fixed import SettledObserver
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
 from quantflow.observers.mse import MSEObserver, PerChannelMSEObserver
 from quantflow.observers.per_group import PerGroupMinMaxObserver
 from quantflow.observers.percentile import PercentileObserver, PerChannelPercentileObserver
-from quantflow.observers.settled import SettledObserver
 
 OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
     # name: (per tensor, per channel)

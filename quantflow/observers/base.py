@@ -8,7 +8,7 @@ import torch
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from quantflow.distributed import widest
-from quantflow.grid.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC, choose_qparams
+from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC, choose_qparams
 
 
 class Observer(ObserverBase):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from quantflow.grid.qparams import quantize
 from quantflow.observers.sampled import SampledObserver
+from quantflow.qparams.qparams import quantize
 
 _BINS = 8192
 _SHRINK = torch.linspace(1.0, 0.2, 65)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import fake_quantize as pt2e_fake_quantize
 from torchao.quantization.pt2e import observer as pt2e_observer
 
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 
 _OBSERVERS = (
     pt2e_observer.ObserverBase,

@@ -9,8 +9,8 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the qu
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
-from quantflow.grid.qparams import quantize
 from quantflow.observers.min_max import MinMaxObserver
+from quantflow.qparams.qparams import quantize
 
 
 class PerGroupMinMaxObserver(MinMaxObserver):

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 
 from quantflow.distributed import gathered
-from quantflow.grid.qparams import choose_qparams
 from quantflow.observers.min_max import MinMaxObserver
+from quantflow.qparams.qparams import choose_qparams
 
 T = TypeVar("T")
 BATCHES = 16

@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 from quantflow.errors import QuantflowError
-from quantflow.inspection.pte import check_header, read
+from quantflow.pte import check_header, read
 
 
 @functools.cache

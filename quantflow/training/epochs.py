@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quantflow import distributed
-from quantflow.batches import Batch, PickInputs, batches, count_of
+from quantflow.data.batches import Batch, PickInputs, batches, count_of
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.state import TrainingState

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from quantflow.aten import is_float_tensor
 from quantflow.errors import QuantflowError
+from quantflow.graph.aten import is_float_tensor
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.parameters import unused_name
 from quantflow.graph.state import is_written

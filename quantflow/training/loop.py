@@ -15,14 +15,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from quantflow import distributed
-from quantflow.batches import PickInputs
-from quantflow.convert import convert
+from quantflow.capture.exported import INFERENCE_ONLY
+from quantflow.conversion.convert import convert
+from quantflow.data.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.exported import INFERENCE_ONLY
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
-from quantflow.observers.together import check_synchronizable_in_training
+from quantflow.observers.synchronization import check_synchronizable_in_training
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs

@@ -10,11 +10,11 @@ from torch import nn
 from torch.fx import Node
 
 from quantflow import distributed
-from quantflow.aten import aten, value
-from quantflow.batches import Batch
+from quantflow.data.batches import Batch
 from quantflow.errors import QuantflowError
+from quantflow.graph.aten import aten, value
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.grid.learned_step_size import LearnedStepSize
+from quantflow.observers.learned_step_size import LearnedStepSize
 from quantflow.training.distillation import MixedLoss
 from quantflow.training.schedule import Schedule
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.grid.fake_quantize import FakeQuantize
+from quantflow.observers.fake_quantize import FakeQuantize
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, is_float_tensor, value
+from quantflow.graph.aten import argument, aten, has_argument, is_float_tensor, value
 from quantflow.graph.rewrites.poles import feeds_a_pole
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
 

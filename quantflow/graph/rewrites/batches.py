@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import is_view, value
+from quantflow.graph.aten import is_view, value
 
 
 def batch_dimension(node: Node) -> int | None:

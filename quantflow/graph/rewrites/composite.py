@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, value
+from quantflow.graph.aten import argument, aten, value
 from quantflow.graph.modes import BATCH_NORM
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, value
+from quantflow.graph.aten import argument, aten, has_argument, value
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part, tensor_before
 

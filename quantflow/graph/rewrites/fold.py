@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, pair, value
+from quantflow.graph.aten import argument, aten, pair, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape, open_sizes, tensor_before
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.aten import aten, only_user, op, value
+from quantflow.graph.aten import aten, only_user, op, value
 from quantflow.graph.rewrites.rewriting import call_before
 
 _PERMUTES = frozenset({aten.permute.default, aten.transpose.int})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, aten, op
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, aten, op
 
 _STEEP = {
     *(aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, is_float_tensor, pair, value
+from quantflow.graph.aten import argument, aten, is_float_tensor, pair, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.rewrites import memory_layout
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, open_sizes

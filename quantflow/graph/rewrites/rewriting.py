@@ -12,8 +12,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.aten import label, op, value
 from quantflow.errors import QuantflowWarning
+from quantflow.graph.aten import label, op, value
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten
+from quantflow.graph.aten import argument, aten
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
+from quantflow.graph.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape

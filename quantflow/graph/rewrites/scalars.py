@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, has_argument, is_float_tensor, op, value
+from quantflow.graph.aten import argument, aten, has_argument, is_float_tensor, op, value
 from quantflow.graph.rewrites.poles import feeds_a_pole
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, op, value
+from quantflow.graph.aten import argument, aten, op, value
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes

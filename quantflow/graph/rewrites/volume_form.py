@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from quantflow.aten import aten, op, value
+from quantflow.graph.aten import aten, op, value
 from quantflow.graph.rewrites.rewriting import call_before
 
 DEPTH_BEFORE_CHANNELS = [0, 2, 1, 3, 4]

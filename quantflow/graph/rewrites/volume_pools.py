@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, is_float_tensor, value
+from quantflow.graph.aten import argument, aten, is_float_tensor, value
 from quantflow.graph.rewrites.pools import average_pool
 from quantflow.graph.rewrites.rewriting import call_before, open_shape, tensor_before
 from quantflow.graph.rewrites.volume_form import as_images, as_volumes, triple, volume_sizes

@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.aten import aten, op, value
+from quantflow.graph.aten import aten, op, value
 from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, FROZEN, SWITCHED
 from quantflow.graph.rewrites import volume_pools
 from quantflow.graph.rewrites.pools import mean

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument
+from quantflow.graph.aten import argument
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.rewriting import call_before
 

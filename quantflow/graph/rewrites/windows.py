@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.aten import argument, aten, value
+from quantflow.graph.aten import argument, aten, value
 from quantflow.graph.rewrites.rewriting import (
     Replacement,
     Rewrite,

@@ -1,0 +1,192 @@
+"""The fewest layers in float with which a quantized program loses no more accuracy than it may."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch.fx import GraphModule
+
+from quantflow.analysis.evaluator import Judge
+from quantflow.analysis.layers import observers_in, still_quantized
+from quantflow.analysis.sensitivity import Sensitivities
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.lowering.program import Program
+from quantflow.simulation.partial import PartialNetwork
+
+
+class _Built(Protocol):
+    @property
+    def program(self) -> Program: ...
+
+
+B = TypeVar("B", bound=_Built)
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """A layer that was left in float, and why.
+
+    Attributes:
+        layer: Its name.
+        reason: What it costs in integers.
+    """
+
+    layer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How an accuracy budget was met, or was not.
+
+    Attributes:
+        max_drop: The share of examples that may be lost.
+        drop: The share that was lost, on the runtime: accuracy where there are targets, else agreement with float.
+        labelled: Whether there were targets.
+        reverted: The layers left in float, the costliest first.
+        tried: Every program that was measured: how many layers it left in float, and its drop.
+    """
+
+    max_drop: float
+    drop: float
+    labelled: bool
+    reverted: tuple[Reverted, ...]
+    tried: tuple[tuple[int, float], ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the drop is within the budget."""
+        return self.drop <= self.max_drop
+
+    def to_json(self) -> str:
+        """All of it, as a JSON object."""
+        return json.dumps({"holds": self.holds, **asdict(self)}, indent=2)
+
+    def __str__(self) -> str:
+        what = "accuracy" if self.labelled else "agreement with float"
+        verdict = "holds" if self.holds else "does not hold"
+        lines = [f"budget of {self.max_drop:.2%} {verdict}: {what} drops by {self.drop:.2%} on the runtime"]
+        return "\n".join([*lines, *(f"  in float: {layer}" for layer in self.reverted)])
+
+
+@dataclass(frozen=True)
+class Kept(Generic[B]):
+    """What was built, with the budget it was built for."""
+
+    built: B
+    budget: Budget
+
+
+def keep_within(
+    max_drop: float,
+    judge: Judge,
+    first: B,
+    build: Callable[[Sequence[str]], B],
+    prepared: GraphModule,
+    price: Callable[[], Sensitivities],
+) -> Kept[B]:
+    """``first``, or what ``build`` makes with the fewest layers in float whose program loses at most ``max_drop``.
+
+    Layers come in the order of what each costs alone. How many of them must go, and which of these need not, is found in
+    simulation; on the runtime, the costliest one, two, four, ... of these are measured first, then all of them, and more until
+    the budget holds there.
+
+    Args:
+        max_drop: The share of examples that may be lost, 0 to 1.
+        judge: What measures the loss.
+        first: What was built with all layers quantized.
+        build: Builds with the layers of these names in float.
+        prepared: The calibrated graph with all layers quantized.
+        price: Finds what each layer costs; called when it is needed.
+    """
+    tried: dict[tuple[str, ...], tuple[B, float]] = {}
+
+    def measure(names: Sequence[str]) -> bool:
+        key = tuple(names)
+        if key not in tried:
+            try:
+                built = build(key) if key else first
+            except QuantflowError as error:
+                if error.stage != "prepare":
+                    raise
+                return False  # what is left follows the integers of others, and there are none
+            tried[key] = built, judge.drop_on_runtime(built.program)
+        return tried[key][1] <= max_drop
+
+    costs: Sensitivities | None = None
+    if not measure(()):
+        costs = price()
+        order = [cost.layer for cost in costs.layers][:-1]  # with all of them, nothing would be quantized
+        chosen = _fewest(order, lambda names: _simulated(prepared, judge, names) <= max_drop)
+        # The runtime has the last word, and fewer may do there: a layer less to convert spares its neighbours' roundings too.
+        if not _fewer(chosen, measure) and not measure(chosen):
+            _grow(order, chosen, measure)
+    holding = [key for key, (_, drop) in tried.items() if drop <= max_drop]
+    best = min(holding, key=len) if holding else min(tried, key=lambda key: (tried[key][1], len(key)))
+    built, drop = tried[best]
+    reasons = {c.layer: _reason(c.to_integers, costs.all_integers) for c in costs.layers} if costs is not None else {}
+    reverted = tuple(Reverted(name, reasons[name]) for name in best)
+    counts = tuple((len(key), found) for key, (_, found) in tried.items())
+    budget = Budget(max_drop, drop, judge.labelled, reverted, counts)
+    if not budget.holds:
+        reason = f"the drop is {drop:.2%}, with {len(best)} layers in float; {max_drop:.2%} were allowed"
+        remedy = "train the quantized graph (qf.train), give more calibration data, or allow more"
+        warnings.warn(QuantflowWarning("budget", reason, node="the program", remedy=remedy), stacklevel=3)
+    return Kept(built, budget)
+
+
+def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    """The shortest beginning of ``order`` that holds, by bisection, without the members that it holds without."""
+    low, high = 0, len(order)  # none does not hold; all are taken to
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(order[:middle]) else (middle, high)
+    chosen = list(order[:high])
+    for name in reversed(order[: high - 1]):
+        without = [other for other in chosen if other != name]
+        if holds(without):
+            chosen = without
+    return chosen
+
+
+def _fewer(chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> bool:
+    """Whether a beginning of ``chosen`` holds: one layer, twice as many each time, then as few of those as bisection finds."""
+    low, high = 0, 1
+    while high < len(chosen) and not measure(chosen[:high]):
+        low, high = high, 2 * high
+    if high >= len(chosen):
+        return False
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measure(chosen[:middle]) else (middle, high)
+    return True
+
+
+def _grow(order: Sequence[str], chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> None:
+    """Measure ever more layers, twice as many each time, until the budget holds; then as few of those as bisection finds."""
+    rest = [name for name in order if name not in chosen]
+    low, high = 0, 1
+    while not measure([*chosen, *rest[:high]]):
+        if high >= len(rest):
+            return
+        low, high = high, min(2 * high, len(rest))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measure([*chosen, *rest[:middle]]) else (middle, high)
+
+
+def _simulated(prepared: GraphModule, judge: Judge, floating: Sequence[str]) -> float:
+    """The drop of the network with these layers in float, in simulation."""
+    active = still_quantized(prepared, floating) if floating else frozenset(observers_in(prepared))
+    return judge.drop_of(lambda flat: PartialNetwork(prepared, flat, active).returned)
+
+
+def _reason(alone: float, together: float) -> str:
+    return f"alone in integers it leaves {alone:.1f} dB at the outputs; all layers together leave {together:.1f} dB"

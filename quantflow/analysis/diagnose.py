@@ -1,0 +1,59 @@
+"""The verb that says where accuracy went, layer by layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from quantflow.analysis.diagnosis import Diagnosis
+from quantflow.analysis.layer_comparison import Comparison
+from quantflow.analysis.reference import converted_form, reference_graph
+from quantflow.data.batches import PickInputs, batches, count_of
+from quantflow.signature.signature import Signature
+
+
+def diagnose(
+    float_graph: GraphModule,
+    quantized_graph: GraphModule,
+    data: Iterable[Any],
+    *,
+    inputs: PickInputs | None = None,
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Compare a quantized network with its float network, activation by activation.
+
+    Each layer is computed from the float network's inputs, with its own quantized weights, onto its own grid: the error that it
+    adds. That error is held against the one that the same layer has on a grid of the same bits and granularity laid
+    over the extremes of the very same values: what it must cost. Errors count where the outputs depend on them (by the
+    gradient of the float network), so that a range kept to the part that matters is no fault.
+
+    Memory does not grow with the number of batches: that of one batch through both networks.
+
+    Args:
+        float_graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`.
+        quantized_graph: The same network prepared and calibrated (or trained), or converted, also by stock torchao where it
+            kept nodes or layers by name.
+        data: Batches, as for :func:`quantflow.calibrate`; targets are not used.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        max_batches: Stop after so many.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"diagnose"``, when the one is no float graph, the other no quantized graph or one of another
+            network, or a batch does not fit.
+    """
+    reference = reference_graph(float_graph, "diagnose")
+    converted = converted_form(quantized_graph, "diagnose")
+    comparison = Comparison(reference, converted)
+    total = count_of(data, max_batches, stage="diagnose")
+    device = next((t.device for t in itertools.chain(reference.parameters(), reference.buffers())), None)
+    feed = itertools.islice(batches(data, float_graph, stage="diagnose", inputs=inputs, device=device), max_batches)
+    signature = Signature.of_graph(float_graph)
+    for batch in tqdm(feed, desc="diagnose", total=total, unit="batch", disable=not progress, leave=False):
+        comparison.add(signature.flatten(batch.args, batch.kwargs, stage="diagnose"))
+    return comparison.diagnosis()

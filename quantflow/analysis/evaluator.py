@@ -1,0 +1,119 @@
+"""Accuracy lost on labelled data, or, without labels, decisions that change: in simulation and on the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule
+
+from quantflow.data.batches import PickInputs, batches
+from quantflow.data.sample import cut_inputs
+from quantflow.errors import QuantflowError
+from quantflow.graph.own_state import state_kept
+from quantflow.graph.state import inputs_kept
+from quantflow.lowering.program import Program
+from quantflow.signature.signature import Signature
+
+Flat = list[Any]
+
+
+class Judge:
+    """Compares a network's classes with those of its float network, on the same data.
+
+    Args:
+        graph: The float graph. Its first output holds scores, [examples, classes].
+        data: Batches that can be gone through again. With integer targets, [examples], accuracy is compared; without, how often
+            the class is another than that of the float network.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+
+    Attributes:
+        labelled: Whether there are targets.
+        examples: How many examples there are.
+
+    Raises:
+        QuantflowError: at stage ``"budget"``, when the data are of another kind.
+    """
+
+    def __init__(self, graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None = None) -> None:
+        if iter(data) is data:
+            remedy = "pass a list of batches or a DataLoader"
+            raise QuantflowError("budget", "the data can be gone through once only", node="data", remedy=remedy)
+        self.graph, self.data, self.inputs = graph, data, inputs
+        self.signature = Signature.of_graph(graph)
+        self.cut = cut_inputs(self.signature)
+        given = [(len(self._float_classes(flat)), target) for flat, target in self._flat()]
+        if not given:
+            raise QuantflowError(
+                "budget", "there is no data to judge by", node="data", remedy="pass at least one batch"
+            )
+        self.labelled = all(target is not None for _, target in given)
+        self.examples = sum(count for count, _ in given)
+        self._float_right = self._right(lambda flat: [self._float_classes(flat)])
+
+    def drop_of(self, network: Callable[[Flat], list[torch.Tensor]]) -> float:
+        """The drop of a network that takes flat inputs and returns its float outputs."""
+        return self._drop(lambda flat: [_classes(network(flat))])
+
+    def drop_on_runtime(self, program: Program) -> float:
+        """The drop of ``program``, measured on the runtime."""
+        size = self._batch_of(program)
+        return self._drop(lambda flat: self._in_parts(program, flat, size))
+
+    def _drop(self, classes: Callable[[Flat], Iterable[torch.Tensor]]) -> float:
+        return (self._float_right - self._right(classes)) / self.examples
+
+    def _right(self, classes: Callable[[Flat], Iterable[torch.Tensor]]) -> int:
+        """How many examples get the class that they should; a loader may give them in another order each time."""
+        right = 0
+        for flat, target in self._flat():
+            wanted = target if self.labelled else self._float_classes(flat)
+            found = torch.cat(list(classes(flat)))
+            right += int((found == _targets(wanted, len(found))).sum())
+        return right
+
+    @torch.no_grad()
+    def _float_classes(self, flat: Flat) -> torch.Tensor:
+        args, kwargs = pytree.tree_unflatten(flat, self.signature.in_spec)  # type: ignore[arg-type]
+        with state_kept(self.graph):
+            args, kwargs = inputs_kept(self.graph, (args, kwargs))
+            return _classes(self.graph(*args, **kwargs))
+
+    def _flat(self) -> Iterator[tuple[Flat, Any]]:
+        for args, kwargs, target in batches(self.data, self.graph, stage="budget", inputs=self.inputs):
+            yield self.signature.flatten(args, kwargs, stage="budget"), target
+
+    def _batch_of(self, program: Program) -> int | None:
+        """The batch size that ``program`` was lowered for, None where it takes batches as they come."""
+        sizes = [i.shape[0] for i, cut in zip(program.signature.inputs, self.cut, strict=True) if cut]
+        return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+    def _in_parts(self, program: Program, flat: Flat, size: int | None) -> Iterator[torch.Tensor]:
+        """The classes of one batch, in parts of ``size`` examples; the last is filled up with its own."""
+        rows = next((len(t) for t, cut in zip(flat, self.cut, strict=True) if cut), 0)
+        for start in range(0, rows, size) if size else (0,):
+            some = torch.arange(start, start + size).clamp(max=rows - 1) if size else slice(None)
+            part = [t[some] if cut else t for t, cut in zip(flat, self.cut, strict=True)]
+            assert program.signature.in_spec is not None
+            args, kwargs = pytree.tree_unflatten(part, program.signature.in_spec)
+            yield _classes(program(*args, **kwargs))[: rows - start if size else None]
+
+
+def _classes(outputs: Any) -> torch.Tensor:
+    scores = next(
+        (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()), None
+    )
+    if scores is None or scores.ndim != 2:
+        shape = "no float tensor" if scores is None else f"of shape {list(scores.shape)}"
+        remedy = "max_drop is for classifiers, whose first output holds scores [examples, classes]"
+        raise QuantflowError("budget", f"the first output is {shape}", node="model", remedy=remedy)
+    return scores.argmax(1).cpu()
+
+
+def _targets(target: Any, examples: int) -> torch.Tensor:
+    if not isinstance(target, torch.Tensor) or target.shape != (examples,) or target.is_floating_point():
+        remedy = "integer classes, [examples], as a DataLoader gives; or batches without targets"
+        raise QuantflowError("budget", "the targets are no classes", node="data", remedy=remedy)
+    return target.cpu()

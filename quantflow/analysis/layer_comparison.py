@@ -1,0 +1,256 @@
+"""A float network and its quantized form on the same data, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from quantflow.analysis.diagnosis import Diagnosis, LayerErrors
+from quantflow.analysis.error_statistics import Sums
+from quantflow.analysis.integer_ranges import Grid, rounded_constant
+from quantflow.analysis.node_matching import computes, converts, source, twins, vanishes
+from quantflow.analysis.reference import reference_values
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
+from quantflow.graph.parameters import is_constant
+from quantflow.graph.state import overwritten, written_by
+from quantflow.simulation.float_weights import attribute, given_input
+from quantflow.simulation.interpreter import Values, evaluate
+
+_WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
+_LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
+
+
+@dataclass
+class _Tail:
+    """Where the output of a node is on its grid: the dequantize node, or the node itself where it stays in float."""
+
+    node: Node
+    end: Node
+    grid: Grid | None
+    relayed: bool  # the grid is that of its inputs: all that its error is, they have
+    sums: Sums
+
+
+class Comparison:
+    """Sums of the errors of each layer, batch by batch; tensors that are written in place are left out.
+
+    Args:
+        reference: The float network, as :func:`reference_graph` gives it.
+        converted: The quantized one.
+
+    Raises:
+        QuantflowError: at stage ``"diagnose"``, when they have no layer in common.
+    """
+
+    def __init__(self, reference: GraphModule, converted: GraphModule) -> None:
+        self.reference, self.converted = reference, converted
+        self.twins = twins(converted.graph, reference.graph)
+        if not any(computes(node) for node in self.twins):
+            remedy = "pass the float graph that the quantized one was made from"
+            raise QuantflowError(
+                "diagnose", "the graphs have no layer in common", node="quantized_graph", remedy=remedy
+            )
+        self.constants = _constants(converted)
+        self._warn_of_missing()
+        self.tails = list(self._tails())
+        self.outputs = 0
+
+    def _warn_of_missing(self) -> None:
+        """Say which layers of the float network none of the quantized one can be held against."""
+        met: set[Node] = set()
+        for node, twin in self.twins.items():
+            while vanishes(twin) and op(twin) is not op(node):
+                twin = twin.args[0]  # type: ignore[assignment]
+            if op(twin) is op(node):
+                met.add(twin)
+        missing = [label(n) for n in self.reference.graph.nodes if op(n) in _WEIGHTED and n not in met]
+        if missing:
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            reason = "the quantized graph has it in another form: errors of its weights show in the next layer that both have"
+            remedy = (
+                "none is needed where the quantizer wrote the layer as others; else pass the graph it was made from"
+            )
+            warnings.warn(QuantflowWarning("diagnose", reason, node=names, remedy=remedy), stacklevel=4)
+
+    def _tails(self) -> Iterable[_Tail]:
+        nodes, unclear = list(self.converted.graph.nodes), _unclear(self.converted.graph)
+        ends: dict[Node, dict[tuple, Node]] = {}
+        for node in nodes:
+            if _dequantizes(node) and node not in self.constants:
+                ends.setdefault(source(node), {}).setdefault(node.args[:3], node)
+        for node in nodes:
+            if node in self.constants or node in unclear or not (computes(node) or node.op == "placeholder"):
+                continue
+            for end in ends.get(node, {}).values():
+                given = [n for n in node.all_input_nodes if _dequantizes(n) and n not in self.constants]
+                grids = {n.args[1:] for n in given}
+                relayed = computes(node) and grids == {end.args[1:]}
+                yield _Tail(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
+            if node not in ends and node in self.twins and computes(node):
+                yield _Tail(node, node, None, True, Sums(_axis(node)))
+
+    @torch.no_grad()
+    def add(self, flat: Sequence[Any]) -> None:
+        """Take in one batch of flat inputs."""
+        floats, gradients, returned = reference_values(self.reference, flat)
+        self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
+        running = self._run(flat)
+        exact, local, honest = self._locally(floats, running)
+        ranges = self._ranges(exact)
+        for tail in self.tails:
+            y = exact.get(tail.node)
+            if not isinstance(y, torch.Tensor) or not y.is_floating_point() or not y.numel():
+                continue
+            found = local[tail.node if tail.relayed else tail.end]
+            if found.shape != y.shape:
+                continue
+            floor = honest.get(tail.node, y)
+            if tail.grid is not None and not tail.relayed:
+                floor = tail.grid.laid_over(floor, *ranges[tail.end.args[1:]])
+            gradient = gradients.get(self.twins[tail.node]) if tail.node in self.twins else None
+            tail.sums.examples += len(y) if gradient is not None and y.ndim else 0
+            tail.sums.add(y, found, floor, running[tail.end], gradient)
+            if tail.grid is not None and tail.grid.scale is not None:
+                tail.sums.place(y, tail.grid.ends, tail.grid.scale)
+
+    def _run(self, flat: Sequence[Any]) -> Values:
+        """The quantized network's own values."""
+        given, values = iter(flat), Values()
+        for node in self.converted.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = given_input(node, next(given))
+            elif node.op == "get_attr":
+                values[node] = attribute(self.converted, node)
+            elif node.op == "call_module":
+                called = self.converted.get_submodule(str(node.target))
+                values[node] = called(*(values[n] for n in node.all_input_nodes))
+            elif node.op == "call_function":
+                values[node] = evaluate(node, values)
+        return values
+
+    def _locally(self, floats: Values, running: Values) -> tuple[Values, Values, Values]:
+        """By node: its float value; its value from float inputs, then on its grid; and the same with weights on a grid of
+        as many levels that must do, before it is on its own.
+        """
+        exact, local, honest = Values(), Values(), Values()
+        for node in self.converted.graph.nodes:
+            if node.op == "get_attr":
+                exact[node] = local[node] = attribute(self.converted, node)
+                continue
+            if node in self.constants or node.op in ("call_module", "output"):
+                exact[node] = local[node] = running.get(node)
+                continue
+            twin = self.twins.get(node)
+            if converts(node):
+                exact[node] = exact[source(node)]
+                local[node] = evaluate(node, _apart(node, local))
+            elif node.op == "placeholder":
+                exact[node] = local[node] = running[node]
+            else:
+                inputs: Values = {n: exact[n] for n in node.all_input_nodes}
+                local[node] = evaluate(node, _apart(node, inputs))
+                exact[node] = local[node] if twin is None else floats[twin]
+                if twin is not None:
+                    honest[node] = self._honest(node, twin, inputs, floats)
+        return exact, local, honest
+
+    def _honest(self, node: Node, twin: Node, inputs: Values, floats: Values) -> torch.Tensor:
+        """The value of ``node`` from float inputs, with the float weights on a grid of the same levels over their extremes."""
+        quantized = [n for n in node.all_input_nodes if n in self.constants and converts(n)]
+        first = twin
+        while op(first) is not op(node) and vanishes(first) and isinstance(first.args[0], Node):
+            first = first.args[0]
+        if not quantized or op(first) is not op(node) or len(first.args) != len(node.args):
+            return floats[twin]
+        swapped = dict(inputs)
+        for ours, theirs in zip(node.args, first.args, strict=True):
+            if not isinstance(ours, Node) or not isinstance(theirs, Node):
+                continue
+            if ours in quantized:
+                rounded = rounded_constant(ours, inputs[ours], floats[theirs])
+                swapped[ours] = inputs[ours] if rounded is None else rounded
+            elif is_constant(ours) and floats[theirs].shape == inputs[ours].shape:
+                swapped[ours] = floats[theirs]
+        y = evaluate(node, _apart(node, swapped))
+        behind: Values = {first: y}
+        while first is not twin:  # clamps that the end of the grid stands for
+            first = next(iter(first.users))
+            behind[first] = evaluate(first, {**floats, **behind})
+        return behind[twin]
+
+    def _ranges(self, exact: Values) -> dict[tuple, tuple[torch.Tensor, torch.Tensor]]:
+        """The extremes of the float values that each grid holds, over all tensors that share it."""
+        found: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        for tail in self.tails:
+            y = exact.get(tail.node)
+            if tail.grid is None or not isinstance(y, torch.Tensor) or not y.numel():
+                continue
+            low, high = y.aminmax()
+            key = tail.end.args[1:]
+            if key in found:
+                low, high = torch.minimum(low, found[key][0]), torch.maximum(high, found[key][1])
+            found[key] = low, high
+        return found
+
+    def diagnosis(self) -> Diagnosis:
+        """What was found.
+
+        Raises:
+            QuantflowError: at stage ``"diagnose"``, when there was no data.
+        """
+        seen = [tail for tail in self.tails if tail.sums.count]
+        if not seen:
+            remedy = "pass at least one batch, of float tensors"
+            raise QuantflowError("diagnose", "there is no data", node="data", remedy=remedy)
+        worst: dict[Node, _Tail] = {}
+        for tail in seen:
+            if tail.node not in worst or tail.sums.excess > worst[tail.node].sums.excess:
+                worst[tail.node] = tail
+        found = []
+        for node, tail in worst.items():
+            kind = "input" if node.op == "placeholder" else short_name(op(node))
+            ends = None if tail.grid is None or tail.grid.scale is None else tail.grid.ends
+            found.append(LayerErrors.of((node.name, layer(node), kind), tail.sums, self.outputs, ends))
+        return Diagnosis(tuple(sorted(found, key=lambda errors: -errors.excess)))
+
+
+def _unclear(graph: Graph) -> set[Node]:
+    """The nodes that are not compared: at the end their values are written over, or those that they have read."""
+    written = overwritten(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max((order[node] for node in written if written_by(node) is not None), default=-1)
+    before = [node for node in graph.nodes if order[node] < last]
+    return set(written) | {node for node in before if any(source(n) in written for n in node.all_input_nodes)}
+
+
+def _apart(node: Node, values: Values) -> Values:
+    """``values`` with what ``node`` writes in place as a copy of its own."""
+    base = written_by(node)
+    return values if base is None else {**values, base: values[base].clone()}
+
+
+def _dequantizes(node: Node) -> bool:
+    return converts(node) and str(getattr(node.target, "_opname", "")).startswith("dequantize")
+
+
+def _constants(graph: GraphModule) -> set[Node]:
+    """The nodes whose value no input of the network reaches."""
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        given = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and given and all(n in found for n in given)):
+            found.add(node)
+    return found
+
+
+def _axis(node: Node) -> int:
+    """The dimension of the node's value that holds channels."""
+    val: Any = node.meta.get("val")
+    ndim = val.ndim if isinstance(val, torch.Tensor) else 4
+    return ndim - 1 if op(node) in _LAST or ndim <= 2 else 1

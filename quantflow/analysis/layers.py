@@ -1,0 +1,87 @@
+"""The layers of a prepared graph, as a person names them, and what of each is quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from quantflow.analysis.node_matching import computes, vanishes
+from quantflow.graph.aten import layer
+from quantflow.graph.parameters import is_constant
+from quantflow.observers.observation import observer_of
+
+
+def layer_name(node: Node) -> str:
+    """The innermost module that ``node`` was traced from, its own name where it belongs to the model itself."""
+    return re.sub(r"@\d+$", "", layer(node)) or node.name
+
+
+@dataclass(frozen=True)
+class Within:
+    """A predicate on nodes for a quantizer's overrides: those of one layer, not those of the layers below it."""
+
+    name: str
+
+    def __call__(self, node: Node) -> bool:
+        return layer_name(node) == self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer, with the observer calls that quantize its weights and its outputs.
+
+    Attributes:
+        name: The dotted name of the module, or that of the node where there is no module.
+        observers: The calls.
+    """
+
+    name: str
+    observers: frozenset[Node]
+
+
+def layers_of(graph: GraphModule) -> tuple[QuantizedLayer, ...]:
+    """The quantized layers of a prepared graph, in graph order. A clamp belongs to the layer that it is fused with."""
+    found: dict[str, set[Node]] = {n: set() for n in map(layer_name, filter(computes, graph.graph.nodes))}
+    for node in observers_in(graph):
+        for owner in node.users if _of_readers(node, graph) else [_behind_clamps(node.args[0])]:
+            if computes(owner):
+                found[layer_name(owner)].add(node)
+    return tuple(QuantizedLayer(name, frozenset(calls)) for name, calls in found.items() if calls)
+
+
+def observers_in(graph: GraphModule) -> list[Node]:
+    """The nodes that call observers."""
+    return [node for node in graph.graph.nodes if observer_of(node, graph) is not None]
+
+
+def still_quantized(graph: GraphModule, floating: Collection[str]) -> frozenset[Node]:
+    """The observer calls that are left when a quantizer leaves the layers named ``floating`` in float.
+
+    A tensor stays quantized as long as the layer that makes it, or one that reads it, is quantized.
+    """
+    names = {quantized.name for quantized in layers_of(graph)} - set(floating)
+    kept = set()
+    for node in observers_in(graph):
+        near = set(node.users)
+        if not _of_readers(node, graph):
+            near.add(_behind_clamps(node.args[0]))
+        if any(layer_name(n) in names for n in near if computes(n)):
+            kept.add(node)
+    return frozenset(kept)
+
+
+def _of_readers(node: Node, graph: GraphModule) -> bool:
+    """Whether an observer call belongs to what reads it: on a weight, or with a range taken at run time."""
+    return is_constant(node.args[0]) or bool(getattr(observer_of(node, graph), "is_dynamic", False))
+
+
+def _behind_clamps(node: Node) -> Node:  # type: ignore[return]
+    while computes(node) and vanishes(node) and isinstance(node.args[0], Node) and len(node.args[0].users) == 1:
+        node = node.args[0]
+    return node

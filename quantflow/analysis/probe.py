@@ -1,0 +1,189 @@
+"""The verb that looks into a program: what the runtime computes, tensor by tensor, within its delegates too."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+from quantflow.analysis.intermediate_outputs import Tap, tapped, taps_of
+from quantflow.analysis.node_matching import converts, twins
+from quantflow.analysis.probe_result import Probed, Probing
+from quantflow.analysis.reference import converted_form, reference_graph
+from quantflow.capture.export import export
+from quantflow.data.batches import PickInputs, batches
+from quantflow.data.sample import cut_inputs
+from quantflow.errors import QuantflowError
+from quantflow.graph.aten import layer, op, short_name
+from quantflow.graph.state import overwritten
+from quantflow.lowering.program import Program
+from quantflow.metrics import decibels, squares
+from quantflow.signature.signature import Signature
+from quantflow.simulation.float_weights import attribute
+from quantflow.simulation.interpreter import Values, evaluate, steps
+
+
+def probe(
+    quantized_graph: GraphModule,
+    data: Iterable[Any],
+    *,
+    float_graph: GraphModule | None = None,
+    delegate: Any = "xnnpack",
+    calls: int = 8,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> Probing:
+    """Run a quantized network on the ExecuTorch runtime and compare what it has there with the graph, tensor by tensor.
+
+    The network is lowered with all its activations as further outputs, those within delegates too. Each operator is computed
+    in PyTorch as well, from the very tensors that the runtime gave it: where both differ by more than a rounding, the
+    delegate computes something else than the graph says. Memory does not grow with the data.
+
+    Args:
+        quantized_graph: A converted graph, of :func:`quantflow.convert` or another tool, or a prepared and calibrated one.
+        data: Batches, as for :func:`quantflow.calibrate`; targets are not used.
+        float_graph: What ``Exported.module()`` returned, to compare with it too.
+        delegate: What to lower to, as ``CoreAten.to_edge`` takes it.
+        calls: Stop after so many calls of the program: of one example each where the batch size is dynamic, else of a batch.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"probe"``, when the graph is not quantized or keeps state, a batch does not fit it or the
+            float graph, or there is none; as lowering raises.
+    """
+    if not isinstance(calls, int) or calls < 1:
+        raise QuantflowError("probe", f"{calls} calls show nothing", node="calls", remedy="8, say")
+    graph = converted_form(quantized_graph, "probe")
+    taps = [_Sums(tap) for tap in taps_of(graph)]
+    reference = None if float_graph is None else reference_graph(float_graph, "probe")
+    pairs = {} if reference is None else twins(graph.graph, reference.graph)
+    opened = tapped(graph, [sums.tap for sums in taps])
+    programs: dict[tuple, Program] = {}  # by the shapes that each was lowered for
+    feed, ran = itertools.islice(_calls(graph, data, inputs), calls), 0
+    for flat in tqdm(feed, desc="probe", total=calls, unit="call", disable=not progress, leave=False):
+        exact = {} if reference is None else _float_values(reference, graph, flat, pairs)
+        shapes = tuple(t.shape if isinstance(t, torch.Tensor) else t for t in flat)
+        if shapes not in programs:
+            programs[shapes] = _lowered(opened, flat, delegate)
+        found = list(programs[shapes](*flat))
+        _compare(graph, flat, taps, found[len(found) - len(taps) :], exact)
+        ran += 1
+    if not programs:
+        raise QuantflowError("probe", "there is no data", node="data", remedy="pass at least one batch")
+    called = max(p.delegation.calls for p in programs.values() if p.delegation is not None)
+    return Probing(tuple(sums.probed() for sums in taps), called, ran)
+
+
+@dataclass
+class _Sums:
+    """Sums over all calls of what is found at one tap."""
+
+    tap: Tap
+    local: tuple[float, float] = (0.0, 0.0)  # of squares: signal and noise
+    accumulated: tuple[float, float] = (0.0, 0.0)
+    against_float: tuple[float, float] | None = None
+    most: float = 0.0
+    changed: int = 0
+    count: int = 0
+
+    def add(self, found: torch.Tensor, local: torch.Tensor, own: torch.Tensor, exact: torch.Tensor | None) -> None:
+        """Take in the runtime's tensor; what its operator gives in PyTorch; the graph's; the float network's."""
+        self.local = _sum(self.local, squares(local, found))
+        self.accumulated = _sum(self.accumulated, squares(own, found))
+        if exact is not None and exact.shape == found.shape:
+            self.against_float = _sum(self.against_float or (0.0, 0.0), squares(exact, found))
+        differs = (found != local) & ~(found.isnan() & local.isnan())
+        apart = (found - local)[differs].abs().nan_to_num(math.inf)
+        self.most = max(self.most, float(apart.max()) if apart.numel() else 0.0)
+        self.changed += int(differs.sum())
+        self.count += found.numel()
+
+    def probed(self) -> Probed:
+        node = self.tap.node
+        return Probed(
+            node.name,
+            layer(node),
+            "input" if node.op == "placeholder" else short_name(op(node)),
+            self.tap.step,
+            local=decibels(*self.local),
+            most_steps=None if self.tap.step is None else self.most / self.tap.step,
+            changed=self.changed / max(self.count, 1),
+            accumulated=decibels(*self.accumulated),
+            against_float=None if self.against_float is None else decibels(*self.against_float),
+        )
+
+
+def _sum(sums: tuple[float, float], more: tuple[float, float]) -> tuple[float, float]:
+    return sums[0] + more[0], sums[1] + more[1]
+
+
+def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -> Iterator[list[Any]]:
+    """The flat inputs of each call: one example where the batch size is dynamic, else a batch."""
+    signature = Signature.of_graph(graph)
+    cut = cut_inputs(signature)
+    for batch in batches(data, graph, stage="probe", inputs=inputs):
+        flat = signature.flatten(batch.args, batch.kwargs, stage="probe")
+        rows = next((len(t) for t, by_example in zip(flat, cut, strict=True) if by_example), None)
+        if rows is None:
+            yield flat
+            continue
+        for row in range(rows):
+            yield [t[row : row + 1] if by_example else t for t, by_example in zip(flat, cut, strict=True)]
+
+
+def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program:
+    core = export(opened, tuple(flat)).to_core_aten()
+    signature = core.program.graph_signature
+    for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
+        reason, remedy = "the network writes it, and each call finds it otherwise", "probe the part that keeps no state"
+        raise QuantflowError("probe", reason, node=written, remedy=remedy)
+    # That the program departs from its graph is what is looked for.
+    return core.to_edge(delegate).to_executorch(check=False)
+
+
+@torch.no_grad()
+def _compare(
+    graph: GraphModule, flat: Sequence[Any], taps: list[_Sums], found: list[torch.Tensor], exact: dict[Node, Any]
+) -> None:
+    """Compute ``graph`` twice: from the inputs alone, and each operator from what the runtime has before it."""
+    there = {sums.tap.end: (sums, value) for sums, value in zip(taps, found, strict=True)}
+    dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
+    given, own, device = iter(flat), Values(), Values()
+    written = overwritten(graph.graph)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            own[node] = device[node] = next(given)
+        elif node.op == "get_attr":
+            own[node] = device[node] = attribute(graph, node)
+        elif node.op == "call_function":
+            own[node], device[node] = evaluate(node, own), evaluate(node, device)
+        if node in there:
+            sums, value = there[node]
+            sums.add(value, device[node], own[node], exact.get(sums.tap.node))
+            dequantized[node.args] = value
+            if node in written:  # what else lies in that memory has it too
+                device[node].copy_(value)
+            else:
+                device[node] = value
+        elif converts(node) and node.args in dequantized:
+            device[node] = dequantized[node.args].clone() if node in written else dequantized[node.args]
+
+
+def _float_values(
+    reference: GraphModule, graph: GraphModule, flat: Sequence[Any], pairs: dict[Node, Node]
+) -> dict[Node, Any]:
+    """What the float network has for the nodes of ``graph`` that have a twin in it."""
+    spec = Signature.of_graph(graph).in_spec
+    args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
+    given = Signature.of_graph(reference).flatten(args, kwargs, stage="probe")
+    wanted = set(pairs.values())
+    floats = {node: values[node] for node, values in steps(reference, tuple(given)) if node in wanted}
+    return {node: floats[twin] for node, twin in pairs.items() if twin in floats}

@@ -1,0 +1,1 @@
+"""Calibration: observers see data."""

@@ -1,0 +1,194 @@
+"""The verb of stage 1: capture a model, or take in what was captured elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+from quantflow.capture.capture_errors import why_not
+from quantflow.capture.exported import INFERENCE_ONLY, Exported
+from quantflow.errors import QuantflowError
+from quantflow.graph import modes, provenance
+from quantflow.graph.dropout_capture import DistinctDropouts, erase_aliases, freeze_ambiguous
+from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.inference_mode import inference_mode
+from quantflow.graph.inference_only import captured_as_inference
+from quantflow.graph.layout import make_contiguous
+from quantflow.graph.never_trained import freeze_unswitched, mark_modes
+from quantflow.graph.regions import nodes_of
+from quantflow.observers.observation import observers_of
+from quantflow.signature.signature import DynamicDim, Signature
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dynamic_batch: bool | int = False,
+    strict: bool = False,
+) -> Exported:
+    """Capture ``model`` as a pre-dispatch ATen program.
+
+    The model is captured in inference mode and left as it was; :meth:`Exported.module` switches between training and
+    inference on the nodes. Layers that ``model.train()`` itself leaves in inference mode stay in it.
+
+    Args:
+        model: An ``nn.Module`` (eager, a captured graph, a converted graph) or an ``ExportedProgram`` from elsewhere.
+        args: Example positional inputs, a tuple.
+        kwargs: Example keyword inputs.
+        dynamic_shapes: Which dimensions vary, as in ``torch.export.export``. Shapes are static unless asked.
+        dynamic_batch: True makes dimension 0 of every tensor input one dynamic batch dimension, also when the example
+            has a batch of one; an int bounds it, which lowering needs.
+        strict: As in ``torch.export.export``.
+
+    Raises:
+        QuantflowError: at stage ``"export"``, when the model can't be captured.
+    """
+    if isinstance(model, ExportedProgram):
+        return _take_in(model)
+    if not isinstance(model, nn.Module):
+        raise QuantflowError(
+            "export", f"{type(model).__name__} is no nn.Module", node="model", remedy="pass a module or ExportedProgram"
+        )
+    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
+        raise QuantflowError("export", "example inputs are no tuple", node="args", remedy="pass (x,) for one input x")
+    if observers_of(model):
+        raise QuantflowError(
+            "export",
+            "the graph is prepared but not converted",
+            node=next(iter(observers_of(model))),
+            remedy="call qf.convert(graph) first",
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        reason = f"{type(kwargs).__name__} given as keyword inputs"
+        raise QuantflowError("export", reason, node="kwargs", remedy="a dict; pass other arguments by their names")
+    positional, keyword = given = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
+    if dynamic_batch:
+        if dynamic_shapes is not None:
+            reason = "dynamic_shapes and dynamic_batch are both given"
+            raise QuantflowError("export", reason, node="dynamic_batch", remedy="give one of them")
+        positional, keyword, dynamic_shapes = _with_dynamic_batch(model, positional, keyword, dynamic_batch)
+    training = model.training
+    # Captured under no_grad, the whole program would be one opaque region.
+    with inference_mode(model), torch.enable_grad():
+        try:
+            with DistinctDropouts():
+                program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
+            erase_aliases(program)
+            program = make_contiguous(program)
+        except QuantflowError:
+            raise
+        except Exception as error:
+            raise why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
+        if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
+            return _take_in(program)  # its mode is what its nodes say
+        unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
+    unclear += freeze_unswitched(program)
+    provenance.shorten(program.graph)
+    inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
+    return Exported(program, training, tuple(dict.fromkeys((*inherited, *unclear))))
+
+
+def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
+    """The program of ``model`` in the mode that it is in. Batch norm may not train on a batch of one: then on two rows."""
+    try:
+        return torch.export.export(model, args, kwargs, strict=strict)
+    except Exception:
+        args, kwargs, _ = _with_dynamic_batch(model, args, kwargs, True)
+        return torch.export.export(model, args, kwargs, strict=strict)
+
+
+def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The inputs with a tensor that stands there twice cloned: the tracer would take both for one input."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(own, (args, kwargs))
+
+
+def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order in which a captured graph reads them."""
+    info = getattr(model.graph._codegen, "pytree_info", None) if isinstance(model, GraphModule) else None
+    names = info.in_spec.children()[1].context if info is not None else None
+    return {name: kwargs[name] for name in names} if names and sorted(names) == sorted(kwargs) else kwargs
+
+
+def _take_in(program: ExportedProgram) -> Exported:
+    """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
+    program = make_contiguous(program)
+    captured_in_training = modes.training_literals(nodes_of(program.graph_module))
+    if not captured_in_training:
+        unclear = freeze_ambiguous(program)
+        modes.mark_switched(nodes_of(program.graph_module))
+        return Exported(program, inference_only=(*unclear, *freeze_unswitched(program)))
+    if program.example_inputs is None:
+        raise QuantflowError(
+            "export",
+            "the program was captured in training mode and holds no example inputs to capture it again",
+            node=captured_in_training[0].name,
+            remedy="export model.eval(), or pass the model itself to qf.export",
+        )
+    modes.mark_frozen(nodes_of(program.graph_module))
+    graph = TrainableGraphModule.from_program(program)
+    modes.mark_all(graph.graph.nodes)
+    graph.training = True
+    graph.eval()
+    args, kwargs = program.example_inputs
+    signature = Signature.of_program(program)
+    made: dict[str, Any] = {}
+
+    def dim(size: DynamicDim) -> Any:
+        return made.setdefault(size.name, Dim(size.name, min=size.min, max=size.max))
+
+    dims = [{i: dim(d) for i, d in enumerate(s.shape) if isinstance(d, DynamicDim)} or None for s in signature.inputs]
+    dynamic_shapes = None
+    if any(dims):
+        positional, keyword = pytree.tree_unflatten(dims, pytree.tree_structure((args, kwargs)))
+        dynamic_shapes = (*positional, *keyword.values())
+    again = export(graph, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return Exported(again.program, training=True, inference_only=again.inference_only)
+
+
+def _with_dynamic_batch(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], bound: bool | int
+) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
+    """The example inputs and the dynamic shapes that make dimension 0 of every tensor the batch."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    if not tensors:
+        raise QuantflowError("export", "no input has a batch dimension", node="args", remedy="drop dynamic_batch")
+    batch = tensors[0].shape[0]
+    if bound is not True and int(bound) < 2:
+        reason, remedy = f"a batch of at most {bound} does not vary", "drop dynamic_batch, or give the largest batch"
+        raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
+    dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
+
+    def batched(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+    def widen(leaf: Any) -> Any:
+        # A size of one is a constant to the tracer; two rows stand for any number.
+        return torch.cat([leaf, leaf]) if batch == 1 and batched(leaf) else leaf
+
+    def dims(leaf: Any) -> Any:
+        return {0: dim} if batched(leaf) else None
+
+    try:
+        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
+    dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
+    return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes

@@ -1,0 +1,1 @@
+"""Conversion: observed and trained ranges become integers."""

@@ -1,0 +1,95 @@
+"""Biases as the device holds them: int32, in steps of the input's scale times the weight's.
+
+A converted graph computes with floats. With the very bias of the device its roundings fall as they do there; without, one in a
+few thousand does not, and in a deep network such differences grow to a good part of the quantization noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.graph.aten import (
+    CONVOLUTIONS,
+    INFERENCE_IDENTITIES,
+    LINEARS,
+    TRANSPOSED_CONVOLUTIONS,
+    argument,
+    op,
+    set_argument,
+)
+from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
+from quantflow.observers.observation import observer_of, qparams_of
+from quantflow.qparams.qparams import PER_CHANNEL
+
+decomposed = torch.ops.quantized_decomposed
+
+
+def separate_biases(module: GraphModule) -> None:
+    """Give each layer a bias of its own, in place: no two have the same steps."""
+    reads = reads_of(module.graph)
+    for node, bias in _biases(module):
+        if reads[str(bias.target)] > 1:
+            name = unused_name(module, str(bias.target))
+            set_tensor(module, name, tensor_of(module, bias).detach().clone(), parameter=True)
+            set_argument(node, "bias", read_attribute(module, name, node, bias))
+
+
+def round_biases(module: GraphModule) -> None:
+    """Round the bias of every layer of a converted graph whose input and weight are integers, in place."""
+    for node, bias in _biases(module):
+        step, exact = _step(module, node), tensor_of(module, bias).detach()
+        if step is not None and _fits(node, step, exact):
+            set_tensor(module, str(bias.target), on_grid(exact, step).to(exact), parameter=True)
+
+
+def on_grid(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """``bias``, [outputs], in whole numbers of ``step``, one or one an output; float64."""
+    return (bias.double() / step).round() * step
+
+
+def as_converted(module: GraphModule) -> dict[Node, torch.Tensor]:
+    """For what reads a bias in a prepared graph, the bias that the converted graph will have, where that is rounded."""
+    found = {}
+    for node, bias in _biases(module):
+        step, exact = _observed_step(module, node), tensor_of(module, bias).detach()
+        if step is not None and len(bias.users) == 1 and _fits(node, step, exact):
+            found[bias] = on_grid(exact, step.to(exact.device)).to(exact)
+    return found
+
+
+def _fits(layer: Node, step: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether there is a step for each output (a transposed convolution in groups has scales of another kind)."""
+    grouped = op(layer) in TRANSPOSED_CONVOLUTIONS and argument(layer, "groups") != 1
+    return not step.ndim or (step.numel() == bias.numel() and not grouped)
+
+
+def _biases(module: GraphModule) -> list[tuple[Node, Node]]:
+    """Layers, and what reads their constant bias."""
+    layers = [n for n in module.graph.nodes if op(n) in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS]
+    return [(layer, bias) for layer in layers if is_constant(bias := argument(layer, "bias"))]
+
+
+def _step(module: GraphModule, layer: Node) -> torch.Tensor | None:
+    given, weight = layer.args[0], argument(layer, "weight")
+    if op(given) is not decomposed.dequantize_per_tensor.default:
+        return None
+    if op(weight) is decomposed.dequantize_per_tensor.default:
+        scale = torch.tensor(weight.args[1], dtype=torch.float64)
+    elif op(weight) is decomposed.dequantize_per_channel.default:
+        scale = tensor_of(module, weight.args[1]).double()
+    else:
+        return None
+    return float(given.args[1]) * scale  # type: ignore[union-attr, arg-type]
+
+
+def _observed_step(module: GraphModule, layer: Node) -> torch.Tensor | None:
+    source: Node = layer.args[0]  # type: ignore[assignment]
+    while op(source) in INFERENCE_IDENTITIES:
+        source = source.args[0]  # type: ignore[assignment]
+    given, weight = observer_of(source, module), observer_of(argument(layer, "weight"), module)
+    if given is None or weight is None or getattr(given, "is_dynamic", False) or given.qscheme in PER_CHANNEL:
+        return None
+    if getattr(weight, "group", 0):
+        return None
+    return qparams_of(given)[0].double() * qparams_of(weight)[0].double()

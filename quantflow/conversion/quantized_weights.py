@@ -1,0 +1,99 @@
+"""Quantized constants: each weight on its grid, with batch norm folded into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quantflow.graph.aten import argument, has_argument
+from quantflow.graph.batch_norm import NormedLayer
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
+from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
+from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
+
+# The device holds a bias as int32, with scale s_in·s_w, and adds products to it: half the range is left to them.
+_LARGEST_BIAS = 2**30
+
+
+@dataclass
+class IntegerTensor:
+    """A constant on its grid.
+
+    Attributes:
+        integers: The values, as floats, in the shape of the constant.
+        scale: float32, a scalar or one a channel.
+        zero_point: int32, same shape as ``scale``.
+        axis: The channel dimension.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    axis: int
+
+
+def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair: NormedLayer | None) -> IntegerTensor:
+    """The constant that ``node`` observes, on the grid of ``observer``, with the batch norm of ``pair`` folded in."""
+    weight = tensor_of(module, node.args[0]).detach()  # type: ignore[arg-type]
+    if not has_seen_data(observer):
+        observer(weight)
+    scale, zero_point = (q.to(weight.device) for q in qparams_of(observer))
+    per_channel = observer.qscheme in PER_CHANNEL
+    axis = int(observer.ch_axis) if per_channel else 0
+    if not per_channel:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    if pair is None:
+        integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+    else:
+        norm_scale, _ = pair.scale_and_shift(module)
+        if isinstance(module.get_submodule(str(node.target)), BatchNormScaledFakeQuantize):
+            weight = (weight.double() * pair.per_weight(norm_scale, module)).to(weight.dtype)
+            integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+        else:
+            # Trained unfolded: the same integers, the sign of each channel in them and its size in the scale.
+            integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+            integers = integers * broadcast(norm_scale.sign().to(integers.dtype), weight.ndim, axis)
+            scale = (scale.double() * norm_scale.abs()).float()
+    scale = torch.where(scale > 0, scale.float(), SMALLEST_SCALE)
+    constant = IntegerTensor(integers, scale, zero_point.to(torch.int32), axis)
+    for user in node.users:
+        if is_weight(node, user):
+            _fit_bias(module, user, constant, pair)
+    return constant
+
+
+def is_weight(node: Node, user: Node) -> bool:
+    """Whether ``user`` is a layer that takes ``node`` as its weight."""
+    return (
+        isinstance(user.target, torch._ops.OpOverload)
+        and has_argument(user, "weight")
+        and has_argument(user, "bias")
+        and argument(user, "weight") is node
+    )
+
+
+def _fit_bias(module: GraphModule, layer: Node, weight: IntegerTensor, pair: NormedLayer | None) -> None:
+    """Widen the scale of channels so small that their bias would overflow the int32 it becomes on the device."""
+    source, bias_node = layer.args[0], argument(layer, "bias")
+    observer = observer_of(source, module) if isinstance(source, Node) else None
+    if observer is None or getattr(observer, "is_dynamic", False):
+        return
+    if pair is not None:
+        bias = pair.folded_bias(module)
+    elif is_constant(bias_node):
+        bias = tensor_of(module, bias_node).detach().double()
+    else:
+        return
+    if weight.scale.ndim and bias.numel() != weight.scale.numel():
+        return
+    input_scale = float(qparams_of(observer)[0])
+    smallest = (bias.abs() / (input_scale * _LARGEST_BIAS)).to(weight.scale)
+    smallest = smallest if weight.scale.ndim else smallest.max()
+    scale = torch.maximum(weight.scale, smallest)
+    shrink = broadcast(weight.scale / scale, weight.integers.ndim, weight.axis)
+    weight.integers = torch.where(shrink < 1, torch.round(weight.integers * shrink), weight.integers)
+    weight.scale = scale

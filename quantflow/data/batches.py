@@ -1,0 +1,185 @@
+"""From what a loader gives to what a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule
+
+from quantflow.errors import QuantflowError
+from quantflow.signature.signature import Signature
+
+# Picks the model's inputs out of a batch: returns a tensor, a tuple of positional or a dict of keyword inputs.
+PickInputs = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """One batch, taken apart: positional and keyword inputs of the model, and the target if there is one."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    target: Any
+
+
+def batches(
+    data: Iterable[Any],
+    graph: GraphModule,
+    *,
+    stage: str,
+    inputs: PickInputs | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Batch]:
+    """The batches of ``data``, checked against what ``graph`` takes and moved to ``device``.
+
+    Args:
+        data: An iterable of batches: a tensor, a tuple or dict of inputs, or ``(inputs, target)``.
+        graph: The captured graph that they are for.
+        stage: The stage to name in errors.
+        inputs: Picks the inputs where that is ambiguous.
+        device: Where the tensors go.
+
+    Raises:
+        QuantflowError: at ``stage``, naming the batch, when it does not fit the graph.
+    """
+    signature = Signature.of_graph(graph)
+    for index, batch in enumerate(taken_apart(data, signature, stage=stage, inputs=inputs)):
+        try:
+            signature.flatten(batch.args, batch.kwargs, stage=stage)
+        except QuantflowError as error:
+            where = f"batch {index}" + (f", input {error.node}" if error.node else "")
+            raise QuantflowError(stage, error.reason, node=where, remedy=error.remedy) from None
+        if device is not None:
+            batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        yield batch
+
+
+def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
+    """How many batches ``data`` give, of which ``most`` are wanted; None where they do not say.
+
+    Raises:
+        QuantflowError: at ``stage``, for a limit that is no number of batches.
+    """
+    if most is not None and (not isinstance(most, Integral) or most < 1):
+        raise QuantflowError(
+            stage, f"{most} batches show nothing", node="max_batches", remedy="1 or more, None for all"
+        )
+    try:
+        count = len(data)
+    except TypeError:  # a DataLoader has a length, over an IterableDataset that has none it raises
+        return most
+    return count if most is None else min(most, count)
+
+
+def taken_apart(
+    data: Iterable[Any], signature: Signature, *, stage: str, inputs: PickInputs | None = None
+) -> Iterator[Batch]:
+    """The batches of ``data`` as inputs of what has ``signature``, and targets; nothing else is checked."""
+    if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
+        remedy = "pass a DataLoader or a list of batches, as [x]"
+        raise QuantflowError(stage, f"{type(data).__name__} is no iterable of batches", node="data", remedy=remedy)
+    for index, raw in enumerate(data):
+        yield _take_apart(raw, signature, inputs, stage, index)
+
+
+def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage: str, index: int) -> Batch:
+    if inputs is not None:
+        picked = inputs(raw)
+        target = _left(raw, picked)
+        if isinstance(picked, Mapping):
+            return Batch(*(_by_name(picked, signature) or ((), dict(picked))), target)
+        return Batch(tuple(picked) if isinstance(picked, (tuple, list)) else (picked,), {}, target)
+    if isinstance(raw, torch.Tensor):
+        return Batch((raw,), {}, None)
+    fitting = next((batch for batch in _readings(raw) if _fits(batch, signature)), None)
+    if fitting is not None:
+        return fitting
+    positional, keyword = _expected(signature)
+    if isinstance(raw, Mapping):
+        known = (*keyword, *(i.name for i in signature.inputs))
+        named = _by_name(raw, signature) or ((), {k: v for k, v in raw.items() if k in known})
+        return Batch(*named, raw.get("labels"))
+    if isinstance(raw, (tuple, list)):
+        if len(raw) == 2 and isinstance(raw[0], Mapping):
+            return Batch(*(_by_name(raw[0], signature) or ((), dict(raw[0]))), raw[1])
+        if len(raw) == 2 and isinstance(raw[0], (tuple, list)):
+            return Batch(tuple(raw[0]), {}, raw[1])
+        if len(raw) == positional and not keyword:
+            return Batch(tuple(raw), {}, None)
+        if len(raw) == positional + 1:
+            return Batch(tuple(raw[:-1]), {}, raw[-1])
+    if type(raw).__module__ == "numpy":
+        raise QuantflowError(stage, "a numpy array", node=f"batch {index}", remedy="torch.from_numpy(batch)")
+    raise QuantflowError(
+        stage,
+        f"can't tell the inputs of {_describe(raw)}; the model takes {signature.describe_inputs()}",
+        node=f"batch {index}",
+        remedy="pass inputs=lambda batch: ... that picks them",
+    )
+
+
+def _by_name(given: Mapping[str, Any], signature: Signature) -> tuple[tuple, dict[str, Any]] | None:
+    """Positional and keyword inputs out of ``given``, None where one is missing or made of several."""
+    positional, keyword = _expected(signature)
+    names = [i.name for i in signature.inputs]
+    if len(names) != positional + len(keyword) or not all(n in given for n in (*names[:positional], *keyword)):
+        return None
+    return tuple(given[n] for n in names[:positional]), {n: given[n] for n in keyword}
+
+
+def _readings(raw: Any) -> Iterator[Batch]:
+    """What a batch may mean, where the structure of the inputs tells: inputs alone first."""
+    if isinstance(raw, (tuple, list)):
+        yield Batch(tuple(raw), {}, None)
+    if isinstance(raw, (tuple, list, Mapping)):
+        yield Batch((raw,), {}, None)
+    if isinstance(raw, (tuple, list)) and raw:
+        yield Batch(tuple(raw[:-1]), {}, raw[-1])
+        if len(raw) == 2 and isinstance(raw[0], (tuple, list)):
+            yield Batch(tuple(raw[0]), {}, raw[1])
+
+
+def _fits(batch: Batch, signature: Signature) -> bool:
+    """Whether the inputs are structured as the model takes them, of whatever shapes."""
+    if signature.in_spec is None:
+        return len(batch.args) == len(signature.inputs) and all(isinstance(a, torch.Tensor) for a in batch.args)
+    return pytree.tree_structure((batch.args, batch.kwargs)) == signature.in_spec
+
+
+def _left(raw: Any, picked: Any) -> Any:
+    """The target of a batch whose inputs were ``picked``: its labels, or its last element where that is none of them."""
+    if isinstance(raw, Mapping):
+        return raw.get("labels")
+    if not isinstance(raw, (tuple, list)) or len(raw) < 2:
+        return None
+    inputs, every = pytree.tree_leaves(picked), pytree.tree_leaves(raw)
+    for leaf in pytree.tree_leaves(raw[-1]):
+        if sum(_same(leaf, other) for other in inputs) >= sum(_same(leaf, other) for other in every):
+            return None
+    # All of them may have been picked, though converted.
+    shapes = [[getattr(leaf, "shape", None) for leaf in leaves] for leaves in (inputs, every)]
+    return None if shapes[0] == shapes[1] else raw[-1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether both are one object, or one view of the same memory."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return a is b
+    return a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _expected(signature: Signature) -> tuple[int, list[str]]:
+    """How many positional inputs, and which keyword inputs."""
+    if signature.in_spec is None:
+        return len(signature.inputs), []
+    args, kwargs = signature.in_spec.children()
+    return len(args.children()), list(kwargs.context or [])
+
+
+def _describe(raw: Any) -> str:
+    if isinstance(raw, (tuple, list)):
+        return f"a {type(raw).__name__} of {len(raw)}: {', '.join(type(r).__name__ for r in raw)}"
+    return f"a {type(raw).__name__}"

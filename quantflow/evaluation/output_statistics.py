@@ -1,0 +1,121 @@
+"""The outputs of a stage, summed batch by batch beside those of other stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from quantflow.errors import QuantflowError
+from quantflow.evaluation.figures import OutputFigures
+from quantflow.metrics import Comparison, PairedDrop, right
+
+
+class Tally:
+    """What is summed of one stage, by output."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.against_first: list[Comparison] = []
+        self.against_before: list[Comparison] = []
+        self.drops: list[PairedDrop] = []
+
+    def add(self, stage: str, output: Any, first: Any, before: Any, target: Any) -> None:
+        """Count a batch: the outputs of ``stage``, those of the first stage, of the stage before, and the target.
+
+        Raises:
+            QuantflowError: at stage ``"verify"``, where they do not match in number or shape, and where no output is a tensor.
+        """
+        reference = tensors(first)
+        if not reference:
+            raise QuantflowError("verify", "returns no tensor", node=stage, remedy="return one")
+        if not self.names:
+            self.names = list(reference)
+            self.against_first, self.against_before = ([Comparison() for _ in self.names] for _ in range(2))
+            self.drops = [PairedDrop() for _ in self.names]
+        ours, theirs = list(tensors(output).values()), list(tensors(before).values())
+        if len(ours) != len(reference):
+            reason = f"returns {len(ours)} tensors, the first stage {len(reference)}"
+            raise QuantflowError("verify", reason, node=stage, remedy="verify stages of one model")
+        for i, (name, expected) in enumerate(reference.items()):
+            if ours[i].shape != expected.shape:
+                reason = f"{name} has shape {list(ours[i].shape)}, that of the first stage {list(expected.shape)}"
+                raise QuantflowError("verify", reason, node=stage, remedy="verify stages of one model")
+            self.against_first[i].add(expected, ours[i])
+            self.against_before[i].add(theirs[i], ours[i])
+            if isinstance(target, torch.Tensor):
+                own, their = right(ours[i], target), right(expected, target)
+                if own is not None and their is not None:
+                    self.drops[i].add(their, own)
+
+    @property
+    def scored(self) -> bool:
+        """Whether any output had targets that are classes of it."""
+        return any(drop.rows for drop in self.drops)
+
+    @property
+    def top1(self) -> float | None:
+        """Of the first output that has one."""
+        return next((drop.top1 for drop in self.drops if drop.rows), None)
+
+    def figures(self, *, first: bool) -> tuple[OutputFigures, ...]:
+        """The figures of each output; those of the first stage, which is compared with nothing, are its accuracy alone."""
+        if first:
+            return tuple(OutputFigures(n, d.top1) for n, d in zip(self.names, self.drops, strict=True))
+        return tuple(
+            OutputFigures(
+                name, drop.top1, drop.points, drop.interval, ours.agreement, ours.sqnr_db, step.agreement, step.sqnr_db
+            )
+            for name, drop, ours, step in zip(
+                self.names, self.drops, self.against_first, self.against_before, strict=True
+            )
+        )
+
+
+class Kept:
+    """All outputs and targets of one stage, for a metric that wants them whole."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+        self.targets: list[Any] = []
+
+    def add(self, output: Any, target: Any) -> None:
+        """Keep a batch."""
+        self.outputs.append(output)
+        self.targets.append(target)
+
+    def score(self, metric: Callable[[Any, Any], Any]) -> float:
+        """The value of ``metric``.
+
+        Raises:
+            QuantflowError: at stage ``"verify"``, when it fails.
+        """
+        try:
+            return float(metric(_joined(self.outputs), _joined(self.targets)))
+        except Exception as error:
+            reason, remedy = (
+                f"{type(error).__name__}: {error}",
+                "it takes all outputs and all targets, and returns a number",
+            )
+            raise QuantflowError("verify", reason, node="metric", remedy=remedy) from error
+
+
+def tensors(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors among what a model returned, by their place in it."""
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    return {_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return ".".join(map(str, parts)) or "output"
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Batches of one structure as one: tensors along dimension 0, else a list of the leaves."""
+    flat = [pytree.tree_flatten(batch) for batch in batches]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    joined = [torch.cat(c) if all(isinstance(t, torch.Tensor) and t.ndim for t in c) else list(c) for c in columns]
+    return pytree.tree_unflatten(joined, flat[0][1])

@@ -1,0 +1,1 @@
+"""Lowering: core ATen, the edge dialect with its delegates, and the ExecuTorch program, checked on the runtime."""

@@ -1,0 +1,194 @@
+"""The edge dialect, where delegation enters."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from quantflow import delegates
+from quantflow.delegates import lowered_modules
+from quantflow.delegates.delegate import Delegate
+from quantflow.delegates.delegation import Delegation
+from quantflow.delegates.fast_lowering import run_fast
+from quantflow.delegates.initial_state import lowering_state
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.aten import label
+from quantflow.lowering import runtime_check
+from quantflow.lowering.edge_manager import compiled_edge_manager, edge_manager
+from quantflow.lowering.fault_search import SECONDS, FaultSearch
+from quantflow.lowering.program import Program
+from quantflow.lowering.runtime_check import Finding
+from quantflow.runtime import isolated
+from quantflow.signature.signature import Signature
+
+_REMEDY_FOREIGN = "run it where its backend is: this runtime may not have it"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A program in executorch's edge dialect, partitioned to its delegates.
+
+    Attributes:
+        manager: The ``executorch.exir.EdgeProgramManager``.
+        program: The ``ExportedProgram`` that it was lowered from, in core ATen where it came by that way.
+        source: The pre-dispatch program, which delegates are lowered from.
+        delegate: What it was lowered to.
+        refused: Nodes kept out of the delegate because it would not load them.
+    """
+
+    manager: Any
+    program: ExportedProgram
+    source: ExportedProgram
+    delegate: Delegate
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def signature(self) -> Signature:
+        """What the program takes and returns."""
+        return Signature.of_program(self.program)
+
+    def delegation(self) -> Delegation:
+        """What the delegates run, and what is left outside."""
+        return Delegation.of(self.manager.exported_program().graph_module)
+
+    def to_executorch(self, config: Any = None, *, strict: bool = False, check: bool = True) -> Program:
+        """Plan memory, take out-variants, serialise, and prove the program on the runtime, in a process of its own.
+
+        The program is compared with the graph on the example inputs that were exported with it and on others of their shapes.
+        An operator that the delegate refuses to load, or computes wrongly, is named in a warning and left to portable kernels.
+
+        Args:
+            config: An ``executorch.exir.ExecutorchBackendConfig``, or None for its defaults.
+            strict: Raise where otherwise there would be a warning.
+            check: False leaves out the comparison: the program is returned as it is lowered, once it loads.
+
+        Raises:
+            QuantflowError: at stage ``"executorch"``, where a dynamic dimension has no upper bound (it is named) or an
+                operator has no kernel; at ``"runtime"``, where the program does not load or run, or computes something
+                else than the graph, whatever is left out.
+        """
+        edge, program = self._proven(config, strict, check)
+        outside = program.delegation.quantized_outside if program.delegation is not None else ()
+        if outside and edge.delegate.partitioners():
+            remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
+            _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
+        return program
+
+    def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
+        """The program, proven on the runtime, and what it was made of: this, or this without what the delegate can't run."""
+        edge, search = self, FaultSearch()
+        while True:
+            program = edge._serialise(config)
+            finding = runtime_check.check(program, edge.source) if check else runtime_check.load(program)
+            if finding is None:
+                return edge, program
+            # A partitioner from elsewhere is for a runtime that may be on another machine.
+            if type(edge.delegate) is Delegate and edge.delegate.partitioners():
+                _complain("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
+                return edge, program
+            faulty = edge._faults(finding, config, search) - edge.refused
+            if not faulty:
+                raise _unmended(finding, program, edge.program, search.over)
+            names = ", ".join(sorted(search.names[name] for name in faulty))
+            does = "computes it wrongly" if finding.ran else "refuses to run it"
+            remedy = "skip these layers in the quantizer, or let them run in portable kernels"
+            _complain("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
+            edge = lower_to_edge(edge.program, edge.source, edge.delegate, frozenset(faulty) | edge.refused)
+
+    def _faults(self, finding: Finding, config: Any, search: FaultSearch) -> set[str]:
+        """The edge nodes that the delegate does not run as the graph says: each alone, else the first that does not beside
+        others.
+        """
+        if not self.delegate.partitioners() or finding.operators:
+            return set()  # a portable kernel is at fault
+        inputs = self.source.example_inputs
+        flat = None if inputs is None or not finding.loaded else self.signature.leaves(*inputs, stage="runtime")
+        apart = edge_manager(
+            self.program, self.source, self.delegate, self.delegate.one_by_one(self.refused)
+        ).exported_program()
+        if found := search.alone(apart, flat) - self.refused:
+            return found
+
+        def wrong_without(nodes: frozenset[str]) -> bool:
+            tried = lower_to_edge(self.program, self.source, self.delegate, nodes | self.refused)._serialise(config)
+            return runtime_check.check(tried, self.source) is not None
+
+        inside = [node for _, nodes in lowered_modules(self.manager.exported_program().graph_module) for node in nodes]
+        return search.together(inside, wrong_without)
+
+    def _serialise(self, config: Any) -> Program:
+        for declared, dim in self.signature.unbounded():
+            raise QuantflowError(
+                "executorch",
+                f"dimension {dim.name} has no upper bound, and memory is planned ahead",
+                node=declared.name,
+                remedy="export with dynamic_batch=N, with Dim(..., max=N), or with static shapes",
+            )
+        import executorch.kernels.quantized  # noqa: F401  out-variants of the quantized operators
+
+        delegation = self.delegation()  # what follows changes the graph
+        try:
+            with lowering_state(self.manager):
+                manager = run_fast(lambda: self.manager.to_executorch(config))
+        except Exception as error:
+            raise QuantflowError(
+                "executorch",
+                f"{type(error).__name__}: {error}",
+                remedy="an operator without an executorch kernel must go to a delegate or be rewritten",
+            ) from error
+        return Program(manager.buffer, self.signature, delegation)
+
+    def __repr__(self) -> str:
+        return f"Edge({str(self.delegation()).splitlines()[0]}; inputs: {self.signature.describe_inputs()})"
+
+
+def _unmended(finding: Finding, program: Program, source: ExportedProgram, over: bool) -> QuantflowError:
+    """The error of a program that can't be mended by leaving operators out of the delegate."""
+    portable = tuple(program.delegation.portable) if program.delegation is not None else ()
+    searched = f"; no operator at fault was found within {SECONDS:g} s" if over else ""
+    if finding.operators:
+        remedy = "no kernel of this runtime takes it in this form: write the layer in terms of other operators"
+        names = ", ".join(_layers(source, operator) or operator for operator in finding.operators)
+        return QuantflowError("runtime", finding.reason, node=names, remedy=remedy)
+    if finding.ran:
+        remedy = "report it with the model; to_executorch(check=False) returns the program as it is"
+        return QuantflowError("runtime", finding.reason + searched, node="the program", remedy=remedy)
+    remedy = "replace the operator that is named; skip its layer in the quantizer where it is quantized"
+    return QuantflowError("runtime", finding.reason + searched, node=", ".join(portable) or "forward", remedy=remedy)
+
+
+def _layers(program: ExportedProgram, operator: str) -> str:
+    """The layers of ``program`` that call ``operator``, a name as ``aten::cumsum.out``, with that name; ``""`` for none."""
+    name = operator.partition(".")[0]
+    nodes = [n for n in program.graph.nodes if getattr(getattr(n.target, "_schema", None), "name", "") == name]
+    return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
+
+
+def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool, *, depth: int = 4) -> None:
+    """Warn in the line that called this file, ``depth`` frames away; raise where ``strict``."""
+    if strict:
+        raise QuantflowError(stage, reason, node=node, remedy=remedy)
+    warnings.warn(QuantflowWarning(stage, reason, node=node, remedy=remedy), stacklevel=depth)
+
+
+def lower_to_edge(
+    program: ExportedProgram, source: ExportedProgram, delegate: Any, refused: frozenset[str] = frozenset()
+) -> Edge:
+    """Lower a program to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``.
+
+    Args:
+        program: In core ATen, which is lowered where there is no delegate.
+        source: The pre-dispatch program, which is lowered where there is one. The same as ``program`` where it was not decomposed.
+        delegate: As :meth:`quantflow.CoreAten.to_edge` takes it.
+        refused: Names of edge nodes.
+
+    Raises:
+        QuantflowError: at stage ``"edge"``.
+    """
+    backend = delegates.resolve(delegate)
+    isolated.warm_up()  # starts while this process lowers
+    manager, refused = compiled_edge_manager(program, source, backend, refused)
+    return Edge(manager, program, source, backend, refused)

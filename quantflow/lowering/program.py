@@ -1,0 +1,120 @@
+"""The end of the road: a serialised ExecuTorch program, callable on the runtime."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantflow import pte, runtime
+from quantflow.delegates.delegation import Delegation
+from quantflow.errors import QuantflowError
+from quantflow.files import write_atomically
+from quantflow.pte import SIGNATURE_METHOD
+from quantflow.signature.signature import DynamicDim, Input, Signature
+
+
+@dataclass(frozen=True)
+class Program:
+    """A memory-planned program: ``program(x)`` runs it on the ExecuTorch runtime and returns the model's own structure.
+
+    Attributes:
+        buffer: The bytes of the ``.pte``.
+        signature: What it takes and returns; for a program from elsewhere, what the runtime tells of it.
+        delegation: What its delegates run; None for a program loaded from a file.
+    """
+
+    buffer: bytes = field(repr=False)
+    signature: Signature
+    delegation: Delegation | None = None
+
+    @classmethod
+    def from_buffer(cls, buffer: bytes) -> Program:
+        """The program that ``buffer``, the bytes of a ``.pte``, holds.
+
+        What is malformed is refused. What is made to crash the runtime does: look at it with :func:`quantflow.inspect` first.
+        """
+        contents = pte.read(buffer)
+        runtime.load_program(buffer)
+        if SIGNATURE_METHOD not in contents.methods:
+            return cls(buffer, _flat_signature(contents))
+        try:
+            return cls(buffer, Signature.from_json(contents.methods[SIGNATURE_METHOD].text or ""))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            reason = f"its signature can't be read: {type(error).__name__}: {error}"
+            raise QuantflowError("runtime", reason, node=SIGNATURE_METHOD, remedy="lower it again") from error
+
+    @cached_property
+    def _program(self) -> Any:
+        return runtime.load_program(self.buffer)
+
+    @cached_property
+    def _forward(self) -> Any:
+        if "forward" not in self._program.method_names:
+            remedy = f"it has {', '.join(self.methods)}"
+            raise QuantflowError("runtime", "the program has no such method", node="forward", remedy=remedy)
+        return runtime.load_method(self._program, "forward", self.buffer)
+
+    def load(self) -> None:
+        """Load ``forward`` into the runtime now, not at the first call.
+
+        Raises:
+            QuantflowError: at stage ``"runtime"``, when a delegate or kernel refuses it.
+        """
+        _ = self._forward
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of its methods."""
+        return tuple(sorted(self._program.method_names - {SIGNATURE_METHOD}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``forward`` on the runtime. Inputs that the model writes to are changed as the model changes them, and state goes
+        on from call to call.
+
+        Raises:
+            QuantflowError: at stage ``"runtime"``, before the runtime sees them, when the inputs differ from the
+                signature in structure, count, dtype or shape.
+        """
+        flat = self.signature.flatten(args, kwargs, stage="runtime")
+        # The runtime reads memory as contiguous, whatever the strides say.
+        given = [t.detach().cpu().contiguous() if isinstance(t, torch.Tensor) else t for t in flat]
+        found = runtime.execute(self._forward, "forward", given)
+        return self.signature.unflatten(self.signature.write_back(flat, found))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ``.pte`` to ``path``, whole or not at all."""
+        return write_atomically(path, self.buffer, stage="executorch")
+
+    def __repr__(self) -> str:
+        outside = f"; {str(self.delegation).splitlines()[0]}" if self.delegation else ""
+        return f"Program({len(self.buffer):,} bytes; inputs: {self.signature.describe_inputs()}{outside})"
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Read a ``.pte``, of this project or from elsewhere.
+
+    Raises:
+        QuantflowError: at stage ``"runtime"``, when it can't be read or is no whole program.
+    """
+    try:
+        return Program.from_buffer(Path(path).read_bytes())
+    except OSError as error:
+        raise QuantflowError("runtime", f"can't read: {error}", node=str(path), remedy="name a .pte file") from error
+    except QuantflowError as error:
+        raise QuantflowError(error.stage, error.reason, node=str(path), remedy=error.remedy) from error
+
+
+def _flat_signature(contents: pte.Contents) -> Signature:
+    if "forward" not in contents.methods:
+        return Signature(())
+    inputs = []
+    for i, given in enumerate(contents.methods["forward"].inputs):
+        # A file tells upper bounds only, not which dimensions may be smaller.
+        sizes = (DynamicDim(f"input_{i}_{j}", 0, size) for j, size in enumerate(given.shape))
+        inputs.append(Input(f"input_{i}", given.dtype, tuple(sizes if given.dynamic else given.shape)))
+    return Signature(tuple(inputs))

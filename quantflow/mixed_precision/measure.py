@@ -1,0 +1,148 @@
+"""Measuring the choices: noise in simulation, size and latency by differences between real programs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from quantflow import latency
+from quantflow.analysis.layers import Within, layer_name, layers_of
+from quantflow.analysis.sensitivity import OutputNoise
+from quantflow.calibration.calibrate import calibrate
+from quantflow.capture.export import export
+from quantflow.conversion.convert import convert
+from quantflow.data.batches import PickInputs, batches
+from quantflow.data.sample import Sample
+from quantflow.errors import QuantflowError
+from quantflow.lowering.program import Program
+from quantflow.mixed_precision.choices import Choice, Table
+from quantflow.preparation.prepare import prepare
+from quantflow.signature.signature import Signature
+from quantflow.simulation.partial import PartialNetwork
+from quantflow.simulation.preconditions import draw
+
+_BATCHES = 4  # of at most 8 examples, to measure noise on
+_FEW = 16  # examples, to give a program ranges whose values do not matter
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched: the captured graph, example inputs, data and the quantizer."""
+
+    graph: GraphModule
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] | None
+    data: Iterable[Any]
+    quantizer: Any
+    delegate: Any
+    inputs: PickInputs | None
+
+    def calibrated(self, quantizer: Any) -> tuple[GraphModule, Sample]:
+        """The graph prepared by ``quantizer`` and calibrated, and a sample of the data."""
+        sample = Sample()
+        prepared = prepare(self.graph, quantizer)
+        return calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=False), sample
+
+    @cached_property
+    def few(self) -> Sample:
+        """Some examples of the first batch."""
+        sample, signature = Sample(_FEW), Signature.of_graph(self.graph)
+        for batch in itertools.islice(batches(self.data, self.graph, stage="search", inputs=self.inputs), 1):
+            sample.add(signature.flatten(batch.args, batch.kwargs, stage="search"), signature)
+        return sample
+
+    def program(self, quantizer: Any) -> Program:
+        """A program of the size and the speed of that which ``quantizer`` leads to, with ranges of a few examples.
+
+        It is a float one where ``quantizer`` quantizes nothing.
+        """
+        from quantflow.lowering.core_aten import straight_to_edge
+
+        converted = self.graph
+        if quantizer.plan(self.graph).integer:
+            prepared = prepare(self.graph, quantizer)
+            with torch.no_grad():
+                for flat in draw(prepared, self.few, stage="search"):
+                    args, kwargs = Signature.of_graph(prepared).call(flat)
+                    prepared(*args, **kwargs)
+            converted = convert(prepared)
+        return straight_to_edge(export(converted, self.args, self.kwargs).program, self.delegate).to_executorch()
+
+    def milliseconds(self, program: Program) -> float:
+        """The median of a call on the example inputs."""
+        threads = torch.get_num_threads()
+        return latency.measure(lambda: program(*self.args, **(self.kwargs or {})), rows=1, threads=threads).median_ms
+
+
+def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, progress: bool) -> Table:
+    """The table of ``precisions``, each a scheme or None for float, for every layer with a quantized weight.
+
+    Args:
+        subject: What is searched.
+        precisions: By name. A layer has those that its backend computes.
+        timed: Whether to measure latency; otherwise it is 0.
+        progress: Show a progress bar.
+    """
+    own = _weighted(subject)
+    layers = list(own)
+    refused = {name: _refused(subject, scheme, layers) for name, scheme in precisions.items()}
+    possible = {name: [layer for layer in layers if layer not in why] for name, why in refused.items()}
+    for layer in layers:
+        if all(layer in why for why in refused.values()):
+            reason = "; ".join(f"no {name}, {why[layer]}" for name, why in refused.items())
+            remedy = '"float": None as one more precision, or skip=[...] the layer in the quantizer'
+            raise QuantflowError("search", f"it can have none of the precisions: {reason}", node=layer, remedy=remedy)
+    noises = {name: _noises(subject, scheme, possible[name]) for name, scheme in precisions.items()}
+    base = subject.program(subject.quantizer)
+    base_time = subject.milliseconds(base) if timed else 0.0
+    choices = []
+    pairs = [(layer, name) for layer in layers for name in precisions if layer in possible[name]]
+    for layer, name in tqdm(pairs, desc="search", unit="program", disable=not progress, leave=False):
+        if own[layer] == precisions[name]:  # that is the program which differences are taken from
+            choices.append(Choice(layer, name, noises[name][layer], 0, 0.0))
+            continue
+        program = subject.program(subject.quantizer.overriding([(Within(layer), precisions[name])]))
+        time = subject.milliseconds(program) - base_time if timed else 0.0
+        choices.append(Choice(layer, name, noises[name][layer], len(program.buffer) - len(base.buffer), time))
+    return Table(tuple(choices), len(base.buffer), base_time)
+
+
+def _weighted(subject: Subject) -> dict[str, Any]:
+    """The layers with a weight that the quantizer quantizes, in graph order, each with its scheme."""
+    integer = subject.quantizer.plan(subject.graph).integer
+    found = {layer_name(d.node): d.scheme for d in integer if d.rule is not None and d.rule.weight is not None}
+    if not found:
+        remedy = "print(quantizer.plan(graph)) tells why"
+        raise QuantflowError("search", "no layer with weights is quantized", node="quantizer", remedy=remedy)
+    return found
+
+
+def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, str]:
+    """Those of ``layers`` that can't have ``scheme``, and why."""
+    if scheme is None:
+        return {}
+    plan = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers]).plan(subject.graph)
+    weighted = [d for d in plan.decisions if d.rule is not None and d.rule.weight is not None]
+    return {layer_name(d.node): d.reason for d in weighted if d.scheme != scheme}
+
+
+def _noises(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, float]:
+    """The noise at the outputs of each of ``layers`` alone in ``scheme``, in units of the outputs' power."""
+    if scheme is None or not layers:
+        return dict.fromkeys(layers, 0.0)
+    quantizer = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers])
+    prepared, sample = subject.calibrated(quantizer)
+    observers = {layer.name: layer.observers for layer in layers_of(prepared)}
+    noises = {layer: OutputNoise() for layer in layers}
+    for batch in draw(prepared, sample, stage="search")[:_BATCHES]:
+        base = PartialNetwork(prepared, batch, ())
+        for layer, noise in noises.items():
+            noise.add(base.returned, base.outputs(observers[layer]))
+    return {layer: noise.mean for layer, noise in noises.items()}

@@ -1,0 +1,104 @@
+"""The verb that gives each layer the precision it needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from quantflow.analysis.layers import Within
+from quantflow.capture.export import export
+from quantflow.data.batches import PickInputs
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.mixed_precision.measure import Subject, measured
+from quantflow.mixed_precision.search_result import Found
+from quantflow.mixed_precision.solve import frontier, solve
+from quantflow.pipeline.quantize import default_quantizer, quantize
+
+
+def search(
+    model: nn.Module,
+    args: Sequence[Any],
+    data: Iterable[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    max_bytes: int | None = None,
+    max_ms: float | None = None,
+    quantizer: Any = None,
+    precisions: Mapping[str, Any] | None = None,
+    delegate: Any = "xnnpack",
+    inputs: PickInputs | None = None,
+    recover: bool = True,
+    progress: bool = True,
+) -> Found:
+    """Post-training quantization with a precision for each layer: the least noise under a limit.
+
+    Noise is measured at the network's outputs with one layer at a time quantized; bytes and milliseconds by the difference
+    that one layer makes to a real program. All three are taken to add up over the layers, under which the choice is
+    exact; the program that is built tells what became of it.
+
+    Args:
+        model: An eager model.
+        args: Example positional inputs; programs are lowered for their shapes.
+        data: Calibration batches that can be gone through again.
+        kwargs: Example keyword inputs.
+        max_bytes: The most bytes that the ``.pte`` may have.
+        max_ms: The most milliseconds that the median call on the example inputs may take, on this machine; of several
+            processes the mean of what they measure counts.
+        quantizer: By default the one registered for ``delegate``. What has no weights follows it.
+        precisions: Schemes by name, None for float; by default those of the quantizer (``quantizer.precisions``).
+        delegate: What to lower to.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        recover: As in :func:`quantflow.quantize`, for the program that is built.
+        progress: Show progress bars.
+
+    Raises:
+        QuantflowError: at stage ``"search"``, when there is no limit or none can be kept, the quantizer has no overrides, no
+            layer has weights, or a layer can have none of the precisions.
+    """
+    if max_bytes is None and max_ms is None:
+        remedy = "max_bytes=..., max_ms=..., or both"
+        raise QuantflowError("search", "there is no limit to keep", node="max_bytes", remedy=remedy)
+    if iter(data) is data:
+        remedy = "pass a list of batches or a DataLoader"
+        raise QuantflowError("search", "the data can be gone through once only", node="data", remedy=remedy)
+    quantizer = quantizer or default_quantizer(delegate)
+    if not hasattr(quantizer, "overriding"):
+        reason, remedy = (
+            f"{type(quantizer).__name__} has no overrides by layer",
+            "pass one that has, as XNNPACKQuantizer()",
+        )
+        raise QuantflowError("search", reason, node="quantizer", remedy=remedy)
+    _check(precisions)
+    graph = export(model, args, kwargs, dynamic_batch=True).module().eval()
+    subject = Subject(graph, args, kwargs, data, quantizer, delegate, inputs)
+    asked = precisions is not None
+    precisions = quantizer.precisions if precisions is None else precisions
+    table = measured(subject, precisions, timed=max_ms is not None, progress=progress).agreed()
+    if asked and (idle := [name for name in precisions if not any(c.precision == name for c in table.choices)]):
+        reason, remedy = "no layer can have it", "print(quantizer.overriding(...).plan(graph)) tells why"
+        warnings.warn(QuantflowWarning("search", reason, node=", ".join(idle), remedy=remedy), stacklevel=2)
+    chosen = solve(table, max_bytes=max_bytes, max_ms=max_ms)
+    mixed = quantizer.overriding([(Within(c.layer), precisions[c.precision]) for c in chosen])
+    if not mixed.plan(graph).integer:
+        remedy = "lower the float model: qf.export(model, args).to_core_aten().to_edge(delegate).to_executorch()"
+        raise QuantflowError("search", "the float program keeps the limit", node="limit", remedy=remedy)
+    common = {"delegate": delegate, "inputs": inputs, "recover": recover, "progress": progress}
+    result = quantize(model, args, data, kwargs, quantizer=mixed, **common)
+    size = len(result.program.buffer)
+    if max_bytes is not None and size > max_bytes:
+        reason = f"the program has {size:,} bytes; {table.total(chosen)[1]:,} were predicted and {max_bytes:,} allowed"
+        warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_bytes"), stacklevel=2)
+    time = None if max_ms is None else subject.milliseconds(result.program)
+    if max_ms is not None and time is not None and time > max_ms:
+        reason = f"a call takes {time:.2f} ms; {table.total(chosen)[2]:.2f} were predicted and {max_ms} allowed"
+        warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_ms"), stacklevel=2)
+    return Found(result, chosen, table, frontier(table), time)
+
+
+def _check(precisions: Any) -> None:
+    if precisions is not None and (not isinstance(precisions, Mapping) or not precisions):
+        remedy = 'by name, as {"float": None, "int8": INT8}'
+        raise QuantflowError("search", "no precisions to choose from", node="precisions", remedy=remedy)

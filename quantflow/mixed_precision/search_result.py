@@ -1,0 +1,77 @@
+"""What a search found: the precision of each layer, what was predicted and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantflow.metrics import decibels
+from quantflow.mixed_precision.choices import Choice, Table
+from quantflow.pictures import new_figure, save
+from quantflow.pipeline.quantize import Result
+
+
+@dataclass(frozen=True)
+class Found:
+    """Mixed precision under a limit. ``print`` shows the table.
+
+    Attributes:
+        result: The program that was built, as :func:`quantflow.quantize` returns it.
+        chosen: The choice for each layer.
+        table: All choices, with what each was measured to cost.
+        frontier: The best choices for other sizes, the smallest first.
+        ms: The median of a call of the program, where latency was limited.
+    """
+
+    result: Result = field(repr=False)
+    chosen: tuple[Choice, ...]
+    table: Table = field(repr=False)
+    frontier: tuple[tuple[Choice, ...], ...] = field(repr=False)
+    ms: float | None = None
+
+    def points(self) -> list[tuple[int, float]]:
+        """Predicted bytes and signal to noise, dB, along the frontier."""
+        totals = (self.table.total(chosen) for chosen in self.frontier)
+        return [(size, decibels(1.0, noise)) for noise, size, _ in totals]
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the frontier, and where this choice lies, to an image file; the ending says which kind.
+
+        Raises:
+            QuantflowError: at stage ``"search"``, without matplotlib, or where the file can't be written.
+        """
+        figure = new_figure("search", 6, 4)
+        axes = figure.subplots()
+        points = [(size / 1000, sqnr) for size, sqnr in self.points() if math.isfinite(sqnr)]
+        axes.step(*zip(*points, strict=True), where="post", marker="o", label="best for its size")
+        noise, size, _ = self.table.total(self.chosen)
+        axes.plot([size / 1000], [decibels(1.0, noise)], marker="*", markersize=14, linestyle="", label="chosen")
+        axes.set_xlabel("predicted size of the .pte, kB")
+        axes.set_ylabel("predicted signal to noise, dB")
+        axes.legend()
+        return save(figure, path, "search")
+
+    def to_json(self) -> str:
+        """The choices, the table and the frontier."""
+        noise, size, time = self.table.total(self.chosen)
+        record: dict[str, Any] = {
+            "precisions": {c.layer: c.precision for c in self.chosen},
+            "predicted": {"noise": noise, "bytes": size, "ms": time},
+            "bytes": len(self.result.program.buffer),
+            "ms": self.ms,
+            "table": asdict(self.table),
+            "frontier": [{c.layer: c.precision for c in chosen} for chosen in self.frontier],
+        }
+        return json.dumps(record, indent=2)
+
+    def __str__(self) -> str:
+        width = max(len(c.layer) for c in self.chosen)
+        lines = [f"{c.layer:<{width}}  {c.precision:<8}  {decibels(1.0, c.noise):>6.1f} dB" for c in self.chosen]
+        noise, size, time = self.table.total(self.chosen)
+        predicted = f"predicted: {decibels(1.0, noise):.1f} dB, {size:,} bytes, {time:.3f} ms"
+        built = f"built: {len(self.result.program.buffer):,} bytes"
+        return "\n".join([*lines, predicted, built if self.ms is None else f"{built}, {self.ms:.3f} ms"])

@@ -1,0 +1,1 @@
+"""The whole flow in one verb, :func:`quantflow.quantize`."""

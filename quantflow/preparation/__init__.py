@@ -1,0 +1,1 @@
+"""Preparation: annotations become observers or fake quantizers in the captured graph."""

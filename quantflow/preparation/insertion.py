@@ -1,0 +1,157 @@
+"""Making observers from annotations and putting them into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
+from torchao.quantization.pt2e.fake_quantize import FixedQParamsFakeQuantize
+from torchao.quantization.pt2e.observer import FixedQParamsObserver
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    EdgeOrNode,
+    FixedQParamsQuantizationSpec,
+    QuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
+
+from quantflow.errors import QuantflowError
+from quantflow.graph.aten import is_float_tensor, value
+from quantflow.graph.parameters import is_constant
+from quantflow.graph.state import written_tensors
+from quantflow.observers import MinMaxObserver, Observer, PerGroupMinMaxObserver
+from quantflow.observers.fake_quantize import FakeQuantize
+from quantflow.observers.moving_average import for_training
+from quantflow.observers.observation import is_fake_quantizer
+from quantflow.observers.per_token_fake_quantize import PerTokenFakeQuantize
+from quantflow.preparation.sharing import annotation_of, sharing_groups
+from quantflow.qparams.per_token import is_per_token
+from quantflow.qparams.qparams import PER_CHANNEL
+
+# Where observers live in the module: "quantization.<name of the observed node>".
+CONTAINER = "quantization"
+
+ObserverMap = dict[EdgeOrNode, nn.Module]
+
+
+def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] | None) -> ObserverMap:
+    """One observer (or ``fake_quantize``, where given) for every group of annotated edges and outputs that share one."""
+    made: ObserverMap = {}
+    groups = sharing_groups(graph_module.graph)
+    derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
+    for group in [g for g in groups if not isinstance(g.spec, DerivedQuantizationSpec)] + derived:
+        weight = all(isinstance(m, tuple) and is_constant(m[0]) for m in group.members)
+        readers = [reader for m in group.members for reader in ((m[1],) if isinstance(m, tuple) else m.users)]
+        if fake_quantize is not None and is_per_token(group.spec, readers):
+            observer: nn.Module = PerTokenFakeQuantize(MinMaxObserver(is_dynamic=True))
+        else:
+            observer = _make_observer(group.spec, made, fake_quantize, weight=weight)
+        made.update(dict.fromkeys(group.members, observer))
+    return made
+
+
+def _make_observer(
+    spec: QuantizationSpecBase, made: ObserverMap, fake_quantize: type[FakeQuantize] | None, *, weight: bool
+) -> nn.Module:
+    if isinstance(spec, DerivedQuantizationSpec):
+        names = ("derive_qparams_fn", "dtype", "quant_min", "quant_max", "qscheme", "ch_axis")
+        sources = [made[key] for key in spec.derived_from]
+        return DerivedObserverOrFakeQuantize(obs_or_fqs=sources, **{n: getattr(spec, n) for n in names})
+    if isinstance(spec, FixedQParamsQuantizationSpec):
+        arguments = {f.name: getattr(spec, f.name) for f in fields(spec)}
+        make = FixedQParamsObserver.with_args(**arguments)
+        return make() if fake_quantize is None else FixedQParamsFakeQuantize(observer=make)
+    assert isinstance(spec, QuantizationSpec), f"unknown kind of quantization spec: {spec}"
+    observer = _construct(spec)
+    if fake_quantize is None or not isinstance(observer, Observer):
+        return observer
+    if isinstance(observer, PerGroupMinMaxObserver):
+        remedy = "quantize after training, or train with one scale a channel"
+        raise QuantflowError("prepare", "weights in groups can't be trained", node="scheme", remedy=remedy)
+    if observer.is_dynamic:  # its grid is each input's own
+        return FakeQuantize(for_training(observer, weight=weight))
+    return fake_quantize(for_training(observer, weight=weight), None if weight else observer)
+
+
+def _construct(spec: QuantizationSpec) -> nn.Module:
+    arguments: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    constructor: Callable[..., Any] = arguments.pop("observer_or_fake_quant_ctr")
+    if spec.qscheme not in PER_CHANNEL:
+        arguments.pop("ch_axis")
+    return constructor.with_args(**arguments)()  # type: ignore[attr-defined]
+
+
+def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
+    """Call the observers on the tensors they are annotated for, and let the users of those read their output."""
+    device = next((p.device for p in (*module.parameters(), *module.buffers())), None)
+    names: dict[int, str] = {}  # by identity: a shared observer is one submodule
+    written = written_tensors(module.graph)
+
+    def call(observer: nn.Module, observed: Node, given: Node, reader: Node | None = None) -> Node:
+        if id(observer) not in names:
+            names[id(observer)] = _add_submodule(module, observed.name, observer.to(device))
+        # Behind what makes the tensor; where that is written in place, only when it is read.
+        place = module.graph.inserting_after(given) if reader is None else module.graph.inserting_before(reader)
+        with place:
+            node = module.graph.call_module(names[id(observer)], (given,))
+        node.meta = {k: observed.meta[k] for k in ("nn_module_stack", "stack_trace", "val") if k in observed.meta}
+        return node
+
+    for node in list(module.graph.nodes):
+        if annotation_of(node) is None:
+            continue
+        for producer in node.all_input_nodes:
+            original = _observed(producer)
+            observer = observers.get((original, node))
+            if observer is None or (not is_float_tensor(original) and value(original) is not None):
+                continue
+            if original in written:
+                node.replace_input_with(producer, call(observer, original, producer, node))
+                continue
+            already = [u for u in (producer, *producer.users) if _calls(u, names.get(id(observer)))]
+            node.replace_input_with(producer, already[0] if already else call(observer, original, producer))
+        observer = observers.get(node)
+        if observer is not None and is_float_tensor(node):
+            users = list(node.users)
+            output = call(observer, node, node)
+            for user in users:
+                user.replace_input_with(node, output)
+    module.graph.lint()
+
+
+def drop_uncalled_observers(module: GraphModule) -> None:
+    """Delete the observers that no node calls any more: those of branches that led nowhere."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    container = module._modules.get(CONTAINER) or nn.Module()
+    for name in [name for name in container._modules if f"{CONTAINER}.{name}" not in called]:
+        del container._modules[name]
+
+
+def _calls(node: Node, name: str | None) -> bool:
+    return name is not None and node.op == "call_module" and node.target == name
+
+
+def _observed(node: Node) -> Node:
+    """The tensor beneath the observers that ``node`` calls."""
+    while node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _add_submodule(module: GraphModule, name: str, observer: nn.Module) -> str:
+    container = module._modules.get(CONTAINER)
+    unique, count = name, 0
+    while hasattr(container or nn.Module(), unique):  # "to" and "half" are taken as well
+        count += 1
+        unique = f"{name}_{count}"
+    module.add_submodule(f"{CONTAINER}.{unique}", observer)
+    return f"{CONTAINER}.{unique}"
+
+
+def is_inserted_fake_quantizer(module: GraphModule, node: Node) -> bool:
+    """Whether ``node`` calls a fake quantizer of ``module``."""
+    return node.op == "call_module" and is_fake_quantizer(module.get_submodule(str(node.target)))

@@ -1,0 +1,155 @@
+"""The verb that makes a captured graph observe (PTQ) or train with (QAT) the integers it will have."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantizer import Quantizer
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from quantflow.capture.exported import Exported
+from quantflow.errors import QuantflowError
+from quantflow.graph.aten import argument, label
+from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
+from quantflow.graph.dead_code import drop_dead_code
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.lowering.core_aten import CoreAten
+from quantflow.observers import Observer
+from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
+from quantflow.observers.observation import is_converted, observer_of, observers_of
+from quantflow.preparation.insertion import (
+    drop_uncalled_observers,
+    insert_observers,
+    is_inserted_fake_quantizer,
+    make_observers,
+)
+from quantflow.preparation.writes import check_annotated_writes
+
+
+def prepare(
+    graph: GraphModule, quantizer: Quantizer, *, qat: bool = False, fake_quantize: type[FakeQuantize] = FakeQuantize
+) -> TrainableGraphModule:
+    """Annotate ``graph`` and insert what its annotations ask for.
+
+    For PTQ, batch norm is folded into the layer before it and observers are inserted; calibrate the result. For QAT, batch
+    norm stays, fused with the weights' fake quantization, and fake quantizers are inserted; train the result. Both end in
+    :func:`quantflow.convert`.
+
+    Args:
+        graph: What ``Exported.module()`` returned, or any pre-dispatch ATen ``GraphModule``. It is left as it was.
+        quantizer: Any torchao pt2e ``Quantizer``.
+        qat: Prepare for training.
+        fake_quantize: How training rounds: :class:`FakeQuantize`, whose ranges follow the data, or
+            :class:`LearnedStepSize`, whose scales are trained.
+
+    Raises:
+        QuantflowError: at stage ``"prepare"``, when ``graph`` is no captured graph or nothing in it was quantized.
+    """
+    _check(graph, quantizer)
+    training = graph.training
+    prepared = adopt(graph).eval()
+    drop_dead_code(prepared.graph, trains=qat)
+    if not qat:
+        fold_batch_norm(prepared)
+        norm_as_convolution(prepared)
+    transformed = quantizer.transform_for_annotation(prepared)
+    prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
+    quantizer.annotate(prepared)
+    quantizer.validate(prepared)
+    check_annotated_writes(prepared.graph)
+    observers = make_observers(prepared, fake_quantize if qat else None)
+    if not observers:
+        raise QuantflowError(
+            "prepare",
+            f"{type(quantizer).__name__} quantized nothing in this graph",
+            remedy="print(quantizer.plan(graph)) tells why, node by node; check the quantizer's rules and overrides",
+        )
+    quantizer.prepare_obs_or_fq_callback(prepared, observers)
+    insert_observers(prepared, observers)
+    for node in prepared.graph.nodes:
+        node.meta.pop(Q_ANNOTATION_KEY, None)  # it names nodes of this graph only, and has been carried out
+    if qat:
+        for pair in normed_layers(prepared.graph):
+            _fuse_weight_with_batch_norm(prepared, pair)
+    observe_constants(prepared)
+    drop_dead_code(prepared.graph, trains=qat)
+    drop_uncalled_observers(prepared)
+    prepared.recompile()
+    return prepared.train(training and qat)
+
+
+def observe_constants(module: GraphModule) -> None:
+    """Show each observer of a weight its weight, so that calibration need not do it at every batch."""
+    seen: set[nn.Module] = set()
+    for node in module.graph.nodes:
+        observer = observer_of(node, module)
+        if observer is None or not is_constant(node.args[0]):
+            continue
+        inner = observer.activation_post_process if isinstance(observer, FakeQuantize) else observer
+        if isinstance(inner, Observer):
+            if inner not in seen:
+                inner.reset()
+            seen.add(inner)
+            with torch.no_grad():
+                inner(tensor_of(module, node.args[0]))
+        if isinstance(observer, FakeQuantize):
+            observer.update_qparams()
+
+
+def _check(graph: nn.Module, quantizer: Quantizer) -> None:
+    if isinstance(graph, CoreAten):
+        reason, remedy = "core ATen is no graph to quantize", "prepare Exported.module(), then export again"
+        raise QuantflowError("prepare", reason, node="graph", remedy=remedy)
+    if isinstance(graph, Exported) or not isinstance(graph, GraphModule):
+        reason = f"{type(graph).__name__} is no captured graph"
+        remedy = "pass qf.export(model, args).module()"
+        raise QuantflowError("prepare", reason, node="graph", remedy=remedy)
+    if not isinstance(quantizer, Quantizer):
+        reason = f"{type(quantizer).__name__} is no torchao pt2e Quantizer"
+        raise QuantflowError("prepare", reason, node="quantizer", remedy="pass an instance, as XNNPACKQuantizer()")
+    if is_converted(graph):
+        reason, remedy = "the graph is converted already", "prepare the graph that Exported.module() returned"
+        raise QuantflowError("prepare", reason, node="graph", remedy=remedy)
+    if observers_of(graph):
+        reason, remedy = "the graph is prepared already", "prepare the graph that Exported.module() returned"
+        raise QuantflowError("prepare", reason, node=next(iter(observers_of(graph))), remedy=remedy)
+
+
+def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:
+    """Put the fake quantizer of the layer's weight on the grid of the folded weight, where that is another grid."""
+    node = argument(pair.layer, "weight")
+    if not is_inserted_fake_quantizer(module, node):
+        return
+    fake_quantize = module.get_submodule(str(node.target))
+    if scales_with_channels(fake_quantize, pair.channel_axis):
+        return
+    if pair.transposed and argument(pair.layer, "groups") != 1:
+        remedy = "use per-channel symmetric weights, or leave the layer in float"
+        reason = "grouped transposed convolution with batch norm has no per-tensor grid to train on"
+        raise QuantflowError("prepare", reason, node=label(pair.layer), remedy=remedy)
+    if len(node.users) > 1:  # another layer shares the weight, but not this grid
+        fake_quantize = copy.deepcopy(fake_quantize)
+        with module.graph.inserting_after(node):
+            own = module.graph.node_copy(node)
+        pair.layer.replace_input_with(node, own)
+        own.target = f"{node.target}_{pair.layer.name}"
+        node = own
+    fused = BatchNormScaledFakeQuantize(fake_quantize, argument(pair.norm, "eps"), pair.channel_axis)
+    module.add_submodule(str(node.target), fused)
+    gamma, running_var = argument(pair.norm, "weight"), argument(pair.norm, "running_var")
+    with module.graph.inserting_before(node):
+        reads = [module.graph.get_attr(str(n.target)) if n is not None else None for n in (gamma, running_var)]
+    node.args = (node.args[0], *reads)
+
+
+def scales_with_channels(observer: nn.Module, axis: int) -> bool:
+    """Whether the grid of a weight observer scales exactly along with each output channel, in dimension ``axis``."""
+    return (
+        getattr(observer, "qscheme", None) is torch.per_channel_symmetric
+        and getattr(observer, "ch_axis", None) == axis
+        and observer.quant_min == -observer.quant_max
+    )

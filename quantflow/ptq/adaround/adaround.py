@@ -1,0 +1,118 @@
+"""AdaRound: learning for each weight whether to round it up or down."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.data.batches import PickInputs
+from quantflow.data.sample import Sample
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.aten import label
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.ptq.adaround.block import round_block
+from quantflow.ptq.adaround.block_reconstruction import NoReconstructionError
+from quantflow.ptq.adaround.blocks import blocks
+from quantflow.ptq.adaround.layer import round_layer
+from quantflow.simulation.output_gradients import Sensitivity
+from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+from quantflow.simulation.quantized_layers import quantized_layers
+
+_STAGE = "adaround"
+_STAY = "the weights of these layers stay as they are"
+_NOTHING = f"too wide, in groups, on their grid already or not finite: {_STAY}"
+_WORSE = f"no rounding was found with which their block errs less, on examples not learned on as well: {_STAY}"
+_REMEDIES = {
+    _NOTHING: "nothing to do where that is meant; call adaround before compensate",
+    _WORSE: "more examples, more iterations, or fewer layers together",
+}
+
+
+@torch.no_grad()
+def adaround(
+    graph: GraphModule,
+    data: Sample | Iterable[Any],
+    prices: Sensitivity | None = None,
+    *,
+    together: int = 1,
+    iterations: int = 500,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> TrainableGraphModule:
+    """A copy of ``graph`` whose weights are each rounded up or down as serves the layer's output, not to the nearest.
+
+    One walk, layer by layer: which of the two integers around a weight to take is learned by gradient descent, so that the
+    layer reproduces its float output, as the relu or relu6 behind it lets it pass, from the inputs that it gets once they are
+    quantized (Nagel et al. 2020, AdaRound, arXiv:2004.10568). The grids stay. An output keeps nearest rounding where that errs
+    less on all of the data, or on the quarter of it that nothing was learned on.
+
+    With ``together`` the layers of a block are learned at once, so that the block reproduces what it puts out in float (Li et
+    al. 2021, BRECQ, arXiv:2102.05426): errors of its layers may cancel. Blocks end where one activation alone carries on all
+    that quantization changes, which is never inside a residual block (:func:`.blocks.blocks`). A block keeps
+    its weights where that errs less at one of its ends, on all of the data or on the quarter. A block of one layer, and one
+    that is too large to hold or has no gradient, is learned layer by layer.
+
+    It pays with few levels (4 bits). It hurts where examples are few for the features of a layer, and, without ``prices``,
+    where a network has outliers that do not matter to it: these are then what is fitted. A weight that lies on its grid
+    already, as after :func:`compensate`, has nothing to learn: call this first. Time is in proportion to ``iterations``.
+
+    Args:
+        graph: A prepared and calibrated graph; it is left as it was.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
+        prices: What :func:`.output_gradients` found on the batches of that sample: places count by how much the
+            network's output depends on them. Without, all count alike. At the end of a block they are known where only clamps
+            and sums come behind its last layer; at another all places count alike.
+        together: How many layers at least to learn at once; 1 is layer by layer.
+        iterations: Steps of Adam for each layer or block.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"adaround"``, when the graph is not prepared for PTQ or not calibrated, a batch does not fit
+            it, or ``iterations`` or ``together`` is not positive.
+    """
+    check_calibrated(graph, _STAGE)
+    if iterations < 1:
+        raise QuantflowError(_STAGE, f"{iterations} steps learn nothing", node="iterations", remedy="500, say")
+    if together < 1:
+        remedy = "1 for layer by layer, 2 or more for blocks"
+        raise QuantflowError(_STAGE, f"{together} layers at once learn nothing", node="together", remedy=remedy)
+    rounded = adopt(graph)
+    training = rounded.training  # a graph that stock torchao prepared says True in inference mode
+    rounded.eval()
+    sample = within_memory(rounded, draw(rounded, data, stage=_STAGE, inputs=inputs))
+    priced = {} if prices is None else {node.name: found for node, found in prices.rows.items()}
+    layers = quantized_layers(rounded)
+    found = blocks(rounded, layers, together) if together > 1 else []
+    whole = {block.layers[0]: block for block in found if len(block.layers) > 1}
+    done: set[Node] = set()
+    notes: dict[str, list[Node]] = defaultdict(list)
+    notes[_NOTHING] += [node for node in quantized_layers(rounded, solvable=False) if node not in layers]
+    for stop in side_by_side(rounded, sample, layers, title="adaround", progress=progress):
+        node = stop.layer.node
+        if (block := whole.get(node)) is not None:
+            try:
+                settled, worse = round_block(rounded, block, stop, layers, priced, iterations)
+            except NoReconstructionError as error:
+                notes[f"no block, as {error}: these layers are learned one by one"] += block.layers
+            else:
+                notes[_NOTHING] += settled
+                notes[_WORSE] += worse
+                done.update(block.layers)
+        if node not in done and not round_layer(rounded, stop, priced.get(node.name), iterations):
+            notes[_NOTHING].append(node)
+    for reason, nodes in notes.items():
+        if nodes:
+            remedy = _REMEDIES.get(
+                reason, "nothing to do where that is meant; else more examples, or fewer layers together"
+            )
+            names = ", ".join(label(node) for node in nodes)
+            warnings.warn(QuantflowWarning(_STAGE, reason, node=names, remedy=remedy), stacklevel=2)
+    rounded.recompile()
+    return rounded.train(training)

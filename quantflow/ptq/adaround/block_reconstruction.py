@@ -1,0 +1,149 @@
+"""A block where the walk meets it: what it gets, what it is to put out, and how far off it is with given weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, only_user, op, value
+from quantflow.graph.state import writes_for_others
+from quantflow.observers import SettledObserver
+from quantflow.observers.observation import observer_of, qparams_of
+from quantflow.ptq.adaround.blocks import Block
+from quantflow.simulation.float_weights import attribute
+from quantflow.simulation.interpreter import Values, has_grid, last_reads, quantized, value_at
+from quantflow.simulation.output_gradients import ROWS, float_value, row_weights
+from quantflow.simulation.paired_interpreter import Stop
+from quantflow.simulation.quantized_layers import Layer
+
+Prices = dict[str, list[torch.Tensor]]  # a layer's rows, by the name of its node
+
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+
+
+class NoReconstructionError(Exception):
+    """Says why a block can't be learned as one."""
+
+
+class Reconstruction:
+    """What a block puts out in the integer network, against what it puts out in the float network.
+
+    Args:
+        graph: The graph that is walked.
+        block: The block; what stands in it before its first layer is computed by now.
+        stop: The stop at that layer.
+        layers: Of the graph, by node.
+        prices: How much places count. They are known at an end behind whose last layer only clamps and sums come; all places
+            of another count alike.
+
+    Attributes:
+        batches: How many there are.
+        examples: About how many a batch holds.
+        bytes: About what a gradient through the block holds for one batch.
+
+    Raises:
+        NoReconstructionError: where the block has no float output, or none that is finite, or writes into what others read.
+    """
+
+    def __init__(self, graph: GraphModule, block: Block, stop: Stop, layers: dict[Node, Layer], prices: Prices) -> None:
+        self._graph, self._given, self.bytes = graph, stop.integers, 0
+        self._nodes = block.nodes[block.nodes.index(stop.layer.node) :]
+        self._ends = [node for node in block.ends if node in self._nodes]
+        self._dead = last_reads(graph.graph)
+        if any(writes_for_others(node) for node in self._nodes):
+            raise NoReconstructionError("it writes in place into what others read")
+        values: Values = dict(stop.integers[0])
+        self._constants: Values = {}
+        self._observers: dict[Node, nn.Module] = {}
+        for node in self._nodes:
+            if node in block.constants:
+                values[node] = self._constants[node] = value_at(graph, node, values, integers=True)
+            elif (observer := observer_of(node, graph)) is not None:
+                self._observers[node] = _settled(observer)
+        self._wanted = [self._floats(values) for values in stop.floats]
+        if not self._ends or not all(end.isfinite().all() for ends in self._wanted for end in ends):
+            raise NoReconstructionError("nothing that it puts out is a finite float tensor")
+        self.batches, first = len(self._wanted), self._wanted[0][0]
+        self.examples = first.shape[0] if first.ndim else 1
+        inside = [layers[node] for node in block.layers]
+        self._shapes = {layer: attribute(graph, layer.weight.args[0]).shape for layer in inside}  # type: ignore[arg-type]
+        self._priced = [_priced(end, graph, inside, prices) for end in self._ends]
+
+    def errors(self, batch: int, weights: dict[Layer, torch.Tensor]) -> torch.Tensor:
+        """The sum of squared errors at each end, [ends], for one batch.
+
+        Args:
+            batch: Its number.
+            weights: Quantized weights, [groups, outputs, features]; those of other layers are what they were.
+        """
+        values = {**self._given[batch], **self._constants}
+        values |= {layer.weight: weight.reshape(self._shapes[layer]) for layer, weight in weights.items()}
+        found = {}
+        for node in self._nodes:
+            if node in self._observers:
+                values[node] = quantized(self._observers[node], values[node.args[0]], node.users)  # type: ignore[index]
+            elif node not in self._constants:
+                values[node] = value_at(self._graph, node, values, integers=True)
+            found.update({node: values[node]} if node in self._ends else {})
+            for read in self._dead.get(node, ()):
+                values.pop(read, None)
+        ends = zip((found[end] for end in self._ends), self._wanted[batch], self._priced, strict=True)
+        return torch.stack([_squares(y - wanted, batch, priced) for y, wanted, priced in ends])
+
+    def numbers(self, batches: int) -> int:
+        """How many numbers the block puts out at its ends for the first ``batches``."""
+        return sum(end.numel() for ends in self._wanted[:batches] for end in ends)
+
+    def _floats(self, before: Values) -> list[torch.Tensor]:
+        """What the block puts out in the float network, given the values before it."""
+        values, found, held = dict(before), {}, 0
+        for node in self._nodes:
+            values[node] = float_value(self._graph, node, values, ())
+            if node not in self._constants and not is_view(node):
+                leaves = pytree.tree_leaves(values[node])
+                held += sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+            found.update({node: values[node]} if node in self._ends else {})
+            for read in self._dead.get(node, ()):
+                values.pop(read, None)
+        self.bytes = max(self.bytes, held)
+        return [found[end] for end in self._ends]
+
+
+def _settled(observer: nn.Module) -> nn.Module:
+    """An observer whose grid need not be searched for again."""
+    if getattr(observer, "is_dynamic", False) or not has_grid(observer):
+        return observer
+    return SettledObserver.like(observer, *qparams_of(observer))
+
+
+def _priced(
+    end: Node, graph: GraphModule, layers: list[Layer], prices: Prices
+) -> tuple[Layer, list[torch.Tensor]] | None:
+    """A layer behind which only clamps and sums come before ``end``, so that an error costs the same there, and its prices."""
+    for layer in layers:
+        node: Node | None = layer.node
+        while node is not None and node is not end:
+            follower = only_user(node)
+            node = follower if follower is not None and _passes(follower, layer.node, graph) else None
+        if node is end and layer.node.name in prices:
+            return layer, prices[layer.node.name]
+    return None
+
+
+def _passes(node: Node, layer: Node, graph: GraphModule) -> bool:
+    if observer_of(node, graph) is not None:
+        return True
+    given, found = value(layer), value(node)
+    alike = given is not None and found is not None and given.shape == found.shape
+    return alike and (op(node) in _SUMS or op(node) in INFERENCE_IDENTITIES or clamp_limits(node) is not None)
+
+
+def _squares(error: torch.Tensor, batch: int, priced: tuple[Layer, list[torch.Tensor]] | None) -> torch.Tensor:
+    if priced is None:
+        return error.square().sum()
+    layer, prices = priced
+    index = layer.draw(error, batch, ROWS)
+    rows = layer.outputs(error, index)
+    return (rows.square().sum(-1) * row_weights(prices, batch, rows.shape[:2], error)).sum()

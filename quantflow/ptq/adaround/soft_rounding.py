@@ -1,0 +1,109 @@
+"""Weights between the two integers around each, and the descent that draws every one to one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantflow.observers.observation import qparams_of
+from quantflow.ptq.writing import by_output
+from quantflow.simulation.float_weights import attribute
+from quantflow.simulation.quantized_layers import Layer
+
+_TRAVEL = 20.0  # how far a logit may go in all steps; from one end to the other is 5
+_STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches both of its ends
+_WARM = 0.2  # of the steps, before anything is drawn to an end
+_SHARPNESS = 20.0, 2.0  # of the pull to the ends, first and last
+_PULL = 3.0  # against an error that is one for each weight where all are rounded to the nearest
+_ON_GRID = 1e-3  # steps
+
+
+class SoftRounding:
+    """A weight that a gradient rounds (Nagel et al. 2020, AdaRound, arXiv:2004.10568, equations 23 to 25).
+
+    Args:
+        weight: [groups, outputs, features].
+        scale: Broadcasts against ``weight``.
+        zero_point: Likewise.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+    ) -> None:
+        self.weight, self.scale, self.zero_point = weight, scale, zero_point
+        self.limits = quant_min, quant_max
+        position = weight / scale
+        self.floor = position.floor()
+        low, high = _STRETCH
+        self.logits = torch.logit((position - self.floor - low) / (high - low)).requires_grad_()
+
+    @classmethod
+    def of(cls, graph: GraphModule, layer: Layer) -> SoftRounding:
+        """Of the weight that ``layer`` has in ``graph``, on the grid of its observer."""
+        weight = attribute(graph, layer.weight.args[0])  # type: ignore[arg-type]
+        scale, zero_point = (
+            by_output(q.to(weight.device), layer, weight).to(weight) for q in qparams_of(layer.observer)
+        )
+        limits: Any = (layer.observer.quant_min, layer.observer.quant_max)
+        return cls(layer.matrices(weight), scale, zero_point, *limits)
+
+    def on_grid(self, part: torch.Tensor) -> torch.Tensor:
+        """The weight that is ``part`` of the way from the lower integers to the upper ones, in the unit of the weight."""
+        return ((self.floor + part + self.zero_point).clamp(*self.limits) - self.zero_point) * self.scale
+
+    def nearest(self) -> torch.Tensor:
+        """The weight rounded to the nearest."""
+        return self.on_grid((self.weight / self.scale - self.floor).round())
+
+    def is_settled(self, nearest: torch.Tensor) -> bool:
+        """Whether the weight is what it is rounded to already, so that there is nothing to learn."""
+        return bool(((self.weight - nearest) / self.scale).abs().max() < _ON_GRID)
+
+    def part(self) -> torch.Tensor:
+        """How far up each weight is now, 0 to 1, with a gradient."""
+        low, high = _STRETCH
+        return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0, 1)
+
+    def rounded(self) -> torch.Tensor:
+        """The weight, each element at the integer that it leans to."""
+        return self.on_grid((self.logits.detach() > 0).to(self.weight))
+
+
+def descend(
+    roundings: Sequence[SoftRounding], error: Callable[[list[torch.Tensor]], torch.Tensor], iterations: int
+) -> list[torch.Tensor]:
+    """Learn all ``roundings`` at once by Adam.
+
+    Args:
+        roundings: What to learn, in place.
+        error: Of soft weights, in the order of ``roundings``, a scalar; called once a step. One price of the regulariser serves
+            all where it is in proportion to the number of weights and relative to what nearest rounding leaves.
+        iterations: Steps.
+
+    Returns:
+        The rounded weights.
+    """
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam([r.logits for r in roundings], lr=_TRAVEL / iterations)
+        for step in range(iterations):
+            parts = [r.part() for r in roundings]
+            loss = error([r.on_grid(part) for r, part in zip(roundings, parts, strict=True)])
+            if step >= _WARM * iterations:
+                sharpness = _sharpness(step / iterations)
+                loss = loss + _PULL * sum((1 - (2 * part - 1).abs() ** sharpness).sum() for part in parts)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [r.rounded() for r in roundings]
+
+
+def _sharpness(done: float) -> float:
+    """The exponent of the regulariser once a part ``done`` of the steps is: first it moves only what is near an end."""
+    first, last = _SHARPNESS
+    return last + (first - last) * (1 + math.cos(math.pi * (done - _WARM) / (1 - _WARM))) / 2

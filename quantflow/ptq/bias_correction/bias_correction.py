@@ -1,0 +1,123 @@
+"""Bias correction: taking back the mean error that quantizing leaves in each output of a layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.data.batches import PickInputs
+from quantflow.data.sample import Inputs, Sample
+from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.graph.aten import label
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.observers.observation import observer_of
+from quantflow.ptq.bias_correction.data_free_statistics import expectations
+from quantflow.ptq.channel_ranges import rows_of_channels
+from quantflow.ptq.writing import add_to_bias
+from quantflow.simulation.float_weights import attribute, original
+from quantflow.simulation.interpreter import evaluate, quantized
+from quantflow.simulation.paired_interpreter import Stop, side_by_side
+from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+from quantflow.simulation.quantized_layers import Layer, quantized_layers
+
+_STAGE = "correct_bias"
+
+
+@torch.no_grad()
+def correct_bias(
+    graph: GraphModule,
+    data: Sample | Iterable[Any] | None = None,
+    *,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> TrainableGraphModule:
+    """A copy of ``graph`` whose layers have the mean output that they have in float; only biases move.
+
+    With ``data``, empirically: one walk in which the float and the integer network run side by side, each layer corrected with
+    those before it corrected already. Without, analytically: a weight's rounding error times the mean of its input, which the
+    batch norm folded into the layer before tells, through relu and relu6 as a clipped normal. (Nagel et al. 2019,
+    arXiv:1906.04721, section 4.2 and appendices B to D.)
+
+    It hurts where a few outliers that a range rightly saturates make the mean error: all places of the channel then shift by
+    it. So it does where the mean is not that of the data to come: few or unlike examples here, and in the analytic form
+    statistics that do not hold any more (weights changed after training, a norm whose inputs are far from normal). The
+    analytic form sees weights only, not the rounding of activations.
+
+    Args:
+        graph: A prepared and calibrated graph; it is left as it was.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used. None for the
+            analytic form.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show a progress bar.
+
+    Raises:
+        QuantflowError: at stage ``"correct_bias"``, when the graph is not prepared for PTQ or not calibrated, a batch does not
+            fit it, or without data nothing is known of any layer's inputs.
+    """
+    check_calibrated(graph, _STAGE)
+    corrected = adopt(graph)
+    training = corrected.training  # a graph that stock torchao prepared says True in inference mode
+    corrected.eval()
+    layers = quantized_layers(corrected, solvable=False)
+    if data is None:
+        _from_norms(corrected, layers)
+    else:
+        sample = within_memory(corrected, draw(corrected, data, stage=_STAGE, inputs=inputs))
+        _from_data(corrected, layers, sample, progress)
+    corrected.recompile()
+    return corrected.train(training)
+
+
+def _from_data(graph: GraphModule, layers: dict[Node, Layer], sample: Sequence[Inputs], progress: bool) -> None:
+    for stop in side_by_side(graph, sample, layers, title="correct bias", progress=progress):
+        shift = _mean_error(stop)
+        if shift.isfinite().all():
+            add_to_bias(graph, stop.layer, shift)
+
+
+def _mean_error(stop: Stop) -> torch.Tensor:
+    """The float output less the integer one, the mean of each channel, float64."""
+    total: Any = 0.0
+    count = 0
+    for reference, values in zip(stop.floats, stop.integers, strict=True):
+        error = reference[stop.layer.node] - evaluate(stop.layer.node, values)
+        by_channel = rows_of_channels(error, stop.layer.channel_axis)
+        total = total + by_channel.double().sum(0)
+        count += len(by_channel)
+    return total / count
+
+
+def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
+    known, unknown = expectations(graph), []
+    for node, layer in layers.items():
+        read: Node = layer.weight.args[0]  # type: ignore[assignment]
+        weight: torch.Tensor = attribute(graph, read)
+        expected = known.get(layer.source)
+        features = weight.shape[1] * layer.groups
+        if (
+            expected is None
+            or len(expected.mean) != features
+            or (layer.channel_axis == -1 and node.meta["val"].ndim != 2)
+        ):
+            unknown.append(label(node))
+            continue
+        error = quantized(observer_of(layer.weight, graph), weight) - original(read, weight)
+        mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
+        moved = 0.0
+        if layer.bias is not None:  # what an earlier pass did already
+            bias = attribute(graph, layer.bias)
+            moved = (bias - original(layer.bias, bias)).reshape(layer.groups, -1, 1)
+        add_to_bias(graph, layer, -(layer.matrices(error).double() @ mean[..., None] + moved))
+    if len(unknown) == len(layers):
+        reason = "no batch norm was folded that would tell the mean of a layer's input"
+        raise QuantflowError(
+            _STAGE, reason, node="data", remedy="pass data; or prepare the graph by qf.prepare, which folds"
+        )
+    if unknown:
+        reason = "nothing tells the mean of their inputs: these layers keep their bias"
+        warnings.warn(QuantflowWarning(_STAGE, reason, node=", ".join(unknown), remedy="pass data"), stacklevel=3)

@@ -1,0 +1,154 @@
+"""Cross-layer equalization: the channels between two layers brought to like ranges, exactly in float."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.data.batches import PickInputs
+from quantflow.data.sample import Inputs, Sample
+from quantflow.errors import QuantflowWarning
+from quantflow.graph.aten import clamp_limits, only_user
+from quantflow.graph.batch_norm import fold_batch_norm
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.ptq.channel_ranges import channel_ranges
+from quantflow.ptq.channel_scaling import divide_outputs, magnitudes, multiply_inputs
+from quantflow.ptq.equalization.channel_groups import ChannelGroup, channel_groups
+from quantflow.simulation.preconditions import check_float, draw
+
+_STAGE = "equalize"
+_SWEEPS = 40
+_SETTLED = 5e-3  # a sweep that scales no channel by more is the last
+_TINY = torch.finfo(torch.float32).tiny
+_SMALLEST = 1e-3  # of the largest channel: what is smaller is not raised to it
+
+
+@torch.no_grad()
+def equalize(
+    graph: GraphModule, data: Sample | Iterable[Any] | None = None, *, inputs: PickInputs | None = None
+) -> TrainableGraphModule:
+    """A copy of ``graph`` in which channels between layers have like ranges; its function in float is the same.
+
+    A layer's output channels are divided by positive numbers, and the layers that read them multiply their weights by the same
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.1). The numbers pass relu, leaky relu, prelu, pools, padding, flattening,
+    gates and sums, all of whose terms are scaled alike; whatever else meets a tensor leaves it as it is. A clamp at a number
+    other than zero (relu6) does not commute with them: a channel there is scaled only where it is proven never to reach that
+    number, before and after.
+
+    With ``data``, what is equalized is the range of each activation's channels, which share one grid, against the columns of
+    the weights that read it as their per-channel grids see them; depthwise weights have a grid for each column, and leave all
+    the gain to the activation. Without, it is the weights' ranges, as in the paper, which is for grids that are per tensor.
+
+    It hurts where channels that matter little are raised to the level of those that matter, where a few columns of a weight
+    must grow so large that the others lose their levels, and, without data, where weights are per channel already.
+
+    Args:
+        graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`; it is left as it was. Its batch norms are
+            folded in the copy, which is for PTQ.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+
+    Raises:
+        QuantflowError: at stage ``"equalize"``, when the graph is none or prepared already, or a batch does not fit it.
+    """
+    check_float(graph, _STAGE)
+    equal = adopt(graph)
+    training = equal.training
+    equal.eval()
+    fold_batch_norm(equal)
+    groups = channel_groups(equal)
+    if not groups:
+        reason = "no two layers with only what a scale of channels passes between them: the graph stays as it is"
+        remedy = "nothing to do; relu6 and smooth activations (silu, gelu, hardswish) let no scale pass"
+        warnings.warn(QuantflowWarning(_STAGE, reason, node="graph", remedy=remedy), stacklevel=2)
+    else:
+        sample = None if data is None else draw(equal, data, stage=_STAGE, inputs=inputs)
+        for group, scale in _scales(equal, groups, sample).items():
+            for layer in group.makers:
+                divide_outputs(equal, layer, scale)
+            for layer in group.readers:
+                multiply_inputs(equal, layer, scale.repeat_interleave(_repeat(group, layer)))
+    equal.recompile()
+    return equal.train(training)
+
+
+def _scales(
+    module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs] | None
+) -> dict[ChannelGroup, torch.Tensor]:
+    """What to divide the channels of each group by, float64: sweeps over the groups until none moves any more."""
+    weights = {layer: magnitudes(module, layer) for group in groups for layer in (*group.makers, *group.readers)}
+    activations = {} if sample is None else _activations(module, groups, sample)
+    found = {group: torch.ones_like(group.least) for group in groups}
+    for _ in range(_SWEEPS):
+        largest = 0.0
+        for group in groups:
+            activation = activations.get(group)
+            if sample is None:
+                wanted = _by_weights(weights, group)
+            elif activation is not None:
+                wanted = _by_activation(weights, group, activation / found[group])
+            else:
+                continue
+            total = torch.maximum(found[group] * wanted, group.least)
+            step = torch.where(group.fixed | ~total.isfinite() | (total <= 0), 1.0, total / found[group])
+            found[group] *= step
+            for layer in group.makers:
+                weights[layer].div_(step.reshape(*weights[layer].shape[:2], 1))
+            for layer in group.readers:
+                columns = step.repeat_interleave(_repeat(group, layer))
+                weights[layer].mul_(columns.reshape(len(weights[layer]), 1, -1))
+            largest = max(largest, float(step.log().abs().max()))
+        if largest < _SETTLED:
+            break
+    return found
+
+
+def _by_weights(weights: dict[Node, torch.Tensor], group: ChannelGroup) -> torch.Tensor:
+    """What makes the weights that make a channel as large as those that read it."""
+    made = torch.stack([weights[layer].amax(2).reshape(-1) for layer in group.makers]).amax(0).double()
+    read = torch.stack([_by_channel(weights[layer], group) for layer in group.readers]).amax(0).double()
+    return (made / read).sqrt()
+
+
+def _activations(
+    module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs]
+) -> dict[ChannelGroup, torch.Tensor]:
+    """How large each channel of the groups gets, where that is a number."""
+    axes = {node: place.axis for group in groups for node, place in group.tensors.items() if not _is_clamped(node)}
+    ranges = channel_ranges(module, axes, sample)
+    found = {}
+    for group in groups:
+        seen = [ranges[node].reshape(len(group.fixed), -1).amax(1) for node in group.tensors if node in axes]
+        largest = torch.stack(seen).amax(0)
+        if 0 < largest.max() < float("inf"):
+            found[group] = largest.clamp(min=float(largest.max()) * _SMALLEST)
+    return found
+
+
+def _by_activation(weights: dict[Node, torch.Tensor], group: ChannelGroup, activation: torch.Tensor) -> torch.Tensor:
+    """What makes the channels of an activation, and the columns that read them, fill their grids alike."""
+    grids = [w for w in (weights[layer] for layer in group.readers) if w.shape[2] > 1]  # not those of depthwise layers
+    columns = [_by_channel(w / w.amax(2, keepdim=True).clamp(min=_TINY), group) for w in grids]
+    scale = (activation / torch.stack(columns).amax(0).double()).sqrt() if columns else activation
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    # The tensor's range stays, and its channels fill it: those that can't be scaled lie within it already.
+    return scale * ((activation / scale).max() / activation.max())
+
+
+def _is_clamped(node: Node) -> bool:
+    """Whether ``node`` only goes into a clamp, with which it shares a grid."""
+    user = only_user(node)
+    return user is not None and clamp_limits(user) is not None
+
+
+def _by_channel(weight: torch.Tensor, group: ChannelGroup) -> torch.Tensor:
+    """The largest of the magnitudes [groups, outputs, inputs] that meets each channel of the group that it reads."""
+    return weight.amax(1).reshape(len(group.fixed), -1).amax(1)
+
+
+def _repeat(group: ChannelGroup, layer: Node) -> int:
+    return group.tensors[layer.args[0]].repeat  # type: ignore[index]

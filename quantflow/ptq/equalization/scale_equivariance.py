@@ -1,0 +1,77 @@
+"""Operators that a positive scale of each channel passes through: scaled before or after, the result is the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.fx import Node
+
+from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, op, value
+
+# Whatever the channels are, each element by itself.
+_ELEMENTWISE = INFERENCE_IDENTITIES | {
+    aten.leaky_relu.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.neg.default,
+    aten.abs.default,
+}
+# Over the places of one channel: how many dimensions of places they take, after that of channels.
+_POOLS = {
+    aten.max_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool1d.default: 1,
+    aten.avg_pool2d.default: 2,
+    aten.avg_pool3d.default: 3,
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+    aten.upsample_nearest2d.vec: 2,
+    aten.upsample_bilinear2d.vec: 2,
+}
+_PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+_FLATTENS = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default})
+
+
+def commutes(node: Node, axis: int) -> bool:
+    """Whether a positive scale of each channel, in dimension ``axis`` of its first argument, passes ``node`` unchanged.
+
+    Its output has channels in the same dimension. Clamps are not told of here: theirs is a matter of values.
+    """
+    x = value(node.args[0]) if node.args else None  # type: ignore[arg-type]
+    if x is None:
+        return False
+    if op(node) in _ELEMENTWISE:
+        return True
+    if op(node) is aten.prelu.default:
+        return axis == 1
+    if op(node) in _POOLS:
+        return axis == 1 and x.ndim == _POOLS[op(node)] + 2
+    if op(node) is aten.mean.dim:
+        return _averages_places(node, axis, x.ndim)
+    if op(node) in _PADS:
+        return _pads_places(node, axis, x.ndim)
+    return False
+
+
+def _pads_places(node: Node, axis: int, ndim: int) -> bool:
+    constant = op(node) is aten.constant_pad_nd.default or argument(node, "mode") == "constant"
+    return len(argument(node, "pad")) // 2 <= ndim - 1 - axis and (not constant or not argument(node, "value"))
+
+
+def _averages_places(node: Node, axis: int, ndim: int) -> bool:
+    dims = [d % ndim for d in argument(node, "dim") or range(ndim)]
+    return all(d != axis and (d > axis or argument(node, "keepdim")) for d in dims)
+
+
+def flattened_places(node: Node) -> int | None:
+    """How many places of each channel (dimension 1) ``node`` makes features of [examples, features], None where it doesn't."""
+    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    if op(node) not in _FLATTENS or before is None or after is None or after.ndim != 2 or before.ndim < 2:
+        return None
+    sizes: list[Any] = [*before.shape[1:], after.shape[1]]
+    if not all(isinstance(s, int) for s in sizes) or math.prod(sizes[:-1]) != sizes[-1]:
+        return None
+    return math.prod(sizes[1:-1])

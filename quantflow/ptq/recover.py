@@ -1,0 +1,177 @@
+"""The verb that wins back what quantizing loses, and keeps only what helps."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantflow.data.batches import PickInputs
+from quantflow.data.sample import Inputs, Sample, cut_inputs
+from quantflow.errors import QuantflowWarning
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.state import is_written
+from quantflow.metrics import signal_to_noise
+from quantflow.ptq.batch_interaction import examples_interact, examples_of
+from quantflow.ptq.range_optimization import settle_ranges
+from quantflow.ptq.weight_reconstruction.weight_reconstruction import compensate
+from quantflow.signature.signature import Signature
+from quantflow.simulation.float_weights import restored
+from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.output_gradients import Sensitivity, sensitivity
+from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that recovery tried.
+
+    Attributes:
+        name: What it is called.
+        sqnr: Signal to noise of the outputs after it, dB, simulated on data that it was not fitted to; NaN where nothing was
+            measured.
+        kept: Whether the graph has it.
+        seconds: What it took.
+    """
+
+    name: str
+    sqnr: float
+    kept: bool
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if math.isnan(self.sqnr):
+            return self.name
+        return f"{self.name}: {self.sqnr:.1f} dB{'' if self.kept else ', not kept'} ({self.seconds:.1f} s)"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A prepared graph after recovery, and what was tried on it.
+
+    Attributes:
+        graph: Prepared and calibrated, as before; convert it.
+        steps: What was tried, in order; the first is the graph as it came.
+    """
+
+    graph: TrainableGraphModule
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> str:
+        """What was tried, as a JSON object; a signal to noise of infinity as null."""
+        steps = [asdict(s) | {"sqnr": s.sqnr if math.isfinite(s.sqnr) else None} for s in self.steps]
+        return json.dumps({"steps": steps}, indent=2)
+
+    def __str__(self) -> str:
+        return "recovery\n" + "\n".join(f"  {step}" for step in self.steps)
+
+
+def recover(
+    graph: GraphModule,
+    data: Sample | Iterable[Any],
+    *,
+    inputs: PickInputs | None = None,
+    progress: bool = True,
+) -> Recovered:
+    """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
+
+    Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
+    kept where that rises. A graph that keeps state stays as calibrated: a sample of calls says nothing of what the state, and
+    what follows from it, comes to over many. So does one in which the examples of a batch act on each other: the batches of a
+    sample hold other examples together.
+
+    Args:
+        graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
+            was.
+        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
+        inputs: Picks the inputs out of a batch, where that is ambiguous.
+        progress: Show progress bars.
+
+    Raises:
+        QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, or a batch does not
+            fit it.
+    """
+    check_calibrated(graph, "recover")
+    current = adopt(graph).eval()
+
+    def as_calibrated(reason: str) -> Recovered:
+        return Recovered(current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
+
+    if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
+        return as_calibrated("it keeps state")
+    drawn = draw(current, data, stage="recover", inputs=inputs)
+    if _interact(current, drawn):
+        return as_calibrated("the examples of a batch act on each other")
+    fit, judge = _parted(current, drawn)
+    reference = outputs(restored(current), judge, integers=False)
+    steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
+
+    def attempt(name: str, make: Any) -> None:
+        nonlocal current
+        start = time.perf_counter()
+        candidate = make(current)
+        sqnr = _sqnr(candidate, judge, reference)
+        kept = sqnr > max(step.sqnr for step in steps if step.kept)
+        steps.append(Step(name, sqnr, kept, time.perf_counter() - start))
+        if kept:
+            current = candidate
+
+    prices = _prices(current, fit, progress)
+    if prices is not None:
+        attempt("ranges by their effect", lambda graph: settle_ranges(graph, prices))
+    attempt("fitted weights", lambda graph: compensate(graph, fit, prices, progress=progress))
+    best = max(step.sqnr for step in steps if step.kept)
+    if best < _NOTHING:
+        size = max((float(t.abs().max()) for found in reference for t in found if t.numel()), default=0.0)
+        reason = f"integers keep nothing of the outputs, {best:.1f} dB; in float these reach {size:.2g}"
+        remedy = (
+            "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
+        )
+        warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
+    return Recovered(current.train(graph.training), tuple(steps))
+
+
+_NOTHING = 0.1  # dB: as much noise as signal
+
+
+def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
+    """Whether the examples of a batch act on each other, by the batch with the most of them."""
+    cut = cut_inputs(Signature.of_graph(graph))
+    most = max(drawn, key=lambda batch: examples_of(batch, cut))
+    return examples_interact(restored(graph), most, cut)
+
+
+def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """What to fit to, as much as memory holds, and every fourth batch to judge by; both the whole where there is but one."""
+    if len(drawn) == 1:
+        return drawn, drawn
+    every = min(4, len(drawn))
+    fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
+    return within_memory(graph, fit), drawn[every - 1 :: every]
+
+
+def _prices(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> Sensitivity | None:
+    try:
+        return sensitivity(graph, sample, progress=progress)
+    except RuntimeError as error:  # an operator without a gradient
+        reason = f"no gradient to choose ranges by: {str(error).splitlines()[0]}"
+        remedy = "ranges stay as calibrated; nothing else is lost"
+        warnings.warn(QuantflowWarning("recover", reason, remedy=remedy), stacklevel=3)
+        return None
+
+
+def _sqnr(graph: GraphModule, judge: Sequence[Inputs], reference: list[list[torch.Tensor]]) -> float:
+    """The signal to noise of the integer network's outputs, dB: the mean over outputs."""
+    found = outputs(graph, judge, integers=True)
+    ratios = []
+    for theirs, ours in zip(zip(*reference, strict=True), zip(*found, strict=True), strict=True):
+        ratios.append(signal_to_noise(torch.cat([t.flatten() for t in theirs]), torch.cat([t.flatten() for t in ours])))
+    finite = [r for r in ratios if math.isfinite(r)]
+    return sum(finite) / len(finite) if finite else math.inf

@@ -1,0 +1,106 @@
+"""Weights and biases that make good what quantizing does to a layer's inputs and to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantflow.data.sample import Inputs
+from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.parameters import tensor_of
+from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
+from quantflow.ptq.weight_reconstruction.least_squares import correction
+from quantflow.ptq.weight_reconstruction.moments import Moments
+from quantflow.ptq.writing import Grid, add_to_bias, by_output, write_weight
+from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.simulation.output_gradients import ROWS, Sensitivity, row_weights
+from quantflow.simulation.paired_interpreter import Stop, side_by_side
+from quantflow.simulation.quantized_layers import Layer, quantized_layers
+
+_SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
+_FINE = 64  # levels from which on shrinking a weight's range brings nothing
+
+
+@torch.no_grad()
+def compensate(
+    graph: GraphModule, sample: Sequence[Inputs], prices: Sensitivity | None = None, *, progress: bool = True
+) -> TrainableGraphModule:
+    """A copy of ``graph`` whose layers reproduce their float outputs from quantized inputs, with weights on their grids.
+
+    One walk, layer by layer, in which the float network and the integer network run side by side. Each layer's weight is
+    fitted by ridge regression to its float output, given the inputs as the integer network has them; rounded by GPTQ; and
+    its bias takes what is left of the mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows count by how much
+    the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound, arXiv:2004.10568,
+    section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
+
+    Args:
+        graph: A prepared and calibrated graph; it is left as it was.
+        sample: Batches of flat inputs, two or more; of one, weights are rounded but not fitted.
+        prices: What :func:`quantflow.simulation.output_gradients` found on the same sample; without, all rows count alike.
+        progress: Show a progress bar.
+    """
+    graph = adopt(graph).eval()
+    rows = {} if prices is None else {node.name: found for node, found in prices.rows.items()}
+    for stop in side_by_side(graph, sample, quantized_layers(graph), title="compensate", progress=progress):
+        _fit(graph, stop, rows.get(stop.layer.node.name))
+    graph.recompile()
+    return graph
+
+
+def _fit(graph: GraphModule, stop: Stop, prices: list[torch.Tensor] | None) -> None:
+    """Give the layer at ``stop`` the weight and the bias that fit."""
+    layer = stop.layer
+    weight = tensor_of(graph, layer.weight.args[0]).detach()  # type: ignore[arg-type]
+    matrices = layer.matrices(weight)
+    halves: list[Moments | None] = [None, None]
+    shift: torch.Tensor | None = None
+    for batch, (reference, values) in enumerate(zip(stop.floats, stop.integers, strict=True)):
+        y = reference[layer.node]
+        index = layer.draw(y, batch, ROWS)
+        x = layer.inputs(values[layer.source], y, index)
+        bias = 0.0 if layer.bias is None else values[layer.bias].reshape(layer.groups, 1, -1)
+        residual = layer.outputs(y, index) - x @ matrices.transpose(1, 2) - bias
+        shift = x.mean(1, keepdim=True) if shift is None else shift
+        moments = Moments.of(x, residual, row_weights(prices, batch, x.shape[:2], x), shift)
+        half = halves[batch % 2]
+        halves[batch % 2] = moments if half is None else half + moments
+    first, second = halves
+    assert first is not None
+    whole = first if second is None else first + second
+    if not all(t.isfinite().all() for t in (whole.xx, whole.xr)):
+        return
+    fitted = matrices.double() + (0.0 if second is None else correction(first, second))
+    grid = _grid(layer, fitted, whole, weight)
+    limits: Any = (layer.observer.quant_min, layer.observer.quant_max)
+    scale, zero_point = (by_output(q, layer, weight) for q in grid)
+    rounded = round_weights(fitted, whole.covariance, scale, zero_point, *limits)
+    change = rounded - matrices
+    bias = whole.mean_r - whole.mean_x @ change.transpose(1, 2)
+    write_weight(graph, layer, rounded, grid)
+    add_to_bias(graph, layer, bias)
+
+
+def _grid(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> Grid:
+    """Scale and zero point for the fitted weight: its extremes or, where levels are few, what errs least in the output."""
+    observer = layer.observer
+    limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+    symmetric = observer.qscheme in SYMMETRIC
+    per_channel = observer.qscheme in PER_CHANNEL
+    by_channel = fitted.reshape(weight.shape[0], -1) if per_channel else fitted.reshape(1, -1)
+    low, high = by_channel.amin(1).float(), by_channel.amax(1).float()
+    best = torch.ones(low.shape, dtype=torch.float64, device=low.device)
+    if observer.quant_max - observer.quant_min < _FINE:  # type: ignore[operator]
+        least = torch.full_like(best, float("inf"))
+        for factor in _SHRINK:
+            grid = choose_qparams(low * factor, high * factor, symmetric=symmetric, **limits)
+            scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in grid)
+            integers = (torch.round(fitted / scale) + zero_point).clamp(*limits.values())
+            error = output_error((integers - zero_point) * scale - fitted, moments.covariance).reshape(-1)
+            error = error if per_channel else error.sum()[None]
+            best = torch.where(error < least, factor, best)
+            least = torch.minimum(error, least)
+    scale, zero_point = choose_qparams((low * best).float(), (high * best).float(), symmetric=symmetric, **limits)
+    return (scale, zero_point) if per_channel else (scale[0], zero_point[0])

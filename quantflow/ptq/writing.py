@@ -1,0 +1,43 @@
+"""Writing what was found for a layer back into the graph: weights on their grid, and biases."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantflow.graph.aten import set_argument
+from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
+from quantflow.observers import SettledObserver
+from quantflow.simulation.float_weights import keep_original
+from quantflow.simulation.quantized_layers import Layer
+
+Grid = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one an output
+
+
+def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: Grid) -> None:
+    """Make ``weight``, which lies on ``grid``, the layer's weight, and settle its observer there."""
+    read: Node = layer.weight.args[0]  # type: ignore[assignment]
+    like = tensor_of(graph, read)
+    keep_original(read, like)
+    set_tensor(graph, str(read.target), weight.reshape(like.shape).to(like), parameter=True)
+    graph.set_submodule(str(layer.weight.target), SettledObserver.like(layer.observer, *grid))
+
+
+def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
+    """Add ``shift``, one an output, to the layer's bias, which it gets where it has none."""
+    read: Node = layer.weight.args[0]  # type: ignore[assignment]
+    if layer.bias is not None:
+        bias = tensor_of(graph, layer.bias).detach()
+        keep_original(layer.bias, bias)
+        set_tensor(graph, str(layer.bias.target), (bias + shift.reshape(-1)).to(bias), parameter=True)
+        return
+    name = unused_name(graph, f"{read.target!s}_bias")
+    set_tensor(graph, name, shift.reshape(-1).to(tensor_of(graph, read).detach()), parameter=True)
+    bias_read = read_attribute(graph, name, layer.node, layer.node)
+    keep_original(bias_read, torch.zeros_like(tensor_of(graph, bias_read)))
+    set_argument(layer.node, "bias", bias_read)
+
+
+def by_output(qparam: torch.Tensor, layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+    """A scale or zero point, a scalar or one an output, as float64 [groups, outputs a group, 1]."""
+    return qparam.double().expand(weight.shape[0]).reshape(layer.groups, -1, 1)

@@ -1,0 +1,1 @@
+"""Quantization parameters: from a range to scale and zero point, and rounding to integers."""

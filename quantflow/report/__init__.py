@@ -1,5 +1,0 @@
-"""The report: what was done to a model, whether it holds and what it won, as one page that needs no network."""
-
-from quantflow.report.report import report
-
-__all__ = ["report"]

@@ -1,0 +1,48 @@
+"""What was done: training, recovery, the budget, and how long each stage took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from quantflow.analysis import Budget
+from quantflow.pipeline.quantize import Report
+from quantflow.reporting.charts import Bar, bars, curves
+from quantflow.reporting.markup import Markup, element, section, table
+from quantflow.training import History
+
+
+def built(report: Report) -> Markup:
+    """What :func:`quantflow.quantize` did."""
+    pictures = []
+    measured = [] if report.recovered is None else [s for s in report.recovered.steps if not math.isnan(s.sqnr)]
+    if measured:
+        steps = [Bar(s.name, s.sqnr, f"{s.sqnr:.1f} dB" + ("" if s.kept else ", not kept")) for s in measured]
+        pictures.append(bars("built-recovery", "Signal to noise after each step of recovery, simulated", steps))
+    if report.seconds:
+        times = [Bar(stage, seconds, f"{seconds:.1f} s") for stage, seconds in report.seconds.items()]
+        pictures.append(bars("built-seconds", "Seconds by stage", times))
+    budget = _budget(report.budget) if report.budget is not None else []
+    return section("What was done", *budget, element("div", *pictures, class_="pictures"))
+
+
+def _budget(budget: Budget) -> list[Markup]:
+    tried = [["layers in float", "drop"], *([str(count), f"{drop:.2%}"] for count, drop in budget.tried)]
+    parts = [element("h3", "Programs measured on the runtime"), table(tried)]
+    if budget.reverted:
+        rows = [["in float", "why"], *([r.layer, r.reason] for r in budget.reverted)]
+        parts += [element("h3", "Left in float to hold the budget"), table(rows)]
+    return parts
+
+
+def trained(history: History) -> Markup:
+    """What training measured."""
+    pictures = [curves("training-loss", "Training loss", {"loss": history.loss}, "epoch")] if history.loss else []
+    scores: dict[str, Sequence[float]] = {"fake-quantized": history.metric, "converted": history.converted_metric}
+    scores = {name: values for name, values in scores.items() if values}
+    if scores:
+        pictures.append(curves("training-metric", "Metric", scores, "epoch"))
+    kept = "the last epoch's" if history.best_epoch is None else f"those of epoch {history.best_epoch + 1}"
+    return section(
+        "Training", element("p", f"Weights kept: {kept}.", class_="note"), element("div", *pictures, class_="pictures")
+    )

@@ -1,0 +1,111 @@
+"""What a report is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantflow.analysis import Diagnosis, Sensitivities
+from quantflow.errors import QuantflowError
+from quantflow.evaluation import Verification
+from quantflow.inspection.environment import Environment
+from quantflow.lowering.program import Program
+from quantflow.pipeline.quantize import Report, Result
+from quantflow.training import History
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Whatever there is to report on; None for what there is not.
+
+    Attributes:
+        title: What the report is on.
+        command: What made it.
+        made: When, UTC.
+        environment: The versions it was made with.
+        built: What :func:`quantflow.quantize` did.
+        program: What came of it.
+        plan: The fate of each operator, as ``quantizers.Plan`` tells it.
+        history: What training measured.
+        verification: What :func:`quantflow.verify` found.
+        diagnosis: What :func:`quantflow.diagnose` found.
+        sensitivities: What :func:`quantflow.sensitivity` found.
+    """
+
+    title: str
+    command: str
+    made: str
+    environment: Environment
+    built: Report | None
+    program: Program | None
+    plan: Any
+    history: History | None
+    verification: Verification | None
+    diagnosis: Diagnosis | None
+    sensitivities: Sensitivities | None
+
+    @classmethod
+    def of(
+        cls, title: str, command: str, made: str, environment: Environment, result: Result | None, **given: Any
+    ) -> Parts:
+        """``given``, with the program and the plan of ``result`` where they were not.
+
+        Raises:
+            QuantflowError: at stage ``"report"``, when a part is missing or is something else.
+        """
+        given["built"] = result.report if result is not None else None
+        if result is not None:
+            given["program"] = given["program"] or result.program
+            # A quantizer from elsewhere may plan in a form of its own.
+            given["plan"] = given["plan"] or (result.report.plan if hasattr(result.report.plan, "fates") else None)
+        if all(part is None for part in given.values()):
+            remedy = "pass what the verbs returned: result=qf.quantize(...), verification=qf.verify(...)"
+            raise QuantflowError("report", "there is nothing to report on", remedy=remedy)
+        return cls(title, command, made, environment, **given)
+
+    def to_json(self) -> str:
+        """All figures, as a JSON object: each part's own."""
+        found: dict[str, Any] = {"title": self.title, "command": self.command, "made": self.made}
+        told = {name: json.loads(part.to_json()) for name, part in self._telling().items() if part is not None}
+        if self.program is not None:
+            told["program"] = {"bytes": len(self.program.buffer)}
+            if self.program.delegation is not None:
+                told["program"]["delegation"] = json.loads(self.program.delegation.to_json())
+        if self.history is not None:
+            told["training"] = asdict(self.history)
+        return json.dumps(found | told, indent=2)
+
+    def _telling(self) -> dict[str, Any]:
+        return {
+            "quantization": self.built,
+            "plan": self.plan if self.built is None or self.plan is not self.built.plan else None,
+            "verification": self.verification,
+            "diagnosis": self.diagnosis,
+            "sensitivities": self.sensitivities,
+            "environment": self.environment,
+        }
+
+
+def checked(**given: Any) -> None:
+    """See that each part is what its name says.
+
+    Raises:
+        QuantflowError: at stage ``"report"``, naming the part.
+    """
+    kinds = {
+        "result": (Result, "qf.quantize returned"),
+        "program": (Program, "to_executorch() or qf.load returned"),
+        "history": (History, "qf.train returned"),
+        "verification": (Verification, "qf.verify returned"),
+        "diagnosis": (Diagnosis, "qf.diagnose returned"),
+        "sensitivities": (Sensitivities, "qf.sensitivity returned"),
+    }
+    for name, (kind, made) in kinds.items():
+        if given[name] is not None and not isinstance(given[name], kind):
+            raise QuantflowError(
+                "report", f"{type(given[name]).__name__} is none", node=name, remedy=f"pass what {made}"
+            )
+    if given["plan"] is not None and not hasattr(given["plan"], "fates"):
+        reason = f"{type(given['plan']).__name__} is none"
+        raise QuantflowError("report", reason, node="plan", remedy="pass what quantizer.plan(graph) returned")

@@ -1,0 +1,203 @@
+"""What lowering will make of a plan: which operators the delegate runs, and in how many calls."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._decomp import core_aten_decompositions
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, op, short_name
+from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.partitioning import stages
+from quantizers.kernels import FloatKernels
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a backend's delegate will run, for static shapes.
+
+    Attributes:
+        calls: How many times the program will call the delegate.
+        floating: Core ATen operators that the delegate will run in float, by name.
+        portable: Core ATen operators left to portable kernels, by name.
+        outside: The planned nodes of which some part is left to portable kernels.
+    """
+
+    calls: int
+    floating: Counter[str] = field(default_factory=Counter)
+    portable: Counter[str] = field(default_factory=Counter)
+    outside: frozenset[Node] = frozenset()
+
+
+def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: FloatKernels) -> Forecast:
+    """Lower ``graph`` to core ATen, and share it between delegate and portable kernels.
+
+    Args:
+        graph: What is planned for.
+        integer: Its nodes that become integers.
+        dynamic: Those of them that read and write float.
+        kernels: What the backend runs besides.
+    """
+    lowered = _Lowered(graph, integer, kernels)
+    parts, static = Counter(lowered.origins.values()), integer - dynamic
+    delegated: set[Node] = set()
+    floating, portable, outside = Counter[str](), Counter[str](), set()
+    for node in lowered.graph.nodes:
+        if node.op != "call_function":
+            continue
+        origin = lowered.origins[node]
+        if node.target is operator.getitem:
+            inside = node.args[0] in delegated
+        elif origin in integer and parts[origin] == 1:
+            inside = True
+        else:
+            inside = kernels.run(node)
+            around = {lowered.origins.get(n) for n in (*node.all_input_nodes, *node.users)}
+            if not inside:
+                portable[short_name(node.target)] += 1
+            elif node.target not in kernels.between or not around <= static:
+                floating[short_name(node.target)] += 1
+        if inside:
+            delegated.add(node)
+        else:
+            outside.add(origin)
+    found = stages(lowered.graph, delegated)
+    return Forecast(len({found[node] for node in delegated}), floating, portable, frozenset(outside))
+
+
+class _Lowered:
+    """``graph`` in core ATen, but for the nodes that become integers, with a fake tensor of known shape as each ``val``."""
+
+    def __init__(self, graph: Graph, integer: Set[Node], kernels: FloatKernels) -> None:
+        self.graph, self.integer, self.kernels = Graph(), integer, kernels
+        self.origins: dict[Node, Node] = {}
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values: dict[Node, Any] = {}  # of the nodes of ``graph``: a node of ours, or a number
+        self._decomposed: dict[Any, Graph] = {}
+        for node in graph.nodes:
+            if node.op != "output":
+                self._values[node] = self._lower(node)
+
+    def _lower(self, node: Node) -> Any:
+        if not _is_tensor(node.meta.get("val")):
+            return self._static(node.meta.get("val"))
+        if node.op != "call_function":
+            read = self.graph.create_node(node.op, node.target, name=node.name)
+            read.meta["val"] = self._static(node.meta["val"])
+            return read
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        if op(node) in INFERENCE_IDENTITIES or normed_layer(node) is not None or _takes_all(node):
+            return args[0]
+        result = self._call(node, op(node), args, kwargs)
+        if is_inplace(node):
+            self._write(node.args[0], result)
+        return result
+
+    def _call(self, node: Node, target: Any, args: tuple, kwargs: dict) -> Node:
+        call = self.graph.call_function(target, args, kwargs)
+        call.meta["val"] = self._static(node.meta["val"])
+        self.origins[call] = node
+        kept = target in self.kernels.whole and self.kernels.run(call)
+        if (node in self.integer and target not in _RESHAPES) or kept or not _decomposes(target):
+            return call
+        body = self._decomposition(target, args, kwargs)
+        self.graph.erase_node(call)
+        del self.origins[call]
+        tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Node)]
+        copies = dict(zip(body.find_nodes(op="placeholder"), tensors, strict=True))
+        for inner in body.nodes:
+            if inner.op == "call_function":
+                copies[inner] = self.graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta = {"val": self._static(inner.meta["val"])}
+                self.origins[copies[inner]] = node
+        returned = body.output_node().args[0]
+        if isinstance(returned, Node):
+            return copies[returned]
+        return torch.fx.map_arg(returned, copies.__getitem__)  # type: ignore[return-value]
+
+    def _decomposition(self, target: Any, args: tuple, kwargs: dict) -> Graph:
+        """``target`` in core ATen, from its tensors to what it returns."""
+        given = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        leaves, structure = pytree.tree_flatten(given)
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        key = (target, structure, *(_form(leaf) for leaf in leaves))
+        if key not in self._decomposed:
+
+            def run(*tensors: torch.Tensor) -> Any:
+                filled = list(leaves)
+                for i, tensor in zip(where, tensors, strict=True):
+                    filled[i] = tensor
+                args, kwargs = pytree.tree_unflatten(filled, structure)
+                return target(*args, **kwargs)
+
+            with torch.no_grad():
+                traced = make_fx(run, decomposition_table=_decompositions())(*(leaves[i] for i in where))
+            traced.graph.eliminate_dead_code()
+            self._decomposed[key] = traced.graph
+        return self._decomposed[key]
+
+    def _write(self, base: Node, written: Node) -> None:
+        """Let what reads ``base`` from here on read ``written``, and what it is a part of as well."""
+        while is_view(base):
+            self._values[base] = written
+            part, base = base, base.args[0]  # type: ignore[assignment]
+            scatter = _SCATTERS.get(op(part))
+            if scatter is not None:
+                whole = self._values[base]
+                written = self.graph.call_function(scatter, (whole, written))
+                written.meta["val"] = whole.meta["val"]
+                self.origins[written] = part
+        self._values[base] = written
+
+    def _static(self, val: Any) -> Any:
+        """``val`` with the sizes of the example."""
+        if isinstance(val, (tuple, list)):
+            return type(val)(map(self._static, val))
+        if not isinstance(val, torch.Tensor):
+            return _hint(val)
+        with self._mode:
+            sizes, strides = map(_hint, val.shape), map(_hint, val.stride())
+            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=val.dtype)
+
+
+# A reshape of what lies in another order is a copy and a view, with no integers between them.
+_RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+
+
+@functools.cache
+def _decompositions() -> dict[torch._ops.OperatorBase, Callable]:
+    return dict(core_aten_decompositions())
+
+
+def _is_tensor(val: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(val))
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether ``node`` is a slice that leaves nothing out."""
+    return op(node) is aten.slice.Tensor and node.meta["val"].shape == node.args[0].meta["val"].shape
+
+
+def _hint(size: Any) -> Any:
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def _form(leaf: Any) -> Any:
+    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, FakeTensor) else (type(leaf), leaf)
+
+
+def _decomposes(target: Any) -> bool:
+    """Whether ``target`` is traced to core ATen; what is there already need not be, and what depends on data can not."""
+    unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return isinstance(target, torch._ops.OpOverload) and not (unknown | {torch.Tag.core}) & set(target.tags)
