@@ -181,7 +181,7 @@ def lower_to_edge(
 
     Args:
         program: In core ATen, which is lowered where there is no delegate.
-        source: The pre-dispatch program, which is lowered where there is one. The same as ``program`` where it was not decomposed.
+        source: The pre-dispatch program, which is lowered where there is one; ``program`` itself where it was not decomposed.
         delegate: As :meth:`quantflow.CoreAten.to_edge` takes it.
         refused: Names of edge nodes.
 
