@@ -27,7 +27,7 @@ import quantflow as qf
 from quantflow.graph.aten import op, set_argument
 from quantflow.graph.modes import BATCH_NORM
 from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.observers import SettledObserver
+from quantflow.observers import FixedQParamsObserver
 from quantflow.observers.observation import observer_of
 from quantflow.qparams.qparams import choose_qparams
 from quantizers import XNNPACKQuantizer
@@ -123,7 +123,7 @@ def clipped_range(subject: Subject, draw: random.Random) -> tuple[GraphModule, s
     kept = draw.uniform(0.2, 0.5)
     limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
     grid = choose_qparams(low * kept, high * kept, symmetric=False, **limits)
-    prepared.set_submodule(str(node.target), SettledObserver.like(observer, *grid))
+    prepared.set_submodule(str(node.target), FixedQParamsObserver.like(observer, *grid))
     return prepared, _chain(node.args[0])
 
 

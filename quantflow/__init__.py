@@ -12,11 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantflow.analysis.accuracy_control import Budget
+    from quantflow.analysis.accuracy_control import AccuracyControl
     from quantflow.analysis.diagnose import diagnose
     from quantflow.analysis.diagnosis import Diagnosis
     from quantflow.analysis.probe import probe
-    from quantflow.analysis.probe_result import Probing
+    from quantflow.analysis.probe_result import ProbeResult
     from quantflow.analysis.sensitivity import Sensitivities, sensitivity
     from quantflow.calibration.calibrate import calibrate
     from quantflow.capture.export import export
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from quantflow.lowering.core_aten import CoreAten
     from quantflow.lowering.program import Program, load
     from quantflow.mixed_precision.search import search
-    from quantflow.mixed_precision.search_result import Found
+    from quantflow.mixed_precision.search_result import SearchResult
     from quantflow.observers.fake_quantize import FakeQuantize
     from quantflow.observers.learned_step_size import LearnedStepSize
     from quantflow.pipeline.quantize import Result, quantize
     from quantflow.preparation.prepare import prepare
-    from quantflow.ptq.recover import Recovered, recover
+    from quantflow.ptq.recover import RecoveryResult, recover
     from quantflow.reporting.report import report
     from quantflow.training import Checkpoints, Distillation, History, Schedule, train
 
@@ -47,7 +47,7 @@ _HOMES = {
     "conversion.convert": ("convert",),
     "lowering.core_aten": ("CoreAten",),
     "errors": ("QuantflowError", "QuantflowWarning"),
-    "analysis": ("Budget", "Diagnosis", "Probing", "Sensitivities", "diagnose", "probe", "sensitivity"),
+    "analysis": ("AccuracyControl", "Diagnosis", "ProbeResult", "Sensitivities", "diagnose", "probe", "sensitivity"),
     "capture.export": ("export",),
     "capture.exported": ("Exported",),
     "graph.graph_module": ("TrainableGraphModule",),
@@ -58,34 +58,34 @@ _HOMES = {
     "lowering.program": ("Program", "load"),
     "pipeline.quantize": ("Result", "quantize"),
     "data.sample": ("Sample",),
-    "ptq": ("Recovered", "recover"),
+    "ptq": ("RecoveryResult", "recover"),
     "reporting": ("report",),
-    "mixed_precision": ("Found", "search"),
+    "mixed_precision": ("SearchResult", "search"),
     "training": ("Checkpoints", "Distillation", "History", "Schedule", "train"),
     "evaluation": ("Verification", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Budget",
+    "AccuracyControl",
     "Checkpoints",
     "CoreAten",
     "Diagnosis",
     "Distillation",
     "Exported",
     "FakeQuantize",
-    "Found",
     "History",
     "Inspection",
     "LearnedStepSize",
-    "Probing",
+    "ProbeResult",
     "Program",
     "QuantflowError",
     "QuantflowWarning",
-    "Recovered",
+    "RecoveryResult",
     "Result",
     "Sample",
     "Schedule",
+    "SearchResult",
     "Sensitivities",
     "TrainableGraphModule",
     "Verification",

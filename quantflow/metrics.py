@@ -49,7 +49,7 @@ def right(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
 
 
 @dataclass
-class Comparison:
+class OutputComparison:
     """One output beside a reference, of any shape."""
 
     rows: float = 0.0

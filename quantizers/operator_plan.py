@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Fate:
+class OperatorPlan:
     """One row of a plan.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, op, short_name
 from quantflow.graph.batch_norm import normed_layer
-from quantflow.graph.partitioning import stages
+from quantflow.graph.partitioning import delegate_calls
 from quantizers.kernels import FloatKernels
 
 
@@ -71,7 +71,7 @@ def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: Floa
             delegated.add(node)
         else:
             outside.add(origin)
-    found = stages(lowered.graph, delegated)
+    found = delegate_calls(lowered.graph, delegated)
     return Forecast(len({found[node] for node in delegated}), floating, portable, frozenset(outside))
 
 

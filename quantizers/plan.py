@@ -28,7 +28,7 @@ from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.text_table import aligned
 from quantizers.kernels import FloatKernels
-from quantizers.operator_plan import Fate
+from quantizers.operator_plan import OperatorPlan
 from quantizers.override import Override
 from quantizers.partition_forecast import Forecast, forecast
 from quantizers.rule import Refusal, Rule
@@ -37,7 +37,7 @@ from quantizers.scheme import Scheme
 
 @dataclass(frozen=True)
 class Decision:
-    """The fate of one operator and of what is fused behind it.
+    """The operator of one operator and of what is fused behind it.
 
     Attributes:
         nodes: The operator's node, then the batch norm and the clamp fused with it.
@@ -107,7 +107,7 @@ class Plan:
         return self.forecast.calls if self.forecast is not None else None
 
     @cached_property
-    def islands(self) -> tuple[Decision, ...]:
+    def float_islands(self) -> tuple[Decision, ...]:
         """What stays in float between integers: behind some, and before others. Not so where integers are dynamic: these are
         within an operator, and all that lies between operators is float.
         """
@@ -127,21 +127,21 @@ class Plan:
         """Whether some part of what ``decision`` computes is known to be left to portable kernels."""
         return self.forecast is not None and not self.forecast.outside.isdisjoint(decision.nodes)
 
-    def matters(self, decision: Decision) -> tuple[float, float] | None:
+    def effective_range(self, decision: Decision) -> tuple[float, float] | None:
         """The part of the range of what ``decision`` computes that its only reader needs; None for all of it."""
         user = only_user(decision.tail)
         reader = self._readers.get(user) if user is not None else None
-        return reader.rule.matters if reader is not None and reader.rule is not None else None
+        return reader.rule.effective_range if reader is not None and reader.rule is not None else None
 
     @cached_property
     def _readers(self) -> dict[Node, Decision]:
         return {d.node: d for d in self.integer}
 
     @property
-    def fates(self) -> tuple[Fate, ...]:
+    def operators(self) -> tuple[OperatorPlan, ...]:
         """The decisions in plain words, for tables and reports."""
         return tuple(
-            Fate(
+            OperatorPlan(
                 layer(d.node),
                 d.node.name,
                 tuple(short_name(op(n)) for n in d.nodes),
@@ -154,15 +154,17 @@ class Plan:
 
     def to_json(self) -> str:
         """What becomes of each operator, and how often the delegate is called (null where not known), as a JSON object."""
-        return json.dumps({"operators": [asdict(fate) for fate in self.fates], "calls": self.calls}, indent=2)
+        return json.dumps(
+            {"operators": [asdict(operator) for operator in self.operators], "calls": self.calls}, indent=2
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "node", "operators", "becomes", "why not")]
-        for f in self.fates:
+        for f in self.operators:
             rows.append((f.layer or "-", f.node, " + ".join(f.operators), f.becomes, f.reason))
         total = f"{len(self.integer)} of {len(self.decisions)} operators become integers"
-        if self.islands:
-            total += f", {len(self.islands)} stay in float between them"
+        if self.float_islands:
+            total += f", {len(self.float_islands)} stay in float between them"
         if self.calls is not None:
             total += f"; the delegate is called {self.calls} times" if self.calls != 1 else "; in one delegate call"
         return "\n".join([*aligned(rows), total])
@@ -281,7 +283,7 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
-    refusals = rule.refusals if decision.override is not None else rule.refusals + rule.unless_asked
+    refusals = rule.refusals if decision.override is not None else rule.refusals + rule.soft_refusals
     return next((said for refuse in refusals if (said := refuse(decision.node))), "")
 
 

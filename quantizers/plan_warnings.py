@@ -13,7 +13,7 @@ from quantizers.plan import Decision, Plan
 _NAMED = 5
 
 
-def complain(plan: Plan, *, strict: bool) -> None:
+def warn_of_unmet_requests(plan: Plan, *, strict: bool) -> None:
     """Warn of the layers that overrides ask in integers and that stay in float, one warning an override; and, in one, of float
     between integers that leaves the delegate, but for what was skipped.
 
@@ -24,7 +24,7 @@ def complain(plan: Plan, *, strict: bool) -> None:
         reasons = "; ".join(dict.fromkeys(d.reason for d in refused))
         remedy = "print(quantizer.plan(graph)) tells why; leave it out of the override, or change the layer"
         _complain(f"stays in float, though override {override} asks for integers: {reasons}", refused, remedy, strict)
-    leaving = [d for d in plan.islands if plan.outside(d) and d.asked is not None]
+    leaving = [d for d in plan.float_islands if plan.outside(d) and d.asked is not None]
     if leaving:
         kinds = ", ".join(dict.fromkeys(short_name(op(d.node)) for d in leaving))
         reason = f"float between integers, which no delegate runs ({kinds}): the program calls it {plan.calls} times"

@@ -30,10 +30,10 @@ class Rule:
         output: ``"own"``: the output has a range of its own, observed behind what is fused. ``"shared"``: the output lies
             on the grid of the inputs, and only follows inputs that are integers already.
         dynamic: Whether the backend also has it with ranges taken at run time.
-        matters: The part of the input's range outside of which the output hardly changes (a sigmoid beyond ±8): the grid of
-            an input that nothing else reads is kept to it.
+        effective_range: The part of the input's range outside of which the output hardly changes (a sigmoid beyond ±8): the
+            range of an input that nothing else reads is kept to it.
         refusals: Checks on the node; the first that returns a reason keeps it in float.
-        unless_asked: Checks as those, for what the backend runs in integers but is better in float: an override that asks for
+        soft_refusals: Checks as those, for what the backend runs in integers but is better in float: an override that asks for
             integers outweighs them.
     """
 
@@ -47,6 +47,6 @@ class Rule:
     clamps: frozenset[OpOverload] = frozenset()
     output: Literal["own", "shared"] = "own"
     dynamic: bool = False
-    matters: tuple[float, float] | None = None
+    effective_range: tuple[float, float] | None = None
     refusals: tuple[Refusal, ...] = ()
-    unless_asked: tuple[Refusal, ...] = ()
+    soft_refusals: tuple[Refusal, ...] = ()

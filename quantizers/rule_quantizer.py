@@ -20,7 +20,7 @@ from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Decision, Plan, make_plan
-from quantizers.plan_warnings import complain
+from quantizers.plan_warnings import warn_of_unmet_requests
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme
 from quantizers.symmetry import symmetric_grids
@@ -114,11 +114,11 @@ class RuleQuantizer(Quantizer):
             QuantflowError: at stage ``"plan"``, for what else is a warning, where the quantizer is ``strict``.
         """
         plan = self._plan(model)
-        complain(plan, strict=self.strict)
+        warn_of_unmet_requests(plan, strict=self.strict)
         edges = quantized_edges(plan)
         symmetric = symmetric_grids(plan, edges)
         for decision in plan.integer:
-            _annotate(decision, plan.matters(decision), edges, symmetric)
+            _annotate(decision, plan.effective_range(decision), edges, symmetric)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -126,7 +126,7 @@ class RuleQuantizer(Quantizer):
 
 
 def _annotate(
-    decision: Decision, matters: tuple[float, float] | None, edges: Edges, symmetric: Set[EdgeOrNode]
+    decision: Decision, effective_range: tuple[float, float] | None, edges: Edges, symmetric: Set[EdgeOrNode]
 ) -> None:
     rule, scheme, node = decision.rule, decision.scheme, decision.node
     assert rule is not None
@@ -151,7 +151,7 @@ def _annotate(
         _annotation(member)._annotated = True
     if not scheme.activation.dynamic:
         grid = centred if decision.tail in symmetric else scheme.activation
-        _annotation(decision.tail).output_qspec = shared or grid.spec(matters=matters)
+        _annotation(decision.tail).output_qspec = shared or grid.spec(effective_range=effective_range)
 
 
 def _annotation(node: Node) -> QuantizationAnnotation:

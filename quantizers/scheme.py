@@ -44,19 +44,23 @@ class TensorScheme:
             reason, remedy = f"groups of {self.group} are symmetric, with min_max ranges", "symmetric=True, group=32"
             raise QuantflowError("plan", reason, node="group", remedy=remedy)
 
-    def spec(self, axis: int = 0, matters: tuple[float, float] | None = None) -> QuantizationSpec:
-        """The torchao spec, for a tensor with output channels in dimension ``axis``, of whose range a part ``matters``."""
+    def spec(self, axis: int = 0, effective_range: tuple[float, float] | None = None) -> QuantizationSpec:
+        """The torchao spec, for a tensor with output channels in dimension ``axis`` and values that may saturate beyond
+        ``effective_range``.
+        """
         top = 2 ** (self.bits - 1)
         observer: Any = OBSERVERS[self.observer][self.per_channel]
         if self.group:
             observer = PerGroupMinMaxObserver.with_args(group=self.group)
+        if effective_range is not None:
+            observer = observer.with_args(effective_range=effective_range)
         kind = (
             "per_channel" if self.per_channel or self.group else "per_tensor",
             "symmetric" if self.symmetric else "affine",
         )
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=observer if matters is None else observer.with_args(matters=matters),
+            observer_or_fake_quant_ctr=observer,
             quant_min=1 - top if self.symmetric else -top,
             quant_max=top - 1,
             qscheme=getattr(torch, "_".join(kind)),

@@ -9,10 +9,10 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import quantflow as qf
 from quantflow.graph.aten import clamp_limits
 from quantflow.observers.observation import qparams_of
-from quantflow.ptq import adaround, compensate
-from quantflow.ptq.adaround.learned_rounding import Rows, learn_rounding
-from quantflow.ptq.adaround.soft_rounding import SoftRounding
-from quantflow.simulation.float_weights import attribute, original, restored
+from quantflow.ptq import adaround, reconstruct_weights
+from quantflow.ptq.adaptive_rounding.learned_rounding import Rows, learn_rounding
+from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding
+from quantflow.simulation.float_weights import attribute, float_weight, with_float_weights
 from quantflow.simulation.interpreter import evaluate, outputs
 from quantflow.simulation.paired_interpreter import side_by_side
 from quantflow.simulation.quantized_layers import quantized_layers
@@ -70,9 +70,9 @@ def test_no_output_errs_more_and_weights_stay_on_their_grid(name, scheme):
     integers = position.round() + zero_point
     assert integers.min() >= limits[0]
     assert integers.max() <= limits[1]
-    floats = original(layer.weight.args[0], weight) / scale + zero_point
+    floats = float_weight(layer.weight.args[0], weight) / scale + zero_point
     assert ((integers - floats.clamp(*limits)).abs() <= 1 + 1e-3).all()
-    assert torch.equal(original(layer.weight.args[0], weight), next(model.parameters()))
+    assert torch.equal(float_weight(layer.weight.args[0], weight), next(model.parameters()))
     ((simulated,),) = outputs(rounded, [(x,)], integers=True)
     torch.testing.assert_close(qf.convert(rounded)(x), simulated, rtol=1e-4, atol=1e-4)
 
@@ -135,16 +135,16 @@ def test_passes_compose_and_measure_against_the_float_network():
     model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)), ROWS
     graph = calibrated(model, x)
     rounded = adaround(graph, [x], iterations=60, progress=False)
-    fitted = compensate(rounded, [(part,) for part in x.split(32)], progress=False)
-    before = restored(fitted)
+    fitted = reconstruct_weights(rounded, [(part,) for part in x.split(32)], progress=False)
+    before = with_float_weights(fitted)
     assert all(torch.equal(before.state_dict()[k], v) for k, v in model.state_dict().items())
     with torch.no_grad():
         torch.testing.assert_close(before(x), model(x))
         sample = qf.Sample()
         qf.calibrate(rounded, [x], sample=sample, progress=False)
-        judge = sample.batches()[3::4]
+        held_out = sample.batches()[3::4]
         wanted, found = (
-            torch.cat([o[0] for o in outputs(g, judge, integers=i)]) for g, i in ((graph, 0), (rounded, 1))
+            torch.cat([o[0] for o in outputs(g, held_out, integers=i)]) for g, i in ((graph, 0), (rounded, 1))
         )
     recovered = qf.recover(rounded, sample, progress=False)
     assert recovered.steps[0].sqnr == pytest.approx(sqnr(wanted, found), abs=0.01)
@@ -152,10 +152,10 @@ def test_passes_compose_and_measure_against_the_float_network():
 
 def test_weights_on_their_grid_already_are_named():
     x = ROWS
-    graph = compensate(
+    graph = reconstruct_weights(
         calibrated(nn.Sequential(nn.Linear(16, 8)), x), [(part,) for part in x.split(100)], progress=False
     )
-    with pytest.warns(qf.QuantflowWarning, match="before compensate") as warned:
+    with pytest.warns(qf.QuantflowWarning, match="before reconstruct_weights") as warned:
         adaround(graph, [x], progress=False)
     assert "0 (linear)" in str(warned[0].message)
 

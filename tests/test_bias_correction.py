@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import quantflow as qf
 from quantflow.ptq import correct_bias
 from quantflow.ptq.bias_correction.clipped_normal import clipped_normal
-from quantflow.simulation.float_weights import restored
+from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.interpreter import outputs
 from quantizers import W4A8, XNNPACKQuantizer
 
@@ -110,7 +110,7 @@ def test_what_is_corrected_is_corrected_once(data):
     twice = correct_bias(pickle.loads(pickle.dumps(once)), given, progress=False)
     for key, tensor in once.state_dict().items():
         torch.testing.assert_close(twice.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
-    before = restored(twice)
+    before = with_float_weights(twice)
     assert all(torch.equal(before.state_dict()[k], v) for k, v in graph.state_dict().items())
 
 

@@ -11,9 +11,10 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.observers.observation import qparams_of
-from quantflow.ptq import adaround, block_rounding, sensitivity
-from quantflow.ptq.adaround.blocks import blocks
-from quantflow.simulation.float_weights import attribute, original, restored
+from quantflow.ptq import adaround, output_gradients
+from quantflow.ptq.adaptive_rounding import block
+from quantflow.ptq.adaptive_rounding.blocks import blocks
+from quantflow.simulation.float_weights import attribute, float_weight, with_float_weights
 from quantflow.simulation.interpreter import outputs
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, W4A8, Scheme, XNNPACKQuantizer
@@ -68,7 +69,7 @@ def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, schem
     for layer in quantized_layers(rounded).values():
         weight = attribute(rounded, layer.weight.args[0])
         scale, zero_point = (q.reshape(-1, *[1] * (weight.ndim - 1)) for q in qparams_of(layer.observer))
-        floats = original(layer.weight.args[0], weight) / scale + zero_point
+        floats = float_weight(layer.weight.args[0], weight) / scale + zero_point
         integers = weight / scale + zero_point
         if torch.equal(floats, integers):
             continue  # it kept what it had
@@ -120,7 +121,7 @@ def test_a_graph_that_stock_torchao_prepared_passes_compose_and_memory_of_the_fl
     qf.calibrate(prepared, [inputs], progress=False)
     rounded = adaround(prepared, [inputs], together=3, iterations=100, progress=False)
     with torch.no_grad():
-        torch.testing.assert_close(restored(rounded)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(with_float_weights(rounded)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
     with pytest.warns(qf.QuantflowWarning, match="on their grid already"):
         twice = adaround(rounded, [inputs], together=3, iterations=100, progress=False)
     assert all(torch.equal(x, twice.state_dict()[k]) for k, x in rounded.state_dict().items())
@@ -139,17 +140,17 @@ class Halves(nn.Module):
 
 
 def _left_errors(seed):
-    """The error of the places that the head reads, with and without their prices; None where no rounding is found."""
+    """The error of the places that the head reads, with and without their gradients; None where no rounding is found."""
     torch.manual_seed(seed)
     mixing = torch.randn(2, 8, 8) * torch.tensor([1, 3]).reshape(2, 1, 1)  # of channels, another in each half
     left, right = (torch.einsum("oc,nchw->nohw", m, torch.randn(64, 8, 4, 4)) for m in mixing)
     sample, x = qf.Sample(64), torch.cat([left, right], 3)
     graph = calibrated(Halves(), (x,), W4A8, sample)
-    prices = sensitivity(graph, sample.batches(), progress=False)
+    gradients = output_gradients(graph, sample.batches(), progress=False)
     end = blocks(graph, quantized_layers(graph), 2)[0].ends[0].name
 
-    def error(prices):
-        rounded = adaround(graph, sample, prices, together=2, iterations=200, progress=False)
+    def error(gradients):
+        rounded = adaround(graph, sample, gradients, together=2, iterations=200, progress=False)
         with torch.no_grad():
             found, wanted = (
                 {node.name: y for node, y in values_of(g, (x,), i).items()}[end] for g, i in ((rounded, 1), (graph, 0))
@@ -157,7 +158,7 @@ def _left_errors(seed):
         return float((found - wanted)[..., :4].square().mean() / wanted[..., :4].square().mean())
 
     try:
-        return error(prices), error(None)
+        return error(gradients), error(None)
     except qf.QuantflowWarning as warning:
         if "no rounding was found" not in str(warning):
             raise
@@ -212,7 +213,7 @@ CASES = {  # words of the warning: model
 @pytest.mark.parametrize("words", CASES)
 def test_what_is_no_block_is_named_and_learned_layer_by_layer(words, monkeypatch):
     if words == "too large to hold":
-        monkeypatch.setattr(block_rounding, "MEMORY", 1)
+        monkeypatch.setattr(block, "MEMORY", 1)
     sample = qf.Sample()
     graph = calibrated(CASES[words], (NETWORKS["chain"][1][0],), W4A8, sample)
     with pytest.warns(qf.QuantflowWarning, match=rf"linear\).*linear_1\).*{words}.*one by one"):

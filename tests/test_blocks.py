@@ -7,7 +7,7 @@ import torch
 from block_networks import NETWORKS, calibrated, values_of
 
 from quantflow.observers.observation import observer_of
-from quantflow.ptq.adaround.blocks import blocks
+from quantflow.ptq.adaptive_rounding.blocks import blocks
 from quantflow.simulation.interpreter import value_at
 from quantflow.simulation.quantized_layers import quantized_layers
 

@@ -12,7 +12,7 @@ from torchvision import models
 
 import quantflow as qf
 from quantflow.analysis.accuracy_control import _fewest, keep_within
-from quantflow.analysis.evaluator import Judge
+from quantflow.analysis.evaluator import Evaluator
 from quantflow.analysis.layers import layers_of, observers_in, still_quantized
 from quantflow.simulation.interpreter import outputs
 from quantflow.simulation.partial import PartialNetwork
@@ -50,7 +50,7 @@ def test_the_planted_layer_is_the_one_reverted(planted):
     model, x, labels = planted
     data = list(zip(x.split(50), labels.split(50), strict=True))
     result = qf.quantize(model, (x[:7],), data, recover=False, max_drop=0.02, progress=False)
-    budget = result.report.budget
+    budget = result.report.accuracy_control
     assert [layer.layer for layer in budget.reverted] == ["planted"]
     assert budget.labelled
     assert budget.holds
@@ -65,9 +65,9 @@ def test_the_planted_layer_is_the_one_reverted(planted):
 def test_nothing_is_reverted_where_the_budget_holds_already(planted):
     _, x, _ = planted
     result = qf.quantize(Classifier().eval(), (x[:50],), x.split(50), recover=False, max_drop=0.1, progress=False)
-    assert result.report.budget.reverted == ()
-    assert not result.report.budget.labelled
-    assert len(result.report.budget.tried) == 1
+    assert result.report.accuracy_control.reverted == ()
+    assert not result.report.accuracy_control.labelled
+    assert len(result.report.accuracy_control.tried) == 1
 
 
 def test_a_budget_out_of_reach_gives_the_best_found_and_says_so(planted):
@@ -78,12 +78,12 @@ def test_a_budget_out_of_reach_gives_the_best_found_and_says_so(planted):
     costs = qf.sensitivity(prepared, [x], progress=False)
     program = qf.export(model, (x[:50],)).to_core_aten().to_edge().to_executorch()
     built = type("Built", (), {"program": program})
-    judge = Judge(graph, [(x, torch.randint(6, (200,)))])
+    evaluator = Evaluator(graph, [(x, torch.randint(6, (200,)))])
     with pytest.warns(qf.QuantflowWarning, match="were allowed"):
-        kept = keep_within(-1.0, judge, built, lambda names: built, prepared, lambda: costs)
-    assert not kept.budget.holds
-    assert kept.budget.reverted == ()  # no more in float than brings something
-    assert max(count for count, _ in kept.budget.tried) == len(costs.layers) - 1
+        kept = keep_within(-1.0, evaluator, built, lambda names: built, prepared, lambda: costs)
+    assert not kept.accuracy_control.holds
+    assert kept.accuracy_control.reverted == ()  # no more in float than brings something
+    assert max(count for count, _ in kept.accuracy_control.tried) == len(costs.layers) - 1
 
 
 def test_the_fewest_that_hold():
@@ -102,9 +102,9 @@ def test_the_drop_is_the_same_in_any_order_of_the_data(planted):
             order = torch.randperm(len(x))
             return iter(list(zip(x[order].split(33), (labels[order] + (order % 5 == 0)).split(33), strict=True)))
 
-    judge = Judge(graph, Shuffled())
-    assert judge.drop_on_runtime(program) == 0
-    assert judge.drop_of(lambda flat: [-graph(flat[0])]) > 0.5
+    evaluator = Evaluator(graph, Shuffled())
+    assert evaluator.drop_on_runtime(program) == 0
+    assert evaluator.drop_of(lambda flat: [-graph(flat[0])]) > 0.5
 
 
 def test_still_quantized_is_what_a_quantizer_with_overrides_quantizes():
@@ -163,13 +163,15 @@ def test_a_budget_that_nothing_meets_leaves_what_can_be_quantized():
     wrong = [
         (x, (model(x).argmax(1) + 1) % 5) for x in data
     ]  # float is right nowhere; no drop at all, whatever is done
-    assert qf.quantize(model, (data[0][:1],), data, max_drop=0, validation=wrong, progress=False).report.budget.holds
+    assert qf.quantize(
+        model, (data[0][:1],), data, max_drop=0, validation=wrong, progress=False
+    ).report.accuracy_control.holds
     close = [(x, model(x).argmax(1)) for x in (torch.randn(2000, 3, 8, 8),)]
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         budget = qf.quantize(
             model, (data[0][:1],), data, max_drop=0, validation=close, recover=False, progress=False
-        ).report.budget
+        ).report.accuracy_control
     assert budget.drop >= 0
     assert budget.tried[0][0] == 0
 
@@ -215,7 +217,7 @@ def test_mobilenet_v3_meets_its_budget_with_few_layers_in_float(mobilenet):
         assert sum(int((model(x).argmax(1) == y).sum()) for x, y in held_out) > 0.7 * 200
     data = [images[:16]]
     result = qf.quantize(model, (images[:1],), data, recover=False, max_drop=0.005, validation=held_out, progress=False)
-    budget = result.report.budget
+    budget = result.report.accuracy_control
     assert budget.holds
     assert budget.drop <= 0.005
     assert budget.tried[0][1] > 0.1

@@ -71,20 +71,20 @@ def test_ptq_writes_what_it_scored(made):
 
 
 def test_layers_are_not_chosen_on_what_is_reported(made, tmp_path, monkeypatch):
-    """Which images choose and which are scored, as the judge and the verification see them."""
+    """Which images choose and which are scored, as the evaluator and the verification see them."""
     folder, _ = made
     seen = {}
-    judge, verify = qf.quantize.__globals__["Judge"], qf.verify
+    evaluator, verify = qf.quantize.__globals__["Evaluator"], qf.verify
 
     def judged(graph, data, inputs):
         seen["chosen"] = [hash(x.numpy().tobytes()) for batch, _ in data for x in batch]
-        return judge(graph, data, inputs)
+        return evaluator(graph, data, inputs)
 
     def verified(stages, data):
         seen["scored"] = [hash(x.numpy().tobytes()) for batch, _ in data for x in batch]
         return verify(stages, data)
 
-    monkeypatch.setitem(qf.quantize.__globals__, "Judge", judged)
+    monkeypatch.setitem(qf.quantize.__globals__, "Evaluator", judged)
     monkeypatch.setattr(qf, "verify", verified)
     arguments = [
         "ptq",

@@ -106,10 +106,10 @@ SMALL = {
 @pytest.mark.filterwarnings("ignore::quantflow.QuantflowWarning")
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks(name):
-    model, calls, islands = SMALL[name]
+    model, calls, float_islands = SMALL[name]
     plan = hold_together(model, IMAGE, XNNPACKQuantizer())
     assert plan.calls == calls
-    assert bool(plan.islands) == bool(islands)
+    assert bool(plan.float_islands) == bool(float_islands)
     assert any(map(plan.outside, plan.decisions)) == (calls > 1)
 
 

@@ -115,6 +115,6 @@ def test_the_scheme_survives_json():
 def test_state_of_the_observer_survives_a_checkpoint():
     observer, weight = PerGroupMinMaxObserver(32, quant_min=-7, quant_max=7), torch.randn(4, 64)
     observer(weight)
-    restored = PerGroupMinMaxObserver(32, quant_min=-7, quant_max=7)
-    restored.load_state_dict(observer.state_dict())
-    assert all(map(torch.equal, restored.calculate_qparams(), observer.calculate_qparams()))
+    with_float_weights = PerGroupMinMaxObserver(32, quant_min=-7, quant_max=7)
+    with_float_weights.load_state_dict(observer.state_dict())
+    assert all(map(torch.equal, with_float_weights.calculate_qparams(), observer.calculate_qparams()))

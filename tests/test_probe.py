@@ -1,4 +1,4 @@
-"""Probing: what the runtime has within the delegate is what the graph says, and where it is not, that operator is named."""
+"""ProbeResult: what the runtime has within the delegate is what the graph says, and where it is not, that operator is named."""
 
 import itertools
 import json
@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.analysis.intermediate_outputs import tapped, taps_of
-from quantflow.analysis.probe_result import Probed, Probing
+from quantflow.analysis.intermediate_outputs import intermediate_outputs_of, with_intermediate_outputs
+from quantflow.analysis.probe_result import Probed, ProbeResult
 from quantflow.delegates.xnnpack.delegate import Xnnpack
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
@@ -32,13 +32,17 @@ def network():
 
 def test_taps_change_nothing_and_hold_what_the_graph_computes(network):
     converted = qf.convert(network[1])
-    taps = taps_of(converted)
-    opened = tapped(converted, taps)
+    intermediates = intermediate_outputs_of(converted)
+    opened = with_intermediate_outputs(converted, intermediates)
     with torch.no_grad():
         y, *values = opened(X)
         assert torch.equal(y, converted(X))
-    assert len(values) == len(taps)
-    grids = [(value / tap.step) for value, tap in zip(values, taps, strict=True) if tap.step is not None]
+    assert len(values) == len(intermediates)
+    grids = [
+        (value / intermediate.step)
+        for value, intermediate in zip(values, intermediates, strict=True)
+        if intermediate.step is not None
+    ]
     assert grids
     assert all(torch.allclose(grid, grid.round(), atol=1e-3) for grid in grids)
 
@@ -208,7 +212,7 @@ def test_calls_of_several_shapes():
 
 def test_no_number_is_first_and_written_as_such():
     good, bad = (Probed("n", "", "add", None, local, None, 0.0, local, None) for local in (100.0, float("nan")))
-    found = Probing((good, bad), 1, 1)
+    found = ProbeResult((good, bad), 1, 1)
     assert found.ranked()[0] is bad
     assert [t["local"] for t in json.loads(found.to_json())["tensors"]] == [100.0, "nan"]
 
@@ -230,7 +234,7 @@ def test_a_network_with_state_and_a_picture_that_can_not_be_written_are_named(ne
         qf.probe(prepared, [X], progress=False)
     assert (raised.value.stage, raised.value.node) == ("probe", "count")
     assert torch.equal(prepared.get_buffer("count"), before)
-    found = Probing((Probed("n", "", "add", None, 1.0, None, 0.0, 1.0, None),), 1, 1)
+    found = ProbeResult((Probed("n", "", "add", None, 1.0, None, 0.0, 1.0, None),), 1, 1)
     for path in ("no/such/folder/a.png", "a.nothing"):
         with pytest.raises(qf.QuantflowError) as raised:
             found.plot(path)

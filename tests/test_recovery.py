@@ -12,13 +12,13 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.observers.observation import observers_of
-from quantflow.ptq import compensate, settle_ranges
+from quantflow.ptq import optimize_ranges, reconstruct_weights
 from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
 from quantflow.signature.signature import DynamicDim, Input, Signature
 from quantflow.simulation.interpreter import outputs
-from quantflow.simulation.output_gradients import sensitivity
+from quantflow.simulation.output_gradients import output_gradients
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, W4A8, XNNPACKQuantizer
 
@@ -178,7 +178,7 @@ def test_a_range_spends_no_levels_on_what_no_output_depends_on(leak):
     quantizer = XNNPACKQuantizer(skip=[lambda node: "clamp" in node.name or "add" in node.name or "mul" in node.name])
     graph = calibrated(Capped(leak), (x,), [x], quantizer)
     name, observer = next((n, o) for n, o in observers_of(graph).items() if n.endswith("linear"))
-    found = observers_of(settle_ranges(graph, sensitivity(graph, [(x,)], progress=False)))[name]
+    found = observers_of(optimize_ranges(graph, output_gradients(graph, [(x,)], progress=False)))[name]
     width = float(found.scale) * 255
     full = float(observer.max_val - observer.min_val)
     assert width < full / 4 if leak == 0 else width > full / 2
@@ -189,7 +189,7 @@ def test_compensation_removes_the_mean_error_and_lowers_the_error_of_a_layer():
     x = torch.randn(512, 16) @ torch.randn(16, 16) + 2
     graph = calibrated(nn.Linear(16, 8), (x[:8],), [x], XNNPACKQuantizer(W4A8))
     batches = [(part,) for part in x.split(64)]
-    found = compensate(graph, batches, progress=False)
+    found = reconstruct_weights(graph, batches, progress=False)
     with torch.no_grad():
         reference = torch.cat([o[0] for o in outputs(graph, batches, integers=False)])
         before, after = (torch.cat([o[0] for o in outputs(g, batches, integers=True)]) for g in (graph, found))

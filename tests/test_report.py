@@ -18,7 +18,7 @@ import quantflow as qf
 from quantflow.reporting.operator_plans import graph, grouped
 from quantflow.reporting.report import _command
 from quantizers import XNNPACKQuantizer
-from quantizers.operator_plan import Fate
+from quantizers.operator_plan import OperatorPlan
 
 HOSTILE = '<script>alert("1")</script>&$x_1$'
 LAYER = HOSTILE.replace('"', "'")  # torch.fx takes no other quotes
@@ -119,7 +119,7 @@ def test_figures_are_those_of_the_parts(written, parts):
         assert told[name] == json.loads(parts[name].to_json())
     report = parts["result"].report
     assert told["quantization"] == json.loads(report.to_json())
-    assert told["quantization"]["budget"]["drop"] == report.budget.drop
+    assert told["quantization"]["accuracy-control"]["drop"] == report.accuracy_control.drop
     assert told["quantization"]["plan"]["calls"] == report.plan.calls
     assert told["program"]["bytes"] == len(parts["result"].program.buffer)
     assert told["program"]["delegation"]["calls"] == parts["result"].program.delegation.calls
@@ -127,13 +127,13 @@ def test_figures_are_those_of_the_parts(written, parts):
     for name in ("verification", "diagnosis", "sensitivities"):
         for row in parts[name].table():
             assert {cell for cell in row if cell} <= cells, name
-    for fate in report.plan.fates:
-        assert {fate.node, fate.becomes, " + ".join(fate.operators)} <= cells
+    for operator in report.plan.operators:
+        assert {operator.node, operator.becomes, " + ".join(operator.operators)} <= cells
 
 
 def test_the_summary_says_whether_it_holds(written, parts, tmp_path):
     assert "The budget holds" in written.read_text()
-    lost = dataclasses.replace(parts["result"].report.budget, drop=0.75)
+    lost = dataclasses.replace(parts["result"].report.accuracy_control, drop=0.75)
     report = dataclasses.replace(parts["result"].report, budget=lost)
     path = qf.report(tmp_path / "r.html", result=dataclasses.replace(parts["result"], report=report))
     assert "The budget does not hold: accuracy drops by 75.00%" in path.read_text()
@@ -173,9 +173,12 @@ def test_infinite_figures_can_be_drawn_and_told(parts, tmp_path):
 
 
 def test_large_groups_are_parted():
-    fates = [Fate(f"features.{i // 10}.conv", f"n{i}", ("conv2d",), "int8", False, "") for i in range(100)]
-    small = [Fate("head.fc", "fc", ("linear",), None, False, "no"), Fate("", "add", ("add",), None, True, "no")]
-    groups = grouped(fates + small)
+    operators = [OperatorPlan(f"features.{i // 10}.conv", f"n{i}", ("conv2d",), "int8", False, "") for i in range(100)]
+    small = [
+        OperatorPlan("head.fc", "fc", ("linear",), None, False, "no"),
+        OperatorPlan("", "add", ("add",), None, True, "no"),
+    ]
+    groups = grouped(operators + small)
     assert HOSTILE in Page(graph([dataclasses.replace(small[0], layer=HOSTILE)])).cells()
     assert list(groups) == [*(f"features.{i}" for i in range(10)), "head", "the model itself"]
     assert sum(len(members) for members in groups.values()) == 102

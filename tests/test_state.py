@@ -12,8 +12,8 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import quantflow as qf
 from quantflow.metrics import signal_to_noise as sqnr
-from quantflow.ptq import adaround, compensate, correct_bias
-from quantflow.simulation.output_gradients import sensitivity
+from quantflow.ptq import adaround, correct_bias, reconstruct_weights
+from quantflow.simulation.output_gradients import output_gradients
 from quantflow.simulation.paired_interpreter import side_by_side
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
@@ -418,7 +418,7 @@ def test_recovery_compares_with_the_float_network_where_both_share_what_is_writt
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         before = sqnr(expected, torch.cat([qf.convert(prepared)(*x) for x in data]))
-        for recover in (correct_bias, compensate):
+        for recover in (correct_bias, reconstruct_weights):
             recovered = qf.convert(recover(prepared, data, progress=False))
             assert sqnr(expected, torch.cat([recovered(*x) for x in data])) > before - 1
-    assert len(sensitivity(prepared, data, progress=False).rows) == len(layers)
+    assert len(output_gradients(prepared, data, progress=False).rows) == len(layers)

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 from torchvision.ops import StochasticDepth
 
 import quantflow as qf
-from quantflow.training.features import tapped
+from quantflow.training.features import recorded_features
 from quantizers import XNNPACKQuantizer
 
 mpl.use("Agg")
@@ -85,7 +85,11 @@ def test_features_are_drawn_to_the_teachers():
     layers = ("depthwise_bn", "head")  # what follows the first writes into its output
 
     def gap():
-        with tapped(student.eval(), layers) as ours, tapped(teacher, layers) as theirs, torch.no_grad():
+        with (
+            recorded_features(student.eval(), layers) as ours,
+            recorded_features(teacher, layers) as theirs,
+            torch.no_grad(),
+        ):
             student(X), teacher(X)
             return sum(float((a.take() - b.take()).square().mean()) for a, b in zip(ours, theirs, strict=True))
 
@@ -102,7 +106,7 @@ def test_features_are_drawn_to_the_teachers():
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_what_is_validated_and_converted_has_no_taps(ema):
-    """A layer whose output is tapped is folded with its batch norm all the same."""
+    """A layer whose output is recorded_features is folded with its batch norm all the same."""
     teacher = graph(qat=False).eval()
     student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
     convolutions = {n.args[0].name for n in student.graph.nodes if n.target is torch.ops.aten.batch_norm.default}
@@ -112,25 +116,25 @@ def test_what_is_validated_and_converted_has_no_taps(ema):
     qf.train(student, loader(), distill=qf.Distillation(teacher, features=(layer,)), **options, progress=False)
     assert convolutions
     assert len(seen) == 2
-    assert not any("taps" in code for code in seen)
+    assert not any("recorders" in code for code in seen)
     assert "batch_norm" not in seen[1]
 
 
 def test_a_feature_is_what_the_layer_gave_before_a_part_of_it_was_written():
     tokens, x, model = torch.arange(8), torch.randn(8, 4), WritesAPart().eval()
     captured = qf.export(model, (tokens, x)).module()
-    with tapped(captured, ["embedding"]) as (tap,), torch.no_grad():
+    with recorded_features(captured, ["embedding"]) as (recorder,), torch.no_grad():
         captured(tokens, x)
-        assert torch.equal(tap.take(), model.embedding(tokens))
+        assert torch.equal(recorder.take(), model.embedding(tokens))
 
 
-@pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to tap"), (None, "no layer 'nowhere'")])
+@pytest.mark.parametrize(("teacher", "words"), [(ConvNet(), "no nodes to recorder"), (None, "no layer 'nowhere'")])
 def test_features_that_are_not_there(teacher, words):
     student = graph()
     distill = qf.Distillation(teacher or graph(qat=False), features=("head",) if teacher else ("nowhere",))
     with pytest.raises(qf.QuantflowError, match=words):
         qf.train(student, loader(), distill=distill, progress=False)
-    assert "taps" not in student.code
+    assert "recorders" not in student.code
 
 
 def test_patience_stops_and_the_best_is_kept():

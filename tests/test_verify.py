@@ -13,7 +13,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 
 import quantflow as qf
 from quantflow.latency import measure
-from quantflow.metrics import Comparison, PairedDrop, right, signal_to_noise
+from quantflow.metrics import OutputComparison, PairedDrop, right, signal_to_noise
 from quantizers import XNNPACKQuantizer
 
 
@@ -42,7 +42,7 @@ def verify(stages, data, **options):
 
 def test_metrics_are_what_their_formulas_say():
     reference, approximation = torch.randn(40, 7), torch.randn(40, 7)
-    whole, parts = Comparison(), Comparison()
+    whole, parts = OutputComparison(), OutputComparison()
     whole.add(reference, approximation)
     for a, b in zip(reference.split(9), approximation.split(9), strict=True):
         parts.add(a, b)
@@ -311,7 +311,7 @@ def test_inputs_that_all_examples_share_are_sampled_and_judged():
     mask, shift = torch.rand(5, 5).tril(), torch.tensor([0.5])
     data = [((x, mask, shift), model(x, mask, shift).argmax(1)) for x in (torch.randn(7, 5, 6), torch.randn(3, 5, 6))]
     result = qf.quantize(model, (data[0][0][0][:2], mask, shift), data, max_drop=0.9, progress=False)
-    assert result.report.budget.holds
+    assert result.report.accuracy_control.holds
     assert len(verify({"eager": model, "pte": result.program}, data).stages) == 2
 
 

@@ -147,7 +147,7 @@ def test_runs_in_integers_on_the_runtime(case):
     converted = quantize(randomize_statistics(model), x)
     edge = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack")
     delegation = edge.delegation()
-    assert (plan.calls, plan.floating, plan.islands) == (1, (), ()), str(plan)
+    assert (plan.calls, plan.floating, plan.float_islands) == (1, (), ()), str(plan)
     assert (delegation.fraction, delegation.calls, delegation.floating) == (1.0, 1, {}), str(delegation)
     program = edge.to_executorch(strict=True)
     expected = converted(x).detach()

@@ -1,19 +1,19 @@
 """Evidence: where a quantized network lost accuracy, and what would win it back."""
 
-from quantflow.analysis.accuracy_control import Budget
+from quantflow.analysis.accuracy_control import AccuracyControl
 from quantflow.analysis.diagnose import diagnose
 from quantflow.analysis.diagnosis import Diagnosis, LayerErrors
 from quantflow.analysis.probe import probe
-from quantflow.analysis.probe_result import Probed, Probing
+from quantflow.analysis.probe_result import Probed, ProbeResult
 from quantflow.analysis.sensitivity import LayerCost, Sensitivities, sensitivity
 
 __all__ = [
-    "Budget",
+    "AccuracyControl",
     "Diagnosis",
     "LayerCost",
     "LayerErrors",
+    "ProbeResult",
     "Probed",
-    "Probing",
     "Sensitivities",
     "diagnose",
     "probe",

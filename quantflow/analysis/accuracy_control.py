@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch.fx import GraphModule
 
-from quantflow.analysis.evaluator import Judge
+from quantflow.analysis.evaluator import Evaluator
 from quantflow.analysis.layers import observers_in, still_quantized
 from quantflow.analysis.sensitivity import Sensitivities
 from quantflow.errors import QuantflowError, QuantflowWarning
@@ -43,7 +43,7 @@ class Reverted:
 
 
 @dataclass(frozen=True)
-class Budget:
+class AccuracyControl:
     """How an accuracy budget was met, or was not.
 
     Attributes:
@@ -77,21 +77,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Kept(Generic[B]):
+class Controlled(Generic[B]):
     """What was built, with the budget it was built for."""
 
     built: B
-    budget: Budget
+    accuracy_control: AccuracyControl
 
 
 def keep_within(
     max_drop: float,
-    judge: Judge,
+    evaluator: Evaluator,
     first: B,
     build: Callable[[Sequence[str]], B],
     prepared: GraphModule,
-    price: Callable[[], Sensitivities],
-) -> Kept[B]:
+    find_costs: Callable[[], Sensitivities],
+) -> Controlled[B]:
     """``first``, or what ``build`` makes with the fewest layers in float whose program loses at most ``max_drop``.
 
     Layers come in the order of what each costs alone. How many of them must go, and which of these need not, is found in
@@ -100,11 +100,11 @@ def keep_within(
 
     Args:
         max_drop: The share of examples that may be lost, 0 to 1.
-        judge: What measures the loss.
+        evaluator: What measures the loss.
         first: What was built with all layers quantized.
         build: Builds with the layers of these names in float.
         prepared: The calibrated graph with all layers quantized.
-        price: Finds what each layer costs; called when it is needed.
+        find_costs: Finds what each layer costs; called when it is needed.
     """
     tried: dict[tuple[str, ...], tuple[B, float]] = {}
 
@@ -117,14 +117,14 @@ def keep_within(
                 if error.stage != "prepare":
                     raise
                 return False  # what is left follows the integers of others, and there are none
-            tried[key] = built, judge.drop_on_runtime(built.program)
+            tried[key] = built, evaluator.drop_on_runtime(built.program)
         return tried[key][1] <= max_drop
 
     costs: Sensitivities | None = None
     if not measure(()):
-        costs = price()
+        costs = find_costs()
         order = [cost.layer for cost in costs.layers][:-1]  # with all of them, nothing would be quantized
-        chosen = _fewest(order, lambda names: _simulated(prepared, judge, names) <= max_drop)
+        chosen = _fewest(order, lambda names: _simulated(prepared, evaluator, names) <= max_drop)
         # The runtime has the last word, and fewer may do there: a layer less to convert spares its neighbours' roundings too.
         if not _fewer(chosen, measure) and not measure(chosen):
             _grow(order, chosen, measure)
@@ -134,12 +134,12 @@ def keep_within(
     reasons = {c.layer: _reason(c.to_integers, costs.all_integers) for c in costs.layers} if costs is not None else {}
     reverted = tuple(Reverted(name, reasons[name]) for name in best)
     counts = tuple((len(key), found) for key, (_, found) in tried.items())
-    budget = Budget(max_drop, drop, judge.labelled, reverted, counts)
+    budget = AccuracyControl(max_drop, drop, evaluator.labelled, reverted, counts)
     if not budget.holds:
         reason = f"the drop is {drop:.2%}, with {len(best)} layers in float; {max_drop:.2%} were allowed"
         remedy = "train the quantized graph (qf.train), give more calibration data, or allow more"
-        warnings.warn(QuantflowWarning("budget", reason, node="the program", remedy=remedy), stacklevel=3)
-    return Kept(built, budget)
+        warnings.warn(QuantflowWarning("accuracy-control", reason, node="the program", remedy=remedy), stacklevel=3)
+    return Controlled(built, budget)
 
 
 def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -182,10 +182,10 @@ def _grow(order: Sequence[str], chosen: Sequence[str], measure: Callable[[Sequen
         low, high = (low, middle) if measure([*chosen, *rest[:middle]]) else (middle, high)
 
 
-def _simulated(prepared: GraphModule, judge: Judge, floating: Sequence[str]) -> float:
+def _simulated(prepared: GraphModule, evaluator: Evaluator, floating: Sequence[str]) -> float:
     """The drop of the network with these layers in float, in simulation."""
     active = still_quantized(prepared, floating) if floating else frozenset(observers_in(prepared))
-    return judge.drop_of(lambda flat: PartialNetwork(prepared, flat, active).returned)
+    return evaluator.drop_of(lambda flat: PartialNetwork(prepared, flat, active).returned)
 
 
 def _reason(alone: float, together: float) -> str:

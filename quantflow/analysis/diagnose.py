@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from quantflow.analysis.diagnosis import Diagnosis
-from quantflow.analysis.layer_comparison import Comparison
+from quantflow.analysis.layer_comparison import LayerComparison
 from quantflow.analysis.reference import converted_form, reference_graph
 from quantflow.data.batches import PickInputs, batches, count_of
 from quantflow.signature.signature import Signature
@@ -49,7 +49,7 @@ def diagnose(
     """
     reference = reference_graph(float_graph, "diagnose")
     converted = converted_form(quantized_graph, "diagnose")
-    comparison = Comparison(reference, converted)
+    comparison = LayerComparison(reference, converted)
     total = count_of(data, max_batches, stage="diagnose")
     device = next((t.device for t in itertools.chain(reference.parameters(), reference.buffers())), None)
     feed = itertools.islice(batches(data, float_graph, stage="diagnose", inputs=inputs, device=device), max_batches)

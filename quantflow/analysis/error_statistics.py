@@ -35,7 +35,7 @@ class Sums:
         local: Of the squared errors that the layer itself adds.
         floor: Of the squared errors that a grid of its kind must cost.
         accumulated: Of the squared errors that the quantized network has there.
-        priced: ``local`` and ``floor``, each element weighted by the squared gradient of the outputs.
+        weighted: ``local`` and ``floor``, each element weighted by the squared gradient of the outputs.
         effect: Of the errors' expected power at the outputs, in units of the outputs' own power.
         examples: How many examples were seen.
         channels: ``local`` and ``signal`` by channel, [2, channels].
@@ -51,7 +51,7 @@ class Sums:
     local: float = 0.0
     floor: float = 0.0
     accumulated: float = 0.0
-    priced: tuple[float, float] = (0.0, 0.0)
+    weighted: tuple[float, float] = (0.0, 0.0)
     effect: float = 0.0
     examples: int = 0
     channels: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 1, dtype=torch.float64))
@@ -86,7 +86,7 @@ class Sums:
             return
         examples = exact.shape[0] if exact.ndim > 1 else 1
         moved = (gradient * error).double()
-        self.priced = (self.priced[0] + _power(moved), self.priced[1] + _power(gradient * least))
+        self.weighted = (self.weighted[0] + _power(moved), self.weighted[1] + _power(gradient * least))
         self.effect += float(moved.reshape(examples, -1).sum(1).square().sum())
 
     def place(self, exact: torch.Tensor, ends: tuple[float, float], step: float) -> None:
@@ -100,8 +100,8 @@ class Sums:
     @property
     def excess(self) -> float:
         """By how many dB the layer's own error exceeds what its grid must cost, where it matters to the outputs."""
-        local, floor = self.priced if self.priced[1] > 0 else (self.local, self.floor)
-        share = floor / self.floor if self.floor > 0 and self.priced[1] > 0 else 1.0
+        local, floor = self.weighted if self.weighted[1] > 0 else (self.local, self.floor)
+        share = floor / self.floor if self.floor > 0 and self.weighted[1] > 0 else 1.0
         return decibel(local / max(floor, share * _EXACT * self.signal, 1e-300))
 
 

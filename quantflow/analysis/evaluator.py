@@ -20,7 +20,7 @@ from quantflow.signature.signature import Signature
 Flat = list[Any]
 
 
-class Judge:
+class Evaluator:
     """Compares a network's classes with those of its float network, on the same data.
 
     Args:
@@ -34,20 +34,22 @@ class Judge:
         examples: How many examples there are.
 
     Raises:
-        QuantflowError: at stage ``"budget"``, when the data are of another kind.
+        QuantflowError: at stage ``"accuracy-control"``, when the data are of another kind.
     """
 
     def __init__(self, graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None = None) -> None:
         if iter(data) is data:
             remedy = "pass a list of batches or a DataLoader"
-            raise QuantflowError("budget", "the data can be gone through once only", node="data", remedy=remedy)
+            raise QuantflowError(
+                "accuracy-control", "the data can be gone through once only", node="data", remedy=remedy
+            )
         self.graph, self.data, self.inputs = graph, data, inputs
         self.signature = Signature.of_graph(graph)
         self.cut = cut_inputs(self.signature)
         given = [(len(self._float_classes(flat)), target) for flat, target in self._flat()]
         if not given:
             raise QuantflowError(
-                "budget", "there is no data to judge by", node="data", remedy="pass at least one batch"
+                "accuracy-control", "there is no data to judge by", node="data", remedy="pass at least one batch"
             )
         self.labelled = all(target is not None for _, target in given)
         self.examples = sum(count for count, _ in given)
@@ -82,8 +84,8 @@ class Judge:
             return _classes(self.graph(*args, **kwargs))
 
     def _flat(self) -> Iterator[tuple[Flat, Any]]:
-        for args, kwargs, target in batches(self.data, self.graph, stage="budget", inputs=self.inputs):
-            yield self.signature.flatten(args, kwargs, stage="budget"), target
+        for args, kwargs, target in batches(self.data, self.graph, stage="accuracy-control", inputs=self.inputs):
+            yield self.signature.flatten(args, kwargs, stage="accuracy-control"), target
 
     def _batch_of(self, program: Program) -> int | None:
         """The batch size that ``program`` was lowered for, None where it takes batches as they come."""
@@ -108,12 +110,12 @@ def _classes(outputs: Any) -> torch.Tensor:
     if scores is None or scores.ndim != 2:
         shape = "no float tensor" if scores is None else f"of shape {list(scores.shape)}"
         remedy = "max_drop is for classifiers, whose first output holds scores [examples, classes]"
-        raise QuantflowError("budget", f"the first output is {shape}", node="model", remedy=remedy)
+        raise QuantflowError("accuracy-control", f"the first output is {shape}", node="model", remedy=remedy)
     return scores.argmax(1).cpu()
 
 
 def _targets(target: Any, examples: int) -> torch.Tensor:
     if not isinstance(target, torch.Tensor) or target.shape != (examples,) or target.is_floating_point():
         remedy = "integer classes, [examples], as a DataLoader gives; or batches without targets"
-        raise QuantflowError("budget", "the targets are no classes", node="data", remedy=remedy)
+        raise QuantflowError("accuracy-control", "the targets are no classes", node="data", remedy=remedy)
     return target.cpu()

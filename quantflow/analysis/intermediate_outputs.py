@@ -18,7 +18,7 @@ from quantflow.graph.state import is_written
 
 
 @dataclass(frozen=True)
-class Tap:
+class IntermediateOutput:
     """One tensor to look at.
 
     Attributes:
@@ -32,11 +32,11 @@ class Tap:
     step: float | None
 
 
-def taps_of(graph: GraphModule) -> list[Tap]:
+def intermediate_outputs_of(graph: GraphModule) -> list[IntermediateOutput]:
     """The activations of a converted ``graph`` that a delegate holds as tensors of their own, in order.
 
     What is fused with what follows (a convolution before its clamp) is no tensor there. Of a tensor that lies on several grids
-    each is a tap.
+    each is a intermediate.
     """
     varying = _varying(graph)
     found, seen = [], set()
@@ -46,23 +46,23 @@ def taps_of(graph: GraphModule) -> list[Tap]:
         if _is(node, "dequantize_per_tensor") and not _varies(node):
             if node.args[0] not in seen:  # one for all who dequantize the same integers
                 seen.add(node.args[0])
-                found.append(Tap(source(node), node, Grid.of(node, graph).scale))
+                found.append(IntermediateOutput(source(node), node, Grid.of(node, graph).scale))
         elif computes(node) and is_float_tensor(node) and not _goes_to_a_grid(node):
-            found.append(Tap(node, node, None))
+            found.append(IntermediateOutput(node, node, None))
     return found
 
 
-def tapped(graph: GraphModule, taps: list[Tap]) -> GraphModule:
-    """A copy of ``graph`` that takes its flat inputs and returns its flat outputs, then the value of each tap."""
+def with_intermediate_outputs(graph: GraphModule, intermediates: list[IntermediateOutput]) -> GraphModule:
+    """A copy of ``graph`` that takes its flat inputs and returns its flat outputs, then the value of each intermediate."""
     opened = copy.deepcopy(graph)
     nodes = {node.name: node for node in opened.graph.nodes}
     output = opened.graph.output_node()
     values: list[Any] = list(pytree.tree_leaves(output.args))
-    for tap in taps:
-        end = nodes[tap.end.name]
+    for intermediate in intermediates:
+        end = nodes[intermediate.end.name]
         with opened.graph.inserting_after(end):
             # A node of its own: what others read stays as it was, and what they write over it is not seen.
-            if tap.step is not None:
+            if intermediate.step is not None:
                 values.append(opened.graph.node_copy(end))
             else:
                 values.append(_times_one(end) if is_written(end) else end)

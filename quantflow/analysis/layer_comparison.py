@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from quantflow.analysis.diagnosis import Diagnosis, LayerErrors
 from quantflow.analysis.error_statistics import Sums
 from quantflow.analysis.integer_ranges import Grid, rounded_constant
-from quantflow.analysis.node_matching import computes, converts, source, twins, vanishes
+from quantflow.analysis.node_matching import computes, converts, matches, source, vanishes
 from quantflow.analysis.reference import reference_values
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
@@ -37,7 +37,7 @@ class _Tail:
     sums: Sums
 
 
-class Comparison:
+class LayerComparison:
     """Sums of the errors of each layer, batch by batch; tensors that are written in place are left out.
 
     Args:
@@ -50,8 +50,8 @@ class Comparison:
 
     def __init__(self, reference: GraphModule, converted: GraphModule) -> None:
         self.reference, self.converted = reference, converted
-        self.twins = twins(converted.graph, reference.graph)
-        if not any(computes(node) for node in self.twins):
+        self.matches = matches(converted.graph, reference.graph)
+        if not any(computes(node) for node in self.matches):
             remedy = "pass the float graph that the quantized one was made from"
             raise QuantflowError(
                 "diagnose", "the graphs have no layer in common", node="quantized_graph", remedy=remedy
@@ -64,11 +64,11 @@ class Comparison:
     def _warn_of_missing(self) -> None:
         """Say which layers of the float network none of the quantized one can be held against."""
         met: set[Node] = set()
-        for node, twin in self.twins.items():
-            while vanishes(twin) and op(twin) is not op(node):
-                twin = twin.args[0]  # type: ignore[assignment]
-            if op(twin) is op(node):
-                met.add(twin)
+        for node, match in self.matches.items():
+            while vanishes(match) and op(match) is not op(node):
+                match = match.args[0]  # type: ignore[assignment]
+            if op(match) is op(node):
+                met.add(match)
         missing = [label(n) for n in self.reference.graph.nodes if op(n) in _WEIGHTED and n not in met]
         if missing:
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -92,7 +92,7 @@ class Comparison:
                 grids = {n.args[1:] for n in given}
                 relayed = computes(node) and grids == {end.args[1:]}
                 yield _Tail(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
-            if node not in ends and node in self.twins and computes(node):
+            if node not in ends and node in self.matches and computes(node):
                 yield _Tail(node, node, None, True, Sums(_axis(node)))
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class Comparison:
             floor = honest.get(tail.node, y)
             if tail.grid is not None and not tail.relayed:
                 floor = tail.grid.laid_over(floor, *ranges[tail.end.args[1:]])
-            gradient = gradients.get(self.twins[tail.node]) if tail.node in self.twins else None
+            gradient = gradients.get(self.matches[tail.node]) if tail.node in self.matches else None
             tail.sums.examples += len(y) if gradient is not None and y.ndim else 0
             tail.sums.add(y, found, floor, running[tail.end], gradient)
             if tail.grid is not None and tail.grid.scale is not None:
@@ -146,7 +146,7 @@ class Comparison:
             if node in self.constants or node.op in ("call_module", "output"):
                 exact[node] = local[node] = running.get(node)
                 continue
-            twin = self.twins.get(node)
+            match = self.matches.get(node)
             if converts(node):
                 exact[node] = exact[source(node)]
                 local[node] = evaluate(node, _apart(node, local))
@@ -155,19 +155,19 @@ class Comparison:
             else:
                 inputs: Values = {n: exact[n] for n in node.all_input_nodes}
                 local[node] = evaluate(node, _apart(node, inputs))
-                exact[node] = local[node] if twin is None else floats[twin]
-                if twin is not None:
-                    honest[node] = self._honest(node, twin, inputs, floats)
+                exact[node] = local[node] if match is None else floats[match]
+                if match is not None:
+                    honest[node] = self._honest(node, match, inputs, floats)
         return exact, local, honest
 
-    def _honest(self, node: Node, twin: Node, inputs: Values, floats: Values) -> torch.Tensor:
+    def _honest(self, node: Node, match: Node, inputs: Values, floats: Values) -> torch.Tensor:
         """The value of ``node`` from float inputs, with the float weights on a grid of the same levels over their extremes."""
         quantized = [n for n in node.all_input_nodes if n in self.constants and converts(n)]
-        first = twin
+        first = match
         while op(first) is not op(node) and vanishes(first) and isinstance(first.args[0], Node):
             first = first.args[0]
         if not quantized or op(first) is not op(node) or len(first.args) != len(node.args):
-            return floats[twin]
+            return floats[match]
         swapped = dict(inputs)
         for ours, theirs in zip(node.args, first.args, strict=True):
             if not isinstance(ours, Node) or not isinstance(theirs, Node):
@@ -179,10 +179,10 @@ class Comparison:
                 swapped[ours] = floats[theirs]
         y = evaluate(node, _apart(node, swapped))
         behind: Values = {first: y}
-        while first is not twin:  # clamps that the end of the grid stands for
+        while first is not match:  # clamps that the end of the grid stands for
             first = next(iter(first.users))
             behind[first] = evaluate(first, {**floats, **behind})
-        return behind[twin]
+        return behind[match]
 
     def _ranges(self, exact: Values) -> dict[tuple, tuple[torch.Tensor, torch.Tensor]]:
         """The extremes of the float values that each grid holds, over all tensors that share it."""

@@ -32,7 +32,7 @@ def computes(node: Node) -> bool:
     return node.op == "call_function" and not converts(node) and node.target is not operator.getitem
 
 
-def twins(quantized: Graph, reference: Graph) -> dict[Node, Node]:
+def matches(quantized: Graph, reference: Graph) -> dict[Node, Node]:
     """For nodes of ``quantized``, those of ``reference`` with the same value in float.
 
     Nodes are paired by operator and layer, in order, or by name where one graph has more of them; where the layers are not
@@ -47,12 +47,12 @@ def twins(quantized: Graph, reference: Graph) -> dict[Node, Node]:
     _pair_calls(ours, theirs, pairs)
     _pair_backwards(quantized, pairs)
     taken = set(pairs.values())
-    for node, twin in pairs.items():
-        behind = only_user(twin)
+    for node, match in pairs.items():
+        behind = only_user(match)
         while behind is not None and behind not in taken and vanishes(behind):
-            pairs[node] = twin = behind
-            behind = only_user(twin)
-    return {node: twin for node, twin in pairs.items() if _alike(node, twin)}
+            pairs[node] = match = behind
+            behind = only_user(match)
+    return {node: match for node, match in pairs.items() if _alike(node, match)}
 
 
 def _by_place(graph: Graph) -> dict[tuple[Any, str], list[Node]]:
@@ -92,13 +92,13 @@ def _in_order(groups: list[list[Node]]) -> list[Node]:
 
 
 def _pair_backwards(quantized: Graph, pairs: dict[Node, Node]) -> None:
-    """Pair what nodes without a twin end in: what a node reads with what its twin reads."""
+    """Pair what nodes without a match end in: what a node reads with what its match reads."""
     taken = set(pairs.values())
     for node in reversed(quantized.nodes):
-        twin = pairs.get(node)
-        if twin is None or op(twin) is not op(node):
+        match = pairs.get(node)
+        if match is None or op(match) is not op(node):
             continue
-        for ours, theirs in zip(node.args, twin.args, strict=False):
+        for ours, theirs in zip(node.args, match.args, strict=False):
             if not isinstance(ours, Node) or not isinstance(theirs, Node):
                 continue
             given = source(ours)
@@ -113,11 +113,11 @@ def vanishes(node: Node) -> bool:
     return clamp_limits(node) is not None or op(node) in INFERENCE_IDENTITIES
 
 
-def _alike(node: Node, twin: Node) -> bool:
+def _alike(node: Node, match: Node) -> bool:
     """Whether both are tensors of one shape, as far as the traces tell."""
-    ours, theirs = value(node), value(twin)
+    ours, theirs = value(node), value(match)
     if ours is None or theirs is None:
-        return twin.meta.get("val") is None or isinstance(twin.meta["val"], type(theirs))
+        return match.meta.get("val") is None or isinstance(match.meta["val"], type(theirs))
     fixed = [
         (a, b) for a, b in zip(ours.shape, theirs.shape, strict=False) if isinstance(a, int) and isinstance(b, int)
     ]

@@ -13,9 +13,13 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from quantflow.analysis.intermediate_outputs import Tap, tapped, taps_of
-from quantflow.analysis.node_matching import converts, twins
-from quantflow.analysis.probe_result import Probed, Probing
+from quantflow.analysis.intermediate_outputs import (
+    IntermediateOutput,
+    intermediate_outputs_of,
+    with_intermediate_outputs,
+)
+from quantflow.analysis.node_matching import converts, matches
+from quantflow.analysis.probe_result import Probed, ProbeResult
 from quantflow.analysis.reference import converted_form, reference_graph
 from quantflow.capture.export import export
 from quantflow.data.batches import PickInputs, batches
@@ -39,7 +43,7 @@ def probe(
     calls: int = 8,
     inputs: PickInputs | None = None,
     progress: bool = True,
-) -> Probing:
+) -> ProbeResult:
     """Run a quantized network on the ExecuTorch runtime and compare what it has there with the graph, tensor by tensor.
 
     The network is lowered with all its activations as further outputs, those within delegates too. Each operator is computed
@@ -62,10 +66,10 @@ def probe(
     if not isinstance(calls, int) or calls < 1:
         raise QuantflowError("probe", f"{calls} calls show nothing", node="calls", remedy="8, say")
     graph = converted_form(quantized_graph, "probe")
-    taps = [_Sums(tap) for tap in taps_of(graph)]
+    intermediates = [_Sums(intermediate) for intermediate in intermediate_outputs_of(graph)]
     reference = None if float_graph is None else reference_graph(float_graph, "probe")
-    pairs = {} if reference is None else twins(graph.graph, reference.graph)
-    opened = tapped(graph, [sums.tap for sums in taps])
+    pairs = {} if reference is None else matches(graph.graph, reference.graph)
+    opened = with_intermediate_outputs(graph, [sums.intermediate for sums in intermediates])
     programs: dict[tuple, Program] = {}  # by the shapes that each was lowered for
     feed, ran = itertools.islice(_calls(graph, data, inputs), calls), 0
     for flat in tqdm(feed, desc="probe", total=calls, unit="call", disable=not progress, leave=False):
@@ -74,19 +78,19 @@ def probe(
         if shapes not in programs:
             programs[shapes] = _lowered(opened, flat, delegate)
         found = list(programs[shapes](*flat))
-        _compare(graph, flat, taps, found[len(found) - len(taps) :], exact)
+        _compare(graph, flat, intermediates, found[len(found) - len(intermediates) :], exact)
         ran += 1
     if not programs:
         raise QuantflowError("probe", "there is no data", node="data", remedy="pass at least one batch")
     called = max(p.delegation.calls for p in programs.values() if p.delegation is not None)
-    return Probing(tuple(sums.probed() for sums in taps), called, ran)
+    return ProbeResult(tuple(sums.probed() for sums in intermediates), called, ran)
 
 
 @dataclass
 class _Sums:
-    """Sums over all calls of what is found at one tap."""
+    """Sums over all calls of what is found at one intermediate."""
 
-    tap: Tap
+    intermediate: IntermediateOutput
     local: tuple[float, float] = (0.0, 0.0)  # of squares: signal and noise
     accumulated: tuple[float, float] = (0.0, 0.0)
     against_float: tuple[float, float] | None = None
@@ -107,14 +111,14 @@ class _Sums:
         self.count += found.numel()
 
     def probed(self) -> Probed:
-        node = self.tap.node
+        node = self.intermediate.node
         return Probed(
             node.name,
             layer(node),
             "input" if node.op == "placeholder" else short_name(op(node)),
-            self.tap.step,
+            self.intermediate.step,
             local=decibels(*self.local),
-            most_steps=None if self.tap.step is None else self.most / self.tap.step,
+            most_steps=None if self.intermediate.step is None else self.most / self.intermediate.step,
             changed=self.changed / max(self.count, 1),
             accumulated=decibels(*self.accumulated),
             against_float=None if self.against_float is None else decibels(*self.against_float),
@@ -151,10 +155,14 @@ def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program
 
 @torch.no_grad()
 def _compare(
-    graph: GraphModule, flat: Sequence[Any], taps: list[_Sums], found: list[torch.Tensor], exact: dict[Node, Any]
+    graph: GraphModule,
+    flat: Sequence[Any],
+    intermediates: list[_Sums],
+    found: list[torch.Tensor],
+    exact: dict[Node, Any],
 ) -> None:
     """Compute ``graph`` twice: from the inputs alone, and each operator from what the runtime has before it."""
-    there = {sums.tap.end: (sums, value) for sums, value in zip(taps, found, strict=True)}
+    there = {sums.intermediate.end: (sums, value) for sums, value in zip(intermediates, found, strict=True)}
     dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
     given, own, device = iter(flat), Values(), Values()
     written = overwritten(graph.graph)
@@ -167,7 +175,7 @@ def _compare(
             own[node], device[node] = evaluate(node, own), evaluate(node, device)
         if node in there:
             sums, value = there[node]
-            sums.add(value, device[node], own[node], exact.get(sums.tap.node))
+            sums.add(value, device[node], own[node], exact.get(sums.intermediate.node))
             dequantized[node.args] = value
             if node in written:  # what else lies in that memory has it too
                 device[node].copy_(value)
@@ -180,10 +188,10 @@ def _compare(
 def _float_values(
     reference: GraphModule, graph: GraphModule, flat: Sequence[Any], pairs: dict[Node, Node]
 ) -> dict[Node, Any]:
-    """What the float network has for the nodes of ``graph`` that have a twin in it."""
+    """What the float network has for the nodes of ``graph`` that have a match in it."""
     spec = Signature.of_graph(graph).in_spec
     args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
     given = Signature.of_graph(reference).flatten(args, kwargs, stage="probe")
     wanted = set(pairs.values())
     floats = {node: values[node] for node, values in steps(reference, tuple(given)) if node in wanted}
-    return {node: floats[twin] for node, twin in pairs.items() if twin in floats}
+    return {node: floats[match] for node, match in pairs.items() if match in floats}

@@ -42,7 +42,7 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class Probing:
+class ProbeResult:
     """Where a program on the runtime departs from its graph. ``print`` shows the table, what differs most first.
 
     Attributes:

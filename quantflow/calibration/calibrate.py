@@ -75,7 +75,7 @@ def calibrate(
         total = count_of(data, max_batches, stage="calibrate")
         feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
         signature = Signature.of_graph(graph)
-        settled = _Settled(graph, patience)
+        converged = _Converged(graph, patience)
         seen = 0
         check_synchronizable(graph)
         with _calibrating(graph), state_kept(graph), torch.no_grad():
@@ -93,7 +93,7 @@ def calibrate(
                 if sample is not None:
                     sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
                 seen += 1
-                if settled():
+                if converged():
                     break
             _check_seen(peers.answers(seen))
             synchronize(graph)
@@ -114,7 +114,7 @@ def _check_seen(counts: list[int]) -> None:
     raise QuantflowError("calibrate", reason, node=empty, remedy=remedy)
 
 
-class _Settled:
+class _Converged:
     """Whether ranges have stopped growing."""
 
     def __init__(self, graph: GraphModule, patience: int | None) -> None:

@@ -29,7 +29,7 @@ from quantflow.graph.batch_norm import NormedLayer
 from quantflow.graph.modes import BATCH_NORM
 from quantflow.graph.parameters import is_constant
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
-from quantflow.observers.fixed import SettledObserver
+from quantflow.observers.fixed import FixedQParamsObserver
 from quantflow.observers.observation import has_seen_data, observer_of, qparams_of, watching
 from quantflow.qparams.qparams import PER_CHANNEL
 
@@ -55,10 +55,10 @@ def limit_resolution(module: GraphModule, norms: dict[Node, NormedLayer]) -> Non
         least = step / _MOST_STEPS
         if float(scale) >= least:
             continue
-        settled = SettledObserver.like(observer, torch.full_like(scale, least), zero_point)
+        fixed = FixedQParamsObserver.like(observer, torch.full_like(scale, least), zero_point)
         for name, other in list(module.named_modules(remove_duplicate=False)):
             if other is observer:
-                module.set_submodule(name, settled)
+                module.set_submodule(name, fixed)
 
 
 def warn_of_dead_activations(module: GraphModule) -> None:

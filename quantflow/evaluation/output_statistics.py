@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 
 from quantflow.errors import QuantflowError
 from quantflow.evaluation.figures import OutputFigures
-from quantflow.metrics import Comparison, PairedDrop, right
+from quantflow.metrics import OutputComparison, PairedDrop, right
 
 
 class Tally:
@@ -18,8 +18,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.against_first: list[Comparison] = []
-        self.against_before: list[Comparison] = []
+        self.against_first: list[OutputComparison] = []
+        self.against_before: list[OutputComparison] = []
         self.drops: list[PairedDrop] = []
 
     def add(self, stage: str, output: Any, first: Any, before: Any, target: Any) -> None:
@@ -33,7 +33,7 @@ class Tally:
             raise QuantflowError("verify", "returns no tensor", node=stage, remedy="return one")
         if not self.names:
             self.names = list(reference)
-            self.against_first, self.against_before = ([Comparison() for _ in self.names] for _ in range(2))
+            self.against_first, self.against_before = ([OutputComparison() for _ in self.names] for _ in range(2))
             self.drops = [PairedDrop() for _ in self.names]
         ours, theirs = list(tensors(output).values()), list(tensors(before).values())
         if len(ours) != len(reference):
@@ -74,7 +74,7 @@ class Tally:
         )
 
 
-class Kept:
+class Outcomes:
     """All outputs and targets of one stage, for a metric that wants them whole."""
 
     def __init__(self) -> None:

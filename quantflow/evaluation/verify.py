@@ -17,7 +17,7 @@ from quantflow.data.batches import Batch, PickInputs, count_of, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.evaluation.batch_slices import one_call, rows_of
 from quantflow.evaluation.figures import StageFigures, Verification
-from quantflow.evaluation.output_statistics import Kept, Tally
+from quantflow.evaluation.output_statistics import Outcomes, Tally
 from quantflow.evaluation.runnable import FLOAT, PTE, Stage, flat_signature
 from quantflow.graph.own_state import OwnState
 from quantflow.latency import Latency
@@ -66,7 +66,7 @@ def verify(
         raise QuantflowError("verify", "no stages", node="stages", remedy=remedy)
     running = [Stage.of(name, subject) for name, subject in stages.items()]
     tallies = [Tally() for _ in running]
-    kept = [Kept() for _ in running] if metric is not None else []
+    kept = [Outcomes() for _ in running] if metric is not None else []
     counts: list[int] = []  # examples, by batch
     first = None  # of the batches: kept to time calls with
     total = count_of(data, max_batches, stage="verify")

@@ -35,11 +35,11 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
     """
     nodes = modes.with_mode(nodes_of(program.graph_module))
     if isinstance(model, TrainableGraphModule):
-        twins = _twins(nodes, modes.with_mode(nodes_of(model)))
+        matches = _matches(nodes, modes.with_mode(nodes_of(model)))
         for node in nodes:
-            known = twins[node].meta if node in twins else {}
+            known = matches[node].meta if node in matches else {}
             modes.mark(node, follows=modes.FROZEN not in known, cumulative=modes.CUMULATIVE in known)
-        return _unclear(n for n in nodes if n not in twins)
+        return _unclear(n for n in nodes if n not in matches)
     layers = dict(model.named_modules(remove_duplicate=False))
     before = {name: _copied(_held(m)) for name, m in layers.items() if type(m).train is not nn.Module.train}
     set_mode(model, True)
@@ -48,15 +48,15 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
     cumulative = {name for name, m in layers.items() if _is_cumulative(m)}
     own = not any(isinstance(m, GraphModule) for m in layers.values())
     in_doubt = {n for n in nodes if not (modes.is_training(n) or (own and _is_stock(layers.get(layer(n)))))}
-    twins = {}
+    matches = {}
     if in_doubt:
         with contextlib.suppress(Exception), _left_alone(model), _momentum_given([layers[n] for n in cumulative]):
-            twins = _twins(nodes, modes.with_mode(nodes_of(capture().graph_module)))
+            matches = _matches(nodes, modes.with_mode(nodes_of(capture().graph_module)))
     set_mode(model, False)
     for node in nodes:
-        follows = modes.is_training(twins[node]) if node in twins else node in in_doubt or layer(node) in trains
+        follows = modes.is_training(matches[node]) if node in matches else node in in_doubt or layer(node) in trains
         modes.mark(node, follows=follows, cumulative=layer(node) in cumulative)
-    return (*changed, *_unclear(n for n in nodes if n in in_doubt and n not in twins))
+    return (*changed, *_unclear(n for n in nodes if n in in_doubt and n not in matches))
 
 
 def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
     return tuple(f"{label(node)} in a region of its own" for node in kept)
 
 
-def _twins(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:
+def _matches(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:
     """The same calls in another capture: by their order where all are the same, else by their order within a layer."""
     if list(map(_call, nodes)) == list(map(_call, others)):
         return dict(zip(nodes, others, strict=True))

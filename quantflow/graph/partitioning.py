@@ -7,7 +7,9 @@ from collections.abc import Callable, Set
 from torch.fx import Graph, Node
 
 
-def stages(graph: Graph, delegated: Set[Node], copied: Callable[[Node], bool] = lambda node: False) -> dict[Node, int]:
+def delegate_calls(
+    graph: Graph, delegated: Set[Node], copied: Callable[[Node], bool] = lambda node: False
+) -> dict[Node, int]:
     """For each node, how many times the program has gone from a delegate to other kernels and back before it.
 
     Delegated nodes of one stage can run in one call: no path between two of them leaves the delegate.

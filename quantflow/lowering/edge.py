@@ -74,7 +74,7 @@ class Edge:
         outside = program.delegation.quantized_outside if program.delegation is not None else ()
         if outside and edge.delegate.partitioners():
             remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
-            _complain("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
+            _warn("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
         return program
 
     def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
@@ -87,7 +87,7 @@ class Edge:
                 return edge, program
             # A partitioner from elsewhere is for a runtime that may be on another machine.
             if type(edge.delegate) is Delegate and edge.delegate.partitioners():
-                _complain("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
+                _warn("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
                 return edge, program
             faulty = edge._faults(finding, config, search) - edge.refused
             if not faulty:
@@ -95,7 +95,7 @@ class Edge:
             names = ", ".join(sorted(search.names[name] for name in faulty))
             does = "computes it wrongly" if finding.ran else "refuses to run it"
             remedy = "skip these layers in the quantizer, or let them run in portable kernels"
-            _complain("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
+            _warn("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
             edge = lower_to_edge(edge.program, edge.source, edge.delegate, frozenset(faulty) | edge.refused)
 
     def _faults(self, finding: Finding, config: Any, search: FaultSearch) -> set[str]:
@@ -167,7 +167,7 @@ def _layers(program: ExportedProgram, operator: str) -> str:
     return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
 
 
-def _complain(stage: str, reason: str, node: str, remedy: str, strict: bool, *, depth: int = 4) -> None:
+def _warn(stage: str, reason: str, node: str, remedy: str, strict: bool, *, depth: int = 4) -> None:
     """Warn in the line that called this file, ``depth`` frames away; raise where ``strict``."""
     if strict:
         raise QuantflowError(stage, reason, node=node, remedy=remedy)

@@ -58,8 +58,8 @@ def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Del
 def compiled_edge_manager(
     program: ExportedProgram, source: ExportedProgram, backend: Delegate, refused: frozenset[str]
 ) -> tuple[Any, frozenset[str]]:
-    """As :func:`edge_manager`, with the partitioners of ``backend``. An operator on which the delegate's compiler fails is named
-    in a warning and left to portable kernels.
+    """As :func:`edge_manager`, with the partitioners of ``backend``. An operator on which the delegate's compiler fails is
+    named in a warning and left to portable kernels.
 
     Args:
         program: In core ATen.

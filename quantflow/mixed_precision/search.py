@@ -13,7 +13,7 @@ from quantflow.capture.export import export
 from quantflow.data.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.mixed_precision.measure import Subject, measured
-from quantflow.mixed_precision.search_result import Found
+from quantflow.mixed_precision.search_result import SearchResult
 from quantflow.mixed_precision.solve import frontier, solve
 from quantflow.pipeline.quantize import default_quantizer, quantize
 
@@ -32,7 +32,7 @@ def search(
     inputs: PickInputs | None = None,
     recover: bool = True,
     progress: bool = True,
-) -> Found:
+) -> SearchResult:
     """Post-training quantization with a precision for each layer: the least noise under a limit.
 
     Noise is measured at the network's outputs with one layer at a time quantized; bytes and milliseconds by the difference
@@ -95,7 +95,7 @@ def search(
     if max_ms is not None and time is not None and time > max_ms:
         reason = f"a call takes {time:.2f} ms; {table.total(chosen)[2]:.2f} were predicted and {max_ms} allowed"
         warnings.warn(QuantflowWarning("search", reason, node="the program", remedy="lower max_ms"), stacklevel=2)
-    return Found(result, chosen, table, frontier(table), time)
+    return SearchResult(result, chosen, table, frontier(table), time)
 
 
 def _check(precisions: Any) -> None:

@@ -16,7 +16,7 @@ from quantflow.pipeline.quantize import Result
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Mixed precision under a limit. ``print`` shows the table.
 
     Attributes:

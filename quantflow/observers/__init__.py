@@ -6,7 +6,7 @@ configuration that is data.
 
 from quantflow.observers.base import Observer
 from quantflow.observers.entropy import EntropyObserver, PerChannelEntropyObserver
-from quantflow.observers.fixed import SettledObserver
+from quantflow.observers.fixed import FixedQParamsObserver
 from quantflow.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 from quantflow.observers.moving_average import MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver
 from quantflow.observers.mse import MSEObserver, PerChannelMSEObserver
@@ -25,6 +25,7 @@ OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
 __all__ = [
     "OBSERVERS",
     "EntropyObserver",
+    "FixedQParamsObserver",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -36,5 +37,4 @@ __all__ = [
     "PerChannelPercentileObserver",
     "PerGroupMinMaxObserver",
     "PercentileObserver",
-    "SettledObserver",
 ]

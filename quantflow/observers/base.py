@@ -22,7 +22,7 @@ class Observer(ObserverBase):
         ch_axis: The channel dimension, for per-channel schemes.
         eps: Smallest scale.
         is_dynamic: Whether the range is taken anew from each input at run time.
-        matters: The part of the range outside of which values may saturate, as a low and a high end; None for all.
+        effective_range: The part of the range outside of which values may saturate, as a low and a high end; None for all.
 
     Attributes:
         min_val: Lower end of the range so far, float32, a scalar or one a channel; ``inf`` before any data.
@@ -42,12 +42,12 @@ class Observer(ObserverBase):
         ch_axis: int = 0,
         eps: float = SMALLEST_SCALE,
         is_dynamic: bool = False,
-        matters: tuple[float, float] | None = None,
+        effective_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.qscheme, self.ch_axis, self.eps = qscheme, ch_axis, eps
-        self.matters = matters
+        self.effective_range = effective_range
         self.register_buffer("min_val", torch.tensor(float("inf")))
         self.register_buffer("max_val", torch.tensor(float("-inf")))
 
@@ -63,7 +63,7 @@ class Observer(ObserverBase):
 
     def spec(self) -> dict[str, Any]:
         """The arguments that make an observer of the same grid."""
-        names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "eps", "is_dynamic", "matters")
+        names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "eps", "is_dynamic", "effective_range")
         return {name: getattr(self, name) for name in names}
 
     def reset(self) -> None:
@@ -98,8 +98,8 @@ class Observer(ObserverBase):
             )  # twice the passes of aminmax, a fifth of its time here
         else:
             low, high = x.aminmax()
-        if self.matters is not None:
-            low, high = low.clamp(*self.matters), high.clamp(*self.matters)
+        if self.effective_range is not None:
+            low, high = low.clamp(*self.effective_range), high.clamp(*self.effective_range)
         return low.float(), high.float()
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:

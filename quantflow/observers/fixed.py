@@ -1,4 +1,4 @@
-"""A grid that is settled: chosen by other means than watching, and not moved by more data."""
+"""A grid that is fixed: chosen by other means than watching, and not moved by more data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantflow.observers.base import Observer
 from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE
 
 
-class SettledObserver(Observer):
+class FixedQParamsObserver(Observer):
     """Lets data pass and answers with the scale and zero point that it was given.
 
     Args:
@@ -31,7 +31,7 @@ class SettledObserver(Observer):
         self.max_val = (self.quant_max - self.zero_point) * self.scale
 
     @classmethod
-    def like(cls, observer: torch.nn.Module, scale: torch.Tensor, zero_point: torch.Tensor) -> SettledObserver:
+    def like(cls, observer: torch.nn.Module, scale: torch.Tensor, zero_point: torch.Tensor) -> FixedQParamsObserver:
         """On the grid of ``observer``, ours or torchao's, with another scale and zero point."""
         given: Any = observer
         return cls(

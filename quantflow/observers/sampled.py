@@ -65,7 +65,7 @@ class SampledObserver(MinMaxObserver):
             picked = rows[
                 :, _pick(rows.shape[1], _PER_CHANNEL if self.per_channel else _PER_TENSOR, random).to(x.device)
             ]
-            picked = picked.float() if self.matters is None else picked.float().clamp(*self.matters)
+            picked = picked.float() if self.effective_range is None else picked.float().clamp(*self.effective_range)
             kept = self.sample if len(self.sample) else picked[:0].reshape(0, *picked.shape)
             self.sample = torch.cat([kept[:place], picked[None], kept[place + 1 :]])
         return x

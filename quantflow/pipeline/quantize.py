@@ -14,9 +14,9 @@ from torch import nn
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from quantflow import ptq
-from quantflow.analysis import Budget, sensitivity
+from quantflow.analysis import AccuracyControl, sensitivity
 from quantflow.analysis.accuracy_control import keep_within
-from quantflow.analysis.evaluator import Judge
+from quantflow.analysis.evaluator import Evaluator
 from quantflow.analysis.layers import Within
 from quantflow.calibration.calibrate import calibrate
 from quantflow.capture.export import export
@@ -26,7 +26,7 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.lowering.program import Program
 from quantflow.preparation.prepare import prepare
-from quantflow.ptq import Recovered, Sample
+from quantflow.ptq import RecoveryResult, Sample
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Report:
         seconds: How long each stage took, in all.
         pte_bytes: Size of the program.
         delegated_fraction: Share of its operators that delegates run.
-        budget: How the accuracy budget was met; None where none was given.
+        accuracy_control: How the accuracy budget was met; None where none was given.
     """
 
     plan: Any
-    recovered: Recovered | None
+    recovered: RecoveryResult | None
     seconds: dict[str, float]
     pte_bytes: int
     delegated_fraction: float
-    budget: Budget | None = None
+    accuracy_control: AccuracyControl | None = None
 
     def to_json(self) -> str:
         """All of it, as a JSON object; what there is not, or can't be told in JSON, as null."""
-        parts = {"plan": self.plan, "recovered": self.recovered, "budget": self.budget}
+        parts = {"plan": self.plan, "recovered": self.recovered, "accuracy-control": self.accuracy_control}
         told = {name: json.loads(part.to_json()) if hasattr(part, "to_json") else None for name, part in parts.items()}
         sizes = {"pte_bytes": self.pte_bytes, "delegated_fraction": self.delegated_fraction}
         return json.dumps({**sizes, "seconds": self.seconds, **told}, indent=2)
@@ -60,7 +60,7 @@ class Report:
         timing = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines = [f"{self.pte_bytes:,} bytes, {self.delegated_fraction:.1%} of operators delegated", timing]
         return "\n".join(
-            [*(str(part) for part in (self.plan, self.recovered, self.budget) if part is not None), *lines]
+            [*(str(part) for part in (self.plan, self.recovered, self.accuracy_control) if part is not None), *lines]
         )
 
 
@@ -111,7 +111,7 @@ def quantize(
             keeps what helps on examples held out; the report says what. False leaves it out.
         max_drop: The share of examples that a classifier may lose, 0 to 1, on the runtime: the fewest layers are left in
             float with which it holds, and the report says which. Where none hold, the best found comes with a warning.
-        validation: Batches to judge the drop by; by default ``data``. With ``(inputs, target)`` the drop is that of
+        validation: Batches to evaluator the drop by; by default ``data``. With ``(inputs, target)`` the drop is that of
             accuracy; without targets, the share of examples that get another class than in float.
         progress: Show a progress bar.
 
@@ -132,7 +132,7 @@ def quantize(
     if max_drop is None:
         result = job.build(quantizer)
     else:
-        result = _within_budget(job, quantizer, max_drop, data if validation is None else validation)
+        result = _within_max_drop(job, quantizer, max_drop, data if validation is None else validation)
     delegation = result.program.delegation
     if delegate is not None and delegation and delegation.portable:
         outside = ", ".join(delegation.portable)
@@ -186,29 +186,31 @@ class _Job:
         return Result(program, converted, Report(plan, recovered, self.seconds, len(program.buffer), fraction))
 
 
-def _within_budget(job: _Job, quantizer: Any, max_drop: float, validation: Iterable[Any]) -> Result:
+def _within_max_drop(job: _Job, quantizer: Any, max_drop: float, validation: Iterable[Any]) -> Result:
     if not hasattr(quantizer, "overriding"):
         remedy = "pass one with overrides by layer, as XNNPACKQuantizer()"
         reason = f"{type(quantizer).__name__} can't leave single layers in float"
-        raise QuantflowError("budget", reason, node="quantizer", remedy=remedy)
+        raise QuantflowError("accuracy-control", reason, node="quantizer", remedy=remedy)
     if not 0 <= max_drop <= 1:
-        raise QuantflowError("budget", f"{max_drop} is no share", node="max_drop", remedy="0.005 for half a point")
+        raise QuantflowError(
+            "accuracy-control", f"{max_drop} is no share", node="max_drop", remedy="0.005 for half a point"
+        )
     if iter(job.data) is job.data:
         reason, remedy = "the data can be gone through once only", "pass a list of batches or a DataLoader"
-        raise QuantflowError("budget", reason, node="data", remedy=remedy)
-    judge = Judge(job.graph, validation, job.inputs)
+        raise QuantflowError("accuracy-control", reason, node="data", remedy=remedy)
+    evaluator = Evaluator(job.graph, validation, job.inputs)
     first = job.build(quantizer)
     calibrated, sample = job.calibrated, job.sample
     assert calibrated is not None
     kept = keep_within(
         max_drop,
-        judge,
+        evaluator,
         first,
         lambda names: job.build(quantizer.overriding([(Within(name), None) for name in names])),
         calibrated,
         lambda: sensitivity(calibrated, sample, progress=job.progress),
     )
-    return replace(kept.built, report=replace(kept.built.report, budget=kept.budget))
+    return replace(kept.built, report=replace(kept.built.report, accuracy_control=kept.accuracy_control))
 
 
 def default_quantizer(delegate: Any, **settings: Any) -> Quantizer:

@@ -6,26 +6,26 @@ no choice of a person's and keeps what helps.
 """
 
 from quantflow.data.sample import Sample
-from quantflow.ptq.adaround.adaround import adaround
+from quantflow.ptq.adaptive_rounding.adaround import adaround
 from quantflow.ptq.bias_correction.bias_correction import correct_bias
 from quantflow.ptq.equalization.equalization import equalize
-from quantflow.ptq.range_optimization import settle_ranges
-from quantflow.ptq.recover import Recovered, Step, recover
+from quantflow.ptq.range_optimization import optimize_ranges
+from quantflow.ptq.recover import RecoveryResult, Step, recover
 from quantflow.ptq.smoothquant.smoothquant import smooth
-from quantflow.ptq.weight_reconstruction.weight_reconstruction import compensate
-from quantflow.simulation.output_gradients import Sensitivity, sensitivity
+from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
+from quantflow.simulation.output_gradients import OutputGradients, output_gradients
 
 __all__ = [
-    "Recovered",
+    "OutputGradients",
+    "RecoveryResult",
     "Sample",
-    "Sensitivity",
     "Step",
     "adaround",
-    "compensate",
     "correct_bias",
     "equalize",
+    "optimize_ranges",
+    "output_gradients",
+    "reconstruct_weights",
     "recover",
-    "sensitivity",
-    "settle_ranges",
     "smooth",
 ]

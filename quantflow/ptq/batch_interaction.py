@@ -34,8 +34,8 @@ def examples_interact(graph: GraphModule, batch: tuple, cut: Sequence[bool]) -> 
     if size == 1:
         return False
 
-    def rows(start: int, stop: int) -> tuple[Any, ...]:
-        return tuple(given[start:stop] if by_example else given for given, by_example in zip(batch, cut, strict=True))
+    def rows(start: int, pair: int) -> tuple[Any, ...]:
+        return tuple(given[start:pair] if by_example else given for given, by_example in zip(batch, cut, strict=True))
 
     try:
         together, *alone = outputs(graph, [batch, rows(0, 1), rows(1, size)], integers=False)

@@ -8,41 +8,41 @@ import torch
 from torch.fx import GraphModule
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.observers import SettledObserver
+from quantflow.observers import FixedQParamsObserver
 from quantflow.qparams.qparams import SYMMETRIC, choose_qparams
-from quantflow.simulation.output_gradients import BINS, Sensitivity, Slope
+from quantflow.simulation.output_gradients import BINS, OutputGradients, ValueGradients
 
 _SHRINK = torch.logspace(0, -4, 49, base=2.0)  # 1 to 1/16
 _ROUNDS = 3
 
 
-def settle_ranges(graph: GraphModule, prices: Sensitivity) -> TrainableGraphModule:
+def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> TrainableGraphModule:
     """A copy of ``graph`` with each activation's range where it moves the outputs least, to first order.
 
     A narrow range rounds finely and saturates more. Rounding errors count as noise, each by its squared gradient; those of
     saturation are added up over an example before they are squared, since they have one sign: a few clipped outliers that no
     output depends on cost nothing, however large. (Choosing ranges by a loss of the whole network: Nahshan et al. 2019,
-    arXiv:1911.07190; gradients as prices of errors: Li et al. 2021, BRECQ, arXiv:2102.05426.)
+    arXiv:1911.07190; gradients as gradients of errors: Li et al. 2021, BRECQ, arXiv:2102.05426.)
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
-        prices: What :func:`quantflow.simulation.output_gradients` found for it.
+        gradients: What :func:`quantflow.simulation.output_gradients` found for it.
     """
     names = {module: name for name, module in graph.named_modules()}
-    settled = adopt(graph)
-    for observer, slope in prices.slopes.items():
-        if not slope.sums:
+    fixed = adopt(graph)
+    for observer, of_value in gradients.values.items():
+        if not of_value.sums:
             continue  # no output depends on it
-        grid = cheapest_grid(observer, slope)
-        settled.set_submodule(names[observer], SettledObserver.like(observer, *grid))
-    return settled
+        grid = cheapest_grid(observer, of_value)
+        fixed.set_submodule(names[observer], FixedQParamsObserver.like(observer, *grid))
+    return fixed
 
 
-def cheapest_grid(observer: Any, slope: Slope) -> tuple[torch.Tensor, torch.Tensor]:
+def cheapest_grid(observer: Any, of_value: ValueGradients) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point for the tensors of ``observer`` that move the outputs least."""
-    sums = torch.cat(slope.sums).double()
-    width = (slope.high - slope.low) / BINS
-    centres = slope.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
+    sums = torch.cat(of_value.sums).double()
+    width = (of_value.high - of_value.low) / BINS
+    centres = of_value.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
 
     def grid(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
         limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
@@ -56,12 +56,12 @@ def cheapest_grid(observer: Any, slope: Slope) -> tuple[torch.Tensor, torch.Tens
         # A value is off by scale/√12 on average, one within half a step of zero by itself.
         rounding = torch.where(centres.abs() < scale / 2, centres.square().clamp(max=scale**2 / 12), scale**2 / 12)
         inside = saturation == 0
-        return float((sums @ saturation).square().sum() + (slope.squares * rounding)[inside].sum())
+        return float((sums @ saturation).square().sum() + (of_value.squares * rounding)[inside].sum())
 
-    best = slope.low, slope.high
+    best = of_value.low, of_value.high
     shrunk = _SHRINK.tolist()
     best = min(((best[0] * f, best[1] * f) for f in shrunk), key=lambda ends: cost(*ends))
     for _ in range(_ROUNDS):  # each end alone, in turn
-        best = min(((slope.low * f, best[1]) for f in shrunk), key=lambda ends: cost(*ends))
-        best = min(((best[0], slope.high * f) for f in shrunk), key=lambda ends: cost(*ends))
+        best = min(((of_value.low * f, best[1]) for f in shrunk), key=lambda ends: cost(*ends))
+        best = min(((best[0], of_value.high * f) for f in shrunk), key=lambda ends: cost(*ends))
     return grid(*best)

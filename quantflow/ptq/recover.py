@@ -20,12 +20,12 @@ from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.ptq.batch_interaction import examples_interact, examples_of
-from quantflow.ptq.range_optimization import settle_ranges
-from quantflow.ptq.weight_reconstruction.weight_reconstruction import compensate
+from quantflow.ptq.range_optimization import optimize_ranges
+from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
 from quantflow.signature.signature import Signature
-from quantflow.simulation.float_weights import restored
+from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.interpreter import outputs
-from quantflow.simulation.output_gradients import Sensitivity, sensitivity
+from quantflow.simulation.output_gradients import OutputGradients, output_gradients
 from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
 
 
@@ -53,7 +53,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class RecoveryResult:
     """A prepared graph after recovery, and what was tried on it.
 
     Attributes:
@@ -79,7 +79,7 @@ def recover(
     *,
     inputs: PickInputs | None = None,
     progress: bool = True,
-) -> Recovered:
+) -> RecoveryResult:
     """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
 
     Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
@@ -101,32 +101,34 @@ def recover(
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()
 
-    def as_calibrated(reason: str) -> Recovered:
-        return Recovered(current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
+    def as_calibrated(reason: str) -> RecoveryResult:
+        return RecoveryResult(
+            current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),)
+        )
 
     if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
         return as_calibrated("it keeps state")
     drawn = draw(current, data, stage="recover", inputs=inputs)
     if _interact(current, drawn):
         return as_calibrated("the examples of a batch act on each other")
-    fit, judge = _parted(current, drawn)
-    reference = outputs(restored(current), judge, integers=False)
-    steps = [Step("as calibrated", _sqnr(current, judge, reference), kept=True)]
+    fit, held_out = _parted(current, drawn)
+    reference = outputs(with_float_weights(current), held_out, integers=False)
+    steps = [Step("as calibrated", _sqnr(current, held_out, reference), kept=True)]
 
     def attempt(name: str, make: Any) -> None:
         nonlocal current
         start = time.perf_counter()
         candidate = make(current)
-        sqnr = _sqnr(candidate, judge, reference)
+        sqnr = _sqnr(candidate, held_out, reference)
         kept = sqnr > max(step.sqnr for step in steps if step.kept)
         steps.append(Step(name, sqnr, kept, time.perf_counter() - start))
         if kept:
             current = candidate
 
-    prices = _prices(current, fit, progress)
-    if prices is not None:
-        attempt("ranges by their effect", lambda graph: settle_ranges(graph, prices))
-    attempt("fitted weights", lambda graph: compensate(graph, fit, prices, progress=progress))
+    gradients = _output_gradients(current, fit, progress)
+    if gradients is not None:
+        attempt("ranges by their effect", lambda graph: optimize_ranges(graph, gradients))
+    attempt("fitted weights", lambda graph: reconstruct_weights(graph, fit, gradients, progress=progress))
     best = max(step.sqnr for step in steps if step.kept)
     if best < _NOTHING:
         size = max((float(t.abs().max()) for found in reference for t in found if t.numel()), default=0.0)
@@ -135,7 +137,7 @@ def recover(
             "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
         )
         warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
-    return Recovered(current.train(graph.training), tuple(steps))
+    return RecoveryResult(current.train(graph.training), tuple(steps))
 
 
 _NOTHING = 0.1  # dB: as much noise as signal
@@ -145,11 +147,11 @@ def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
     """Whether the examples of a batch act on each other, by the batch with the most of them."""
     cut = cut_inputs(Signature.of_graph(graph))
     most = max(drawn, key=lambda batch: examples_of(batch, cut))
-    return examples_interact(restored(graph), most, cut)
+    return examples_interact(with_float_weights(graph), most, cut)
 
 
 def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """What to fit to, as much as memory holds, and every fourth batch to judge by; both the whole where there is but one."""
+    """What to fit to, as much as memory holds, and every fourth batch to held_out by; both the whole where there is but one."""
     if len(drawn) == 1:
         return drawn, drawn
     every = min(4, len(drawn))
@@ -157,9 +159,9 @@ def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Input
     return within_memory(graph, fit), drawn[every - 1 :: every]
 
 
-def _prices(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> Sensitivity | None:
+def _output_gradients(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> OutputGradients | None:
     try:
-        return sensitivity(graph, sample, progress=progress)
+        return output_gradients(graph, sample, progress=progress)
     except RuntimeError as error:  # an operator without a gradient
         reason = f"no gradient to choose ranges by: {str(error).splitlines()[0]}"
         remedy = "ranges stay as calibrated; nothing else is lost"
@@ -167,9 +169,9 @@ def _prices(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> Sen
         return None
 
 
-def _sqnr(graph: GraphModule, judge: Sequence[Inputs], reference: list[list[torch.Tensor]]) -> float:
+def _sqnr(graph: GraphModule, held_out: Sequence[Inputs], reference: list[list[torch.Tensor]]) -> float:
     """The signal to noise of the integer network's outputs, dB: the mean over outputs."""
-    found = outputs(graph, judge, integers=True)
+    found = outputs(graph, held_out, integers=True)
     ratios = []
     for theirs, ours in zip(zip(*reference, strict=True), zip(*found, strict=True), strict=True):
         ratios.append(signal_to_noise(torch.cat([t.flatten() for t in theirs]), torch.cat([t.flatten() for t in ours])))

@@ -7,8 +7,8 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import set_argument
 from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
-from quantflow.observers import SettledObserver
-from quantflow.simulation.float_weights import keep_original
+from quantflow.observers import FixedQParamsObserver
+from quantflow.simulation.float_weights import remember_float_weight
 from quantflow.simulation.quantized_layers import Layer
 
 Grid = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one an output
@@ -18,9 +18,9 @@ def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: G
     """Make ``weight``, which lies on ``grid``, the layer's weight, and settle its observer there."""
     read: Node = layer.weight.args[0]  # type: ignore[assignment]
     like = tensor_of(graph, read)
-    keep_original(read, like)
+    remember_float_weight(read, like)
     set_tensor(graph, str(read.target), weight.reshape(like.shape).to(like), parameter=True)
-    graph.set_submodule(str(layer.weight.target), SettledObserver.like(layer.observer, *grid))
+    graph.set_submodule(str(layer.weight.target), FixedQParamsObserver.like(layer.observer, *grid))
 
 
 def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
@@ -28,13 +28,13 @@ def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
     read: Node = layer.weight.args[0]  # type: ignore[assignment]
     if layer.bias is not None:
         bias = tensor_of(graph, layer.bias).detach()
-        keep_original(layer.bias, bias)
+        remember_float_weight(layer.bias, bias)
         set_tensor(graph, str(layer.bias.target), (bias + shift.reshape(-1)).to(bias), parameter=True)
         return
     name = unused_name(graph, f"{read.target!s}_bias")
     set_tensor(graph, name, shift.reshape(-1).to(tensor_of(graph, read).detach()), parameter=True)
     bias_read = read_attribute(graph, name, layer.node, layer.node)
-    keep_original(bias_read, torch.zeros_like(tensor_of(graph, bias_read)))
+    remember_float_weight(bias_read, torch.zeros_like(tensor_of(graph, bias_read)))
     set_argument(layer.node, "bias", bias_read)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from quantflow.analysis import Budget
+from quantflow.analysis import AccuracyControl
 from quantflow.pipeline.quantize import Report
 from quantflow.reporting.charts import Bar, bars, curves
 from quantflow.reporting.markup import Markup, element, section, table
@@ -22,15 +22,16 @@ def built(report: Report) -> Markup:
     if report.seconds:
         times = [Bar(stage, seconds, f"{seconds:.1f} s") for stage, seconds in report.seconds.items()]
         pictures.append(bars("built-seconds", "Seconds by stage", times))
-    budget = _budget(report.budget) if report.budget is not None else []
-    return section("What was done", *budget, element("div", *pictures, class_="pictures"))
+    control = report.accuracy_control
+    controlled = _accuracy_control(control) if control is not None else []
+    return section("What was done", *controlled, element("div", *pictures, class_="pictures"))
 
 
-def _budget(budget: Budget) -> list[Markup]:
-    tried = [["layers in float", "drop"], *([str(count), f"{drop:.2%}"] for count, drop in budget.tried)]
+def _accuracy_control(control: AccuracyControl) -> list[Markup]:
+    tried = [["layers in float", "drop"], *([str(count), f"{drop:.2%}"] for count, drop in control.tried)]
     parts = [element("h3", "Programs measured on the runtime"), table(tried)]
-    if budget.reverted:
-        rows = [["in float", "why"], *([r.layer, r.reason] for r in budget.reverted)]
+    if control.reverted:
+        rows = [["in float", "why"], *([r.layer, r.reason] for r in control.reverted)]
         parts += [element("h3", "Left in float to hold the budget"), table(rows)]
     return parts
 

@@ -55,7 +55,7 @@ def diagnosed(diagnosis: Diagnosis) -> Markup:
     )
 
 
-def priced(sensitivities: Sensitivities) -> Markup:
+def layer_costs(sensitivities: Sensitivities) -> Markup:
     """What each layer costs."""
     alone = [Bar(c.layer, c.to_integers, f"{c.to_integers:.1f} dB") for c in sensitivities.layers]
     gain = sorted(

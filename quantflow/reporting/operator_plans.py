@@ -12,7 +12,7 @@ from quantflow.reporting.markup import Markup, details, element, section, table
 _LARGE = 40  # operators of one group that are still read at a glance
 
 
-class Fate(Protocol):
+class OperatorPlan(Protocol):
     """One row of a plan, as ``quantizers`` tells it."""
 
     layer: str
@@ -27,15 +27,15 @@ class Fate(Protocol):
         """In integers, in float, and where it runs."""
 
 
-def graph(fates: Sequence[Fate]) -> Markup:
+def graph(operators: Sequence[OperatorPlan]) -> Markup:
     """Every operator as a cell, in the order of the graph; then tables by module."""
-    counts = Counter(fate.becomes for fate in fates)
-    keys = {fate.becomes: _kind(fate) for fate in fates}
+    counts = Counter(operator.becomes for operator in operators)
+    keys = {operator.becomes: _kind(operator) for operator in operators}
     legend = (
         element("li", element("i", class_=keys[name]), f"{name}: {count}") for name, count in counts.most_common()
     )
-    cells = (element("i", class_=_kind(fate), title=_told(fate)) for fate in fates)
-    groups = grouped(fates)
+    cells = (element("i", class_=_kind(operator), title=_told(operator)) for operator in operators)
+    groups = grouped(operators)
     return section(
         "The graph",
         element("div", *cells, class_="cells", role="img", aria_label="each operator, in the order of the graph"),
@@ -44,20 +44,20 @@ def graph(fates: Sequence[Fate]) -> Markup:
     )
 
 
-def grouped(fates: Iterable[Fate]) -> dict[str, list[Fate]]:
+def grouped(operators: Iterable[OperatorPlan]) -> dict[str, list[OperatorPlan]]:
     """By the first part of the layer's name, or by two parts where that makes groups too large to read."""
-    fates = list(fates)
-    sizes = Counter(fate.layer.split(".")[0] for fate in fates)
-    groups: dict[str, list[Fate]] = {}
-    for fate in fates:
-        parts = fate.layer.split(".")
+    operators = list(operators)
+    sizes = Counter(operator.layer.split(".")[0] for operator in operators)
+    groups: dict[str, list[OperatorPlan]] = {}
+    for operator in operators:
+        parts = operator.layer.split(".")
         name = ".".join(parts[: 2 if sizes[parts[0]] > _LARGE else 1])
-        groups.setdefault(name or "the model itself", []).append(fate)
+        groups.setdefault(name or "the model itself", []).append(operator)
     return groups
 
 
-def _group(name: str, members: list[Fate]) -> Markup:
-    floating = sum(fate.integers is None for fate in members)
+def _group(name: str, members: list[OperatorPlan]) -> Markup:
+    floating = sum(operator.integers is None for operator in members)
     count = f"{len(members)} operator{'s' if len(members) != 1 else ''}"
     state = "all in integers" if not floating else f"{floating} in float"
     rows = [["layer", "node", "operators", "becomes", "why"]]
@@ -65,13 +65,13 @@ def _group(name: str, members: list[Fate]) -> Markup:
     return details(f"{name} · {count}, {state}", table(rows), opened=0 < floating < len(members) <= _LARGE)
 
 
-def _kind(fate: Fate) -> str:
-    return "portable" if fate.portable else "float" if fate.integers is None else "integers"
+def _kind(operator: OperatorPlan) -> str:
+    return "portable" if operator.portable else "float" if operator.integers is None else "integers"
 
 
-def _told(fate: Fate) -> str:
-    why = f" ({fate.reason})" if fate.reason else ""
-    return f"{fate.layer or fate.node}: {' + '.join(fate.operators)} → {fate.becomes}{why}"
+def _told(operator: OperatorPlan) -> str:
+    why = f" ({operator.reason})" if operator.reason else ""
+    return f"{operator.layer or operator.node}: {' + '.join(operator.operators)} → {operator.becomes}{why}"
 
 
 def lowered(delegation: Delegation) -> Markup:

@@ -8,7 +8,7 @@ from quantflow import __version__
 from quantflow.inspection.environment import Environment
 from quantflow.reporting.building import built, trained
 from quantflow.reporting.markup import Markup, element, joined, section, table
-from quantflow.reporting.measurements import diagnosed, priced, verified
+from quantflow.reporting.measurements import diagnosed, layer_costs, verified
 from quantflow.reporting.operator_plans import graph, lowered
 from quantflow.reporting.parts import Parts
 from quantflow.reporting.summary import summary
@@ -39,8 +39,8 @@ def _sections(parts: Parts) -> list[Markup]:
         built(parts.built) if parts.built is not None else None,
         trained(parts.history) if parts.history is not None else None,
         diagnosed(parts.diagnosis) if parts.diagnosis is not None and parts.diagnosis.layers else None,
-        priced(parts.sensitivities) if parts.sensitivities is not None and parts.sensitivities.layers else None,
-        graph(parts.plan.fates) if parts.plan is not None else None,
+        layer_costs(parts.sensitivities) if parts.sensitivities is not None and parts.sensitivities.layers else None,
+        graph(parts.plan.operators) if parts.plan is not None else None,
         lowered(delegation) if delegation is not None else None,
         _origin(parts.command, parts.environment),
     ]

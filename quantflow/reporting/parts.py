@@ -26,7 +26,7 @@ class Parts:
         environment: The versions it was made with.
         built: What :func:`quantflow.quantize` did.
         program: What came of it.
-        plan: The fate of each operator, as ``quantizers.Plan`` tells it.
+        plan: The operator of each operator, as ``quantizers.Plan`` tells it.
         history: What training measured.
         verification: What :func:`quantflow.verify` found.
         diagnosis: What :func:`quantflow.diagnose` found.
@@ -58,7 +58,7 @@ class Parts:
         if result is not None:
             given["program"] = given["program"] or result.program
             # A quantizer from elsewhere may plan in a form of its own.
-            given["plan"] = given["plan"] or (result.report.plan if hasattr(result.report.plan, "fates") else None)
+            given["plan"] = given["plan"] or (result.report.plan if hasattr(result.report.plan, "operators") else None)
         if all(part is None for part in given.values()):
             remedy = "pass what the verbs returned: result=qf.quantize(...), verification=qf.verify(...)"
             raise QuantflowError("report", "there is nothing to report on", remedy=remedy)
@@ -106,6 +106,6 @@ def checked(**given: Any) -> None:
             raise QuantflowError(
                 "report", f"{type(given[name]).__name__} is none", node=name, remedy=f"pass what {made}"
             )
-    if given["plan"] is not None and not hasattr(given["plan"], "fates"):
+    if given["plan"] is not None and not hasattr(given["plan"], "operators"):
         reason = f"{type(given['plan']).__name__} is none"
         raise QuantflowError("report", reason, node="plan", remedy="pass what quantizer.plan(graph) returned")

@@ -21,7 +21,7 @@ def summary(parts: Parts) -> Markup:
 
 def _verdict(parts: Parts) -> tuple[str, str]:
     """Whether it holds: ``"good"``, ``"bad"`` or ``"open"`` where nobody said what would be good; and the words."""
-    budget = parts.built.budget if parts.built is not None else None
+    budget = parts.built.accuracy_control if parts.built is not None else None
     if budget is not None:
         what = "accuracy" if budget.labelled else "agreement with float"
         lost = f"{what} drops by {budget.drop:.2%} on the runtime, where {budget.max_drop:.2%} may be lost."
@@ -47,9 +47,13 @@ def _tiles(parts: Parts) -> Iterator[tuple[str, str, str]]:
         yield from _verified(parts.verification)
     elif parts.program is not None:
         yield "Size", in_bytes(len(parts.program.buffer)), ".pte"
-    if parts.plan is not None and parts.plan.fates:
-        fates = parts.plan.fates
-        yield "Integers", f"{sum(f.integers is not None for f in fates)} of {len(fates)}", "operators, as planned"
+    if parts.plan is not None and parts.plan.operators:
+        operators = parts.plan.operators
+        yield (
+            "Integers",
+            f"{sum(f.integers is not None for f in operators)} of {len(operators)}",
+            "operators, as planned",
+        )
     delegation = parts.program.delegation if parts.program is not None else None
     if delegation is not None:
         calls = f"of operators, in {delegation.calls} call{'s' if delegation.calls != 1 else ''}"

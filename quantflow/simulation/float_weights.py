@@ -11,7 +11,9 @@ from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import set_tensor, tensor_of
 from quantflow.graph.state import is_written
 
-ORIGINAL = "quantflow_original"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
+FLOAT_WEIGHT = (
+    "quantflow_float_weight"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
+)
 
 
 def attribute(graph: GraphModule, read: Node) -> Any:
@@ -27,20 +29,20 @@ def given_input(read: Node, x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and is_written(read) else x
 
 
-def original(read: Node, now: Any) -> Any:
+def float_weight(read: Node, now: Any) -> Any:
     """What the ``get_attr`` node read before recovery, given what it reads ``now``."""
-    return read.meta[ORIGINAL].to(now.device) if ORIGINAL in read.meta else now
+    return read.meta[FLOAT_WEIGHT].to(now.device) if FLOAT_WEIGHT in read.meta else now
 
 
-def restored(graph: GraphModule) -> TrainableGraphModule:
+def with_float_weights(graph: GraphModule) -> TrainableGraphModule:
     """A copy of ``graph`` with every weight and bias as it was before recovery."""
     before = adopt(graph)
     for node in before.graph.nodes:
-        if ORIGINAL in node.meta:
-            set_tensor(before, str(node.target), original(node, attribute(before, node)).clone(), parameter=True)
+        if FLOAT_WEIGHT in node.meta:
+            set_tensor(before, str(node.target), float_weight(node, attribute(before, node)).clone(), parameter=True)
     return before
 
 
-def keep_original(read: Node, now: torch.Tensor) -> None:
+def remember_float_weight(read: Node, now: torch.Tensor) -> None:
     """Remember what the ``get_attr`` node reads ``now``, unless an earlier pass did."""
-    read.meta.setdefault(ORIGINAL, now.detach())
+    read.meta.setdefault(FLOAT_WEIGHT, now.detach())

@@ -2,7 +2,7 @@
 
 Outputs move by ``J·e`` for an error ``e`` in an activation with Jacobian ``J``. For random signs ``r``, one for each output,
 the expectation of ``(gᵀe)²`` with the gradient ``g = Jᵀr`` is ``|J·e|²`` (Hutchinson's estimator), so that one backward pass
-of the float network prices every error in every activation at once.
+of the float network gradients every error in every activation at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from quantflow.data.sample import Inputs
 from quantflow.graph.state import aliased_by, is_written
 from quantflow.observers.observation import observer_of
-from quantflow.simulation.float_weights import attribute, given_input, original
+from quantflow.simulation.float_weights import attribute, float_weight, given_input
 from quantflow.simulation.interpreter import Values, evaluate, float_outputs, has_grid, last_reads
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
@@ -29,7 +29,7 @@ _FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may m
 
 
 @dataclass
-class Slope:
+class ValueGradients:
     """Gradients by value, for the tensors of one observer between the extremes that it saw.
 
     Attributes:
@@ -46,19 +46,19 @@ class Slope:
 
 
 @dataclass
-class Sensitivity:
+class OutputGradients:
     """Of every activation of a graph.
 
     Attributes:
-        slopes: By observer.
+        values: By observer.
         rows: By layer, for each batch, the squared gradient of each drawn row of its output. [groups, rows]
     """
 
-    slopes: dict[nn.Module, Slope] = field(default_factory=dict)
+    values: dict[nn.Module, ValueGradients] = field(default_factory=dict)
     rows: dict[Node, list[torch.Tensor]] = field(default_factory=dict)
 
 
-def sensitivity(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool = True) -> Sensitivity:
+def output_gradients(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool = True) -> OutputGradients:
     """Price errors by one forward and one backward pass of the float network over ``sample``.
 
     Args:
@@ -66,36 +66,39 @@ def sensitivity(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool 
         sample: Batches of flat inputs.
         progress: Show a progress bar.
     """
-    found = Sensitivity()
+    found = OutputGradients()
     layers = quantized_layers(graph)
-    bar = tqdm(sample, desc="sensitivity", unit="batch", disable=not progress, leave=False)
+    bar = tqdm(sample, desc="output gradients", unit="batch", disable=not progress, leave=False)
     for number, batch in enumerate(bar):
         _one_batch(graph, layers, batch, number, found)
     return found
 
 
 def row_weights(
-    prices: list[torch.Tensor] | None, batch: int, shape: Sequence[int], like: torch.Tensor
+    gradients: list[torch.Tensor] | None, batch: int, shape: Sequence[int], like: torch.Tensor
 ) -> torch.Tensor:
     """How much each of a layer's rows in a batch counts, [groups, rows], about one on average.
 
     Args:
-        prices: Of the layer, one of :attr:`Sensitivity.rows`; without, all count alike, as where they do not fit ``shape``.
+        gradients: Of the layer, one of :attr:`OutputGradients.rows`. All rows count alike without them, or where they do not fit
+            ``shape``.
         batch: The number of the batch.
         shape: Groups and rows.
         like: Tells dtype and device.
     """
-    if prices is None or batch >= len(prices) or prices[batch].shape != tuple(shape):
+    if gradients is None or batch >= len(gradients) or gradients[batch].shape != tuple(shape):
         return torch.ones(*shape, dtype=like.dtype, device=like.device)
-    mean = torch.cat(prices, 1).mean(1, keepdim=True)
-    weights = prices[batch] / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    mean = torch.cat(gradients, 1).mean(1, keepdim=True)
+    weights = gradients[batch] / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     return (weights.to(like) + _FLOOR) / (1 + _FLOOR)
 
 
 Moved = dict[tuple[nn.Module, int], torch.Tensor]  # by observer and number of rows
 
 
-def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: Sensitivity) -> None:
+def _one_batch(
+    graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: OutputGradients
+) -> None:
     dead = last_reads(graph.graph)
     given, returned = iter(batch), []
     values: Values = {}
@@ -110,17 +113,17 @@ def _one_batch(graph: GraphModule, layers: dict[Node, Layer], batch: tuple, numb
             if isinstance(x, torch.Tensor) and x.requires_grad:
                 if node in layers:
                     values[node] = x = x.view_as(x)  # what comes next may write into it
-                    _price_rows(layers[node], x, number, found)
+                    _keep_row_gradients(layers[node], x, number, found)
                 elif (observer := observer_of(node, graph)) is not None:
                     values[node] = x = x.view_as(x)
-                    _price_values(observer, x, moved, found)
+                    _keep_value_gradients(observer, x, moved, found)
             for read in dead.get(node, ()):
                 values.pop(read, None)
         outputs = [y for y in returned if y.requires_grad]
         random = torch.Generator().manual_seed(number)
         torch.autograd.backward(outputs, [random_signs(y, random) for y in outputs])
     for (observer, _), sums in moved.items():
-        found.slopes[observer].sums.append(sums.float())
+        found.values[observer].sums.append(sums.float())
 
 
 def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> Any:
@@ -130,7 +133,7 @@ def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> A
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
         return given_input(node, x.detach().clone().requires_grad_() if floating else x)  # a leaf can't be written
     if node.op == "get_attr":
-        return original(node, attribute(graph, node))
+        return float_weight(node, attribute(graph, node))
     if node.op == "call_function":
         x = evaluate(node, values)
         floating = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -156,7 +159,7 @@ def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return signs / y.detach().square().mean().sqrt().clamp(min=1e-12)
 
 
-def _price_rows(layer: Layer, y: torch.Tensor, number: int, found: Sensitivity) -> None:
+def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: OutputGradients) -> None:
     index = layer.draw(y, number, ROWS)
     rows = found.rows.setdefault(layer.node, [])
 
@@ -166,13 +169,13 @@ def _price_rows(layer: Layer, y: torch.Tensor, number: int, found: Sensitivity) 
     y.register_hook(keep)
 
 
-def _price_values(observer: nn.Module, y: torch.Tensor, moved: Moved, found: Sensitivity) -> None:
+def _keep_value_gradients(observer: nn.Module, y: torch.Tensor, moved: Moved, found: OutputGradients) -> None:
     if not has_grid(observer) or getattr(observer, "is_dynamic", False) or not hasattr(observer, "min_val"):
         return
     low, high = float(observer.min_val.min().clamp(max=0.0)), float(observer.max_val.max().clamp(min=0.0))
     if not low < high:
         return
-    slope = found.slopes.setdefault(observer, Slope(low, high))
+    of_value = found.values.setdefault(observer, ValueGradients(low, high))
     x = y.detach()
     x = x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)
     place = ((x - low) * (BINS / (high - low))).to(torch.int32).clamp_(0, BINS - 1)
@@ -186,6 +189,6 @@ def _price_values(observer: nn.Module, y: torch.Tensor, moved: Moved, found: Sen
         # Values of one range add up by example; where the examples lie along another dimension, rows are what there is.
         moved[observer, len(x)] = moved[observer, len(x)] + sums if (observer, len(x)) in moved else sums
         squares = torch.bincount(place.flatten(), weights=flat.square_(), **counted)
-        slope.squares += squares.view(-1, BINS).sum(0).double().cpu()
+        of_value.squares += squares.view(-1, BINS).sum(0).double().cpu()
 
     y.register_hook(keep)

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from quantflow.data.sample import Inputs
 from quantflow.graph.state import is_written
 from quantflow.observers.observation import observer_of
-from quantflow.simulation.float_weights import attribute, given_input, original
+from quantflow.simulation.float_weights import attribute, float_weight, given_input
 from quantflow.simulation.interpreter import Values, evaluate, last_reads, quantized
 from quantflow.simulation.quantized_layers import Layer
 
 
 @dataclass(frozen=True)
-class Stop:
+class LayerPair:
     """The walk at a layer.
 
     Attributes:
@@ -35,12 +35,12 @@ class Stop:
 
 
 @torch.no_grad()
-def side_by_side(
+def run_paired(
     graph: GraphModule, sample: Sequence[Inputs], layers: dict[Node, Layer], *, title: str, progress: bool
-) -> Iterator[Stop]:
+) -> Iterator[LayerPair]:
     """Walk ``graph`` as both networks, stopping at each of ``layers``.
 
-    At a stop the weight, its observer and the bias may be changed in ``graph``: the integer network goes on with what is there
+    At a pair the weight, its observer and the bias may be changed in ``graph``: the integer network goes on with what is there
     then, the float network with the output that it has.
 
     Args:
@@ -67,7 +67,7 @@ def side_by_side(
                 reference[node] = given_input(node, x) if is_written(node) else values[node]
             elif node.op == "get_attr":
                 values[node] = attribute(graph, node)
-                reference[node] = attribute(graph, node) if is_written(node) else original(node, values[node])
+                reference[node] = attribute(graph, node) if is_written(node) else float_weight(node, values[node])
             elif node in weights and batch:
                 reference[node], values[node] = floats[0][node], integers[0][node]
             elif node.op == "call_module":
@@ -80,7 +80,7 @@ def side_by_side(
                     values[node] = reference[node] if same else evaluate(node, values)
                     values[node] = _own(node, reference, values, written)
         if node in layers:
-            yield Stop(layers[node], floats, integers)
+            yield LayerPair(layers[node], floats, integers)
             _reread(graph, layers[node], integers)
             bar.update()
         for values in (*floats, *integers):

@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.training.features import Tap, tapped
+from quantflow.training.features import FeatureRecorder, recorded_features
 
 # Of the task's loss, the output, and the inputs of a batch.
 MixedLoss = Callable[[torch.Tensor, Any, tuple, dict[str, Any]], torch.Tensor]
+RecorderPairs = list[tuple[FeatureRecorder, FeatureRecorder]]  # of the student and of the teacher
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Distillation:
     @contextlib.contextmanager
     def attached(self, graph: TrainableGraphModule) -> Iterator[MixedLoss]:
         """While active, ``graph`` and the teacher show their features to the loss that this gives."""
-        with tapped(graph, self.features) as ours, tapped(self.teacher, self.features) as theirs:  # type: ignore[arg-type]
+        with recorded_features(graph, self.features) as ours, recorded_features(self.teacher, self.features) as theirs:  # type: ignore[arg-type]
 
             def mixed(task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
                 return self._loss(task_loss, output, args, kwargs, list(zip(ours, theirs, strict=True)))
@@ -53,14 +54,19 @@ class Distillation:
             yield mixed
 
     def _loss(
-        self, task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any], taps: list[tuple[Tap, Tap]]
+        self,
+        task_loss: torch.Tensor,
+        output: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        recorders: RecorderPairs,
     ) -> torch.Tensor:
         with torch.no_grad():
             teacher = self.logits(self.teacher(*args, **kwargs)) / self.temperature
         student = F.log_softmax(self.logits(output) / self.temperature, dim=-1)
         divergence = F.kl_div(student, F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True)
         total = (1 - self.weight) * task_loss + self.weight * self.temperature**2 * divergence
-        for ours, theirs in taps:
+        for ours, theirs in recorders:
             wanted = theirs.take()
             size = wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)
             total = total + self.feature_weight * (ours.take() - wanted).square().sum() / size

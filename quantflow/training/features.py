@@ -17,7 +17,7 @@ from quantflow.graph.parameters import unused_name
 from quantflow.graph.state import is_written
 
 
-class Tap(nn.Module):
+class FeatureRecorder(nn.Module):
     """Keeps the tensor that passes, with its gradient, until it is taken."""
 
     def __init__(self, *, overwritten: bool) -> None:
@@ -37,7 +37,7 @@ class Tap(nn.Module):
 
 
 @contextlib.contextmanager
-def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
+def recorded_features(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[FeatureRecorder]]:
     """Taps on the outputs of ``layers`` (dotted names of the eager model), removed at the end.
 
     Raises:
@@ -47,20 +47,20 @@ def tapped(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[Tap]]:
         yield []
         return
     if not isinstance(graph, TrainableGraphModule):
-        reason, remedy = f"{type(graph).__name__} has no nodes to tap", "use qf.export(model, args).module()"
+        reason, remedy = f"{type(graph).__name__} has no nodes to recorder", "use qf.export(model, args).module()"
         raise QuantflowError("train", reason, node="features", remedy=remedy)
     outputs = [_output_of(graph, layer) for layer in layers]
-    taps, calls = [], []
-    room = unused_name(graph, "taps")
+    recorders, calls = [], []
+    room = unused_name(graph, "recorders")
     for index, node in enumerate(outputs):
-        tap = Tap(overwritten=is_written(node))
-        graph.add_submodule(f"{room}.{index}", tap)
+        recorder = FeatureRecorder(overwritten=is_written(node))
+        graph.add_submodule(f"{room}.{index}", recorder)
         with graph.graph.inserting_after(node):
             calls.append(graph.graph.call_module(f"{room}.{index}", (node,)))
-        taps.append(tap)
+        recorders.append(recorder)
     graph.recompile()
     try:
-        yield taps
+        yield recorders
     finally:
         for call in calls:
             graph.graph.erase_node(call)

@@ -157,7 +157,7 @@ def train(
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()
                     switched = None
-                    # What is validated and converted is the graph without taps.
+                    # What is validated and converted is the graph without recorders.
                     with distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed:
                         batch_loss.mixed = mixed
                         for batch in source.batches(run, peers):

@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from quantflow.delegates.xnnpack import int8
-from quantflow.graph.partitioning import stages
+from quantflow.graph.partitioning import delegate_calls
 from quantflow.graph.state import is_written
 
 # What the partitioner keeps from being decomposed, and no portable kernel runs.
@@ -72,7 +72,7 @@ class Int8Partitioner(XnnpackPartitioner):
     def _calls(self, ep: ExportedProgram) -> list[Partition]:
         delegated = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
         partitions: dict[int, list[Node]] = {}
-        for node, stage in stages(ep.graph, delegated, _belongs_to_reader(delegated)).items():
+        for node, stage in delegate_calls(ep.graph, delegated, _belongs_to_reader(delegated)).items():
             if node in delegated:
                 partitions.setdefault(stage, []).append(node)
         return [Partition(id=i, nodes=dict.fromkeys(nodes)) for i, nodes in enumerate(partitions.values())]

@@ -19,9 +19,9 @@ from quantflow.observers.observation import observer_of
 from quantflow.ptq.bias_correction.data_free_statistics import expectations
 from quantflow.ptq.channel_ranges import rows_of_channels
 from quantflow.ptq.writing import add_to_bias
-from quantflow.simulation.float_weights import attribute, original
+from quantflow.simulation.float_weights import attribute, float_weight
 from quantflow.simulation.interpreter import evaluate, quantized
-from quantflow.simulation.paired_interpreter import Stop, side_by_side
+from quantflow.simulation.paired_interpreter import LayerPair, run_paired
 from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
@@ -74,19 +74,19 @@ def correct_bias(
 
 
 def _from_data(graph: GraphModule, layers: dict[Node, Layer], sample: Sequence[Inputs], progress: bool) -> None:
-    for stop in side_by_side(graph, sample, layers, title="correct bias", progress=progress):
-        shift = _mean_error(stop)
+    for pair in run_paired(graph, sample, layers, title="correct bias", progress=progress):
+        shift = _mean_error(pair)
         if shift.isfinite().all():
-            add_to_bias(graph, stop.layer, shift)
+            add_to_bias(graph, pair.layer, shift)
 
 
-def _mean_error(stop: Stop) -> torch.Tensor:
+def _mean_error(pair: LayerPair) -> torch.Tensor:
     """The float output less the integer one, the mean of each channel, float64."""
     total: Any = 0.0
     count = 0
-    for reference, values in zip(stop.floats, stop.integers, strict=True):
-        error = reference[stop.layer.node] - evaluate(stop.layer.node, values)
-        by_channel = rows_of_channels(error, stop.layer.channel_axis)
+    for reference, values in zip(pair.floats, pair.integers, strict=True):
+        error = reference[pair.layer.node] - evaluate(pair.layer.node, values)
+        by_channel = rows_of_channels(error, pair.layer.channel_axis)
         total = total + by_channel.double().sum(0)
         count += len(by_channel)
     return total / count
@@ -106,12 +106,12 @@ def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
         ):
             unknown.append(label(node))
             continue
-        error = quantized(observer_of(layer.weight, graph), weight) - original(read, weight)
+        error = quantized(observer_of(layer.weight, graph), weight) - float_weight(read, weight)
         mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
         moved = 0.0
         if layer.bias is not None:  # what an earlier pass did already
             bias = attribute(graph, layer.bias)
-            moved = (bias - original(layer.bias, bias)).reshape(layer.groups, -1, 1)
+            moved = (bias - float_weight(layer.bias, bias)).reshape(layer.groups, -1, 1)
         add_to_bias(graph, layer, -(layer.matrices(error).double() @ mean[..., None] + moved))
     if len(unknown) == len(layers):
         reason = "no batch norm was folded that would tell the mean of a layer's input"

@@ -13,7 +13,7 @@ from quantflow.graph.batch_norm import OUTPUT_MOMENTS
 from quantflow.graph.parameters import is_constant
 from quantflow.observers.observation import observer_of
 from quantflow.ptq.bias_correction.clipped_normal import clipped_normal
-from quantflow.simulation.float_weights import attribute, original
+from quantflow.simulation.float_weights import attribute, float_weight
 
 _AVERAGES = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim})
 _FLATTENS = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default})
@@ -101,9 +101,9 @@ def _layer_output(graph: GraphModule, node: Node, x: Expected) -> Expected | Non
     output = value(node)
     if op(node) in LINEARS and (output is None or output.ndim != 2):
         return None  # its channels are in the last dimension
-    matrix = original(weight, attribute(graph, weight)).double()
+    matrix = float_weight(weight, attribute(graph, weight)).double()
     if op(node) in CONVOLUTIONS:
         matrix = matrix.flatten(2).sum(2)
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
     mean = (matrix.reshape(groups, -1, matrix.shape[1]) @ x.mean.reshape(groups, -1, 1)).reshape(-1)
-    return Expected(mean if bias is None else mean + original(bias, attribute(graph, bias)).double(), None)
+    return Expected(mean if bias is None else mean + float_weight(bias, attribute(graph, bias)).double(), None)

@@ -1,1 +1,1 @@
-"""Weight reconstruction: weights and biases that compensate the error of quantization, layer by layer."""
+"""Weight reconstruction: weights and biases that reconstruct_weights the error of quantization, layer by layer."""

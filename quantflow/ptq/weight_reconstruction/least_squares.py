@@ -23,7 +23,7 @@ def correction(first: Moments, second: Moments) -> torch.Tensor:
     ridges: tuple[float, ...] = _RIDGES
     if whole.x.shape[1] >= _MANY:
         folds, ridges = folds[:1], _FEW
-    gains = torch.stack([sum(_gain(solve(fit, ridge), judge) for fit, judge in folds) for ridge in ridges])  # type: ignore[misc]
+    gains = torch.stack([sum(_gain(solve(fit, ridge), held_out) for fit, held_out in folds) for ridge in ridges])  # type: ignore[misc]
     gain, best = gains.min(0)  # [groups]
     found = torch.zeros_like(whole.xr)
     for index, ridge in enumerate(ridges):
@@ -46,6 +46,6 @@ def ridged(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
     return covariance + torch.diag_embed((ridge * variance)[:, None].expand(covariance.shape[:2]))
 
 
-def _gain(found: torch.Tensor, judge: Moments) -> torch.Tensor:
+def _gain(found: torch.Tensor, held_out: Moments) -> torch.Tensor:
     """How the squared error changes on other data, [groups]: negative where it falls."""
-    return ((found * (judge.covariance @ found)) - 2 * found * judge.cross_covariance).sum((1, 2))
+    return ((found * (held_out.covariance @ found)) - 2 * found * held_out.cross_covariance).sum((1, 2))

@@ -16,8 +16,8 @@ from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
 from quantflow.ptq.writing import Grid, add_to_bias, by_output, write_weight
 from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
-from quantflow.simulation.output_gradients import ROWS, Sensitivity, row_weights
-from quantflow.simulation.paired_interpreter import Stop, side_by_side
+from quantflow.simulation.output_gradients import ROWS, OutputGradients, row_weights
+from quantflow.simulation.paired_interpreter import LayerPair, run_paired
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 _SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
@@ -25,8 +25,8 @@ _FINE = 64  # levels from which on shrinking a weight's range brings nothing
 
 
 @torch.no_grad()
-def compensate(
-    graph: GraphModule, sample: Sequence[Inputs], prices: Sensitivity | None = None, *, progress: bool = True
+def reconstruct_weights(
+    graph: GraphModule, sample: Sequence[Inputs], gradients: OutputGradients | None = None, *, progress: bool = True
 ) -> TrainableGraphModule:
     """A copy of ``graph`` whose layers reproduce their float outputs from quantized inputs, with weights on their grids.
 
@@ -39,32 +39,32 @@ def compensate(
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
         sample: Batches of flat inputs, two or more; of one, weights are rounded but not fitted.
-        prices: What :func:`quantflow.simulation.output_gradients` found on the same sample; without, all rows count alike.
+        gradients: What :func:`quantflow.simulation.output_gradients` found on the same sample; without, all rows count alike.
         progress: Show a progress bar.
     """
     graph = adopt(graph).eval()
-    rows = {} if prices is None else {node.name: found for node, found in prices.rows.items()}
-    for stop in side_by_side(graph, sample, quantized_layers(graph), title="compensate", progress=progress):
-        _fit(graph, stop, rows.get(stop.layer.node.name))
+    rows = {} if gradients is None else {node.name: found for node, found in gradients.rows.items()}
+    for pair in run_paired(graph, sample, quantized_layers(graph), title="reconstruct_weights", progress=progress):
+        _fit(graph, pair, rows.get(pair.layer.node.name))
     graph.recompile()
     return graph
 
 
-def _fit(graph: GraphModule, stop: Stop, prices: list[torch.Tensor] | None) -> None:
-    """Give the layer at ``stop`` the weight and the bias that fit."""
-    layer = stop.layer
+def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | None) -> None:
+    """Give the layer at ``pair`` the weight and the bias that fit."""
+    layer = pair.layer
     weight = tensor_of(graph, layer.weight.args[0]).detach()  # type: ignore[arg-type]
     matrices = layer.matrices(weight)
     halves: list[Moments | None] = [None, None]
     shift: torch.Tensor | None = None
-    for batch, (reference, values) in enumerate(zip(stop.floats, stop.integers, strict=True)):
+    for batch, (reference, values) in enumerate(zip(pair.floats, pair.integers, strict=True)):
         y = reference[layer.node]
         index = layer.draw(y, batch, ROWS)
         x = layer.inputs(values[layer.source], y, index)
         bias = 0.0 if layer.bias is None else values[layer.bias].reshape(layer.groups, 1, -1)
         residual = layer.outputs(y, index) - x @ matrices.transpose(1, 2) - bias
         shift = x.mean(1, keepdim=True) if shift is None else shift
-        moments = Moments.of(x, residual, row_weights(prices, batch, x.shape[:2], x), shift)
+        moments = Moments.of(x, residual, row_weights(gradients, batch, x.shape[:2], x), shift)
         half = halves[batch % 2]
         halves[batch % 2] = moments if half is None else half + moments
     first, second = halves

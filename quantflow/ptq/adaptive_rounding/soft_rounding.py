@@ -61,7 +61,7 @@ class SoftRounding:
         """The weight rounded to the nearest."""
         return self.on_grid((self.weight / self.scale - self.floor).round())
 
-    def is_settled(self, nearest: torch.Tensor) -> bool:
+    def is_fixed(self, nearest: torch.Tensor) -> bool:
         """Whether the weight is what it is rounded to already, so that there is nothing to learn."""
         return bool(((self.weight - nearest) / self.scale).abs().max() < _ON_GRID)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantflow.ptq.adaround.soft_rounding import SoftRounding, descend
+from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding, descend
 
 _ROWS = 256  # a step's
 

@@ -8,13 +8,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.observers.observation import qparams_of
-from quantflow.ptq.adaround.block_reconstruction import NoReconstructionError, Prices, Reconstruction
-from quantflow.ptq.adaround.blocks import Block
-from quantflow.ptq.adaround.soft_rounding import SoftRounding, descend
+from quantflow.ptq.adaptive_rounding.block_reconstruction import NoReconstructionError, Reconstruction, RowGradients
+from quantflow.ptq.adaptive_rounding.blocks import Block
+from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding, descend
 from quantflow.ptq.writing import write_weight
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import quantized
-from quantflow.simulation.paired_interpreter import Stop
+from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.preconditions import MEMORY
 from quantflow.simulation.quantized_layers import Layer
 
@@ -28,7 +28,12 @@ _NUMBERS = (
 
 
 def round_block(
-    graph: GraphModule, block: Block, stop: Stop, layers: dict[Node, Layer], prices: Prices, iterations: int
+    graph: GraphModule,
+    block: Block,
+    pair: LayerPair,
+    layers: dict[Node, Layer],
+    gradients: RowGradients,
+    iterations: int,
 ) -> tuple[list[Node], list[Node]]:
     """Round the weights of ``block`` in ``graph``, if it then errs no more at any of its ends.
 
@@ -37,9 +42,9 @@ def round_block(
     Args:
         graph: A prepared and calibrated graph; weights and their observers change in place.
         block: What to round.
-        stop: Where the walk stands: at the block's first layer.
+        pair: Where the walk stands: at the block's first layer.
         layers: Of the graph, by node.
-        prices: Of the errors in layers' rows.
+        gradients: Of the errors in layers' rows.
         iterations: Steps of Adam.
 
     Returns:
@@ -49,12 +54,12 @@ def round_block(
         NoReconstructionError: where the block can't be learned as one.
     """
     roundings = {layers[node]: SoftRounding.of(graph, layers[node]) for node in block.layers}
-    settled = [layer for layer, rounding in roundings.items() if rounding.is_settled(_nearest(graph, layer))]
-    for layer in settled:
+    fixed = [layer for layer, rounding in roundings.items() if rounding.is_fixed(_nearest(graph, layer))]
+    for layer in fixed:
         del roundings[layer]
     if not roundings:
-        return [layer.node for layer in settled], []
-    task = Reconstruction(graph, block, stop, layers, prices)
+        return [layer.node for layer in fixed], []
+    task = Reconstruction(graph, block, pair, layers, gradients)
     before, seen = _errors(task, {}), max(1, 3 * task.batches // 4)
     error = _error(task, before[:seen].sum(0), roundings, seen)
     try:
@@ -66,7 +71,7 @@ def round_block(
     better = all((after[part].sum(0) <= before[part].sum(0)).all() for part in (slice(None), slice(seen, None)))
     for layer, weight in found.items() if better else ():
         write_weight(graph, layer, weight, qparams_of(layer.observer))
-    return [layer.node for layer in settled], [] if better else [layer.node for layer in found]
+    return [layer.node for layer in fixed], [] if better else [layer.node for layer in found]
 
 
 def _error(
@@ -82,12 +87,12 @@ def _error(
     if not start.isfinite().all():
         raise NoReconstructionError("its errors are not finite")
     random = torch.Generator().manual_seed(0)
-    price = torch.where(start > 0, _SHARE * count * seen / (drawn * len(start) * start), 0.0)
+    weight = torch.where(start > 0, _SHARE * count * seen / (drawn * len(start) * start), 0.0)
 
     def error(soft: list[torch.Tensor]) -> torch.Tensor:
         weights = dict(zip(roundings, soft, strict=True))
         few = torch.randperm(seen, generator=random)[:drawn].tolist()
-        return (torch.stack([task.errors(batch, weights) for batch in few]).sum(0) * price).sum()
+        return (torch.stack([task.errors(batch, weights) for batch in few]).sum(0) * weight).sum()
 
     return error
 

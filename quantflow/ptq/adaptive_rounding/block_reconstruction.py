@@ -9,16 +9,16 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, only_user, op, value
 from quantflow.graph.state import writes_for_others
-from quantflow.observers import SettledObserver
+from quantflow.observers import FixedQParamsObserver
 from quantflow.observers.observation import observer_of, qparams_of
-from quantflow.ptq.adaround.blocks import Block
+from quantflow.ptq.adaptive_rounding.blocks import Block
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import Values, has_grid, last_reads, quantized, value_at
 from quantflow.simulation.output_gradients import ROWS, float_value, row_weights
-from quantflow.simulation.paired_interpreter import Stop
+from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.quantized_layers import Layer
 
-Prices = dict[str, list[torch.Tensor]]  # a layer's rows, by the name of its node
+RowGradients = dict[str, list[torch.Tensor]]  # a layer's rows, by the name of its node
 
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
@@ -33,9 +33,9 @@ class Reconstruction:
     Args:
         graph: The graph that is walked.
         block: The block; what stands in it before its first layer is computed by now.
-        stop: The stop at that layer.
+        pair: The pair at that layer.
         layers: Of the graph, by node.
-        prices: How much places count. They are known at an end behind whose last layer only clamps and sums come; all places
+        gradients: How much places count. They are known at an end behind whose last layer only clamps and sums come; all places
             of another count alike.
 
     Attributes:
@@ -47,14 +47,16 @@ class Reconstruction:
         NoReconstructionError: where the block has no float output, or none that is finite, or writes into what others read.
     """
 
-    def __init__(self, graph: GraphModule, block: Block, stop: Stop, layers: dict[Node, Layer], prices: Prices) -> None:
-        self._graph, self._given, self.bytes = graph, stop.integers, 0
-        self._nodes = block.nodes[block.nodes.index(stop.layer.node) :]
+    def __init__(
+        self, graph: GraphModule, block: Block, pair: LayerPair, layers: dict[Node, Layer], gradients: RowGradients
+    ) -> None:
+        self._graph, self._given, self.bytes = graph, pair.integers, 0
+        self._nodes = block.nodes[block.nodes.index(pair.layer.node) :]
         self._ends = [node for node in block.ends if node in self._nodes]
         self._dead = last_reads(graph.graph)
         if any(writes_for_others(node) for node in self._nodes):
             raise NoReconstructionError("it writes in place into what others read")
-        values: Values = dict(stop.integers[0])
+        values: Values = dict(pair.integers[0])
         self._constants: Values = {}
         self._observers: dict[Node, nn.Module] = {}
         for node in self._nodes:
@@ -62,14 +64,14 @@ class Reconstruction:
                 values[node] = self._constants[node] = value_at(graph, node, values, integers=True)
             elif (observer := observer_of(node, graph)) is not None:
                 self._observers[node] = _settled(observer)
-        self._wanted = [self._floats(values) for values in stop.floats]
+        self._wanted = [self._floats(values) for values in pair.floats]
         if not self._ends or not all(end.isfinite().all() for ends in self._wanted for end in ends):
             raise NoReconstructionError("nothing that it puts out is a finite float tensor")
         self.batches, first = len(self._wanted), self._wanted[0][0]
         self.examples = first.shape[0] if first.ndim else 1
         inside = [layers[node] for node in block.layers]
         self._shapes = {layer: attribute(graph, layer.weight.args[0]).shape for layer in inside}  # type: ignore[arg-type]
-        self._priced = [_priced(end, graph, inside, prices) for end in self._ends]
+        self._gradients_at = [_gradients_at(end, graph, inside, gradients) for end in self._ends]
 
     def errors(self, batch: int, weights: dict[Layer, torch.Tensor]) -> torch.Tensor:
         """The sum of squared errors at each end, [ends], for one batch.
@@ -89,8 +91,8 @@ class Reconstruction:
             found.update({node: values[node]} if node in self._ends else {})
             for read in self._dead.get(node, ()):
                 values.pop(read, None)
-        ends = zip((found[end] for end in self._ends), self._wanted[batch], self._priced, strict=True)
-        return torch.stack([_squares(y - wanted, batch, priced) for y, wanted, priced in ends])
+        ends = zip((found[end] for end in self._ends), self._wanted[batch], self._gradients_at, strict=True)
+        return torch.stack([_squares(y - wanted, batch, row_gradients) for y, wanted, row_gradients in ends])
 
     def numbers(self, batches: int) -> int:
         """How many numbers the block puts out at its ends for the first ``batches``."""
@@ -115,20 +117,20 @@ def _settled(observer: nn.Module) -> nn.Module:
     """An observer whose grid need not be searched for again."""
     if getattr(observer, "is_dynamic", False) or not has_grid(observer):
         return observer
-    return SettledObserver.like(observer, *qparams_of(observer))
+    return FixedQParamsObserver.like(observer, *qparams_of(observer))
 
 
-def _priced(
-    end: Node, graph: GraphModule, layers: list[Layer], prices: Prices
+def _gradients_at(
+    end: Node, graph: GraphModule, layers: list[Layer], gradients: RowGradients
 ) -> tuple[Layer, list[torch.Tensor]] | None:
-    """A layer behind which only clamps and sums come before ``end``, so that an error costs the same there, and its prices."""
+    """A layer behind which only clamps and sums come before ``end``, so that an error costs the same there, and its rows."""
     for layer in layers:
         node: Node | None = layer.node
         while node is not None and node is not end:
             follower = only_user(node)
             node = follower if follower is not None and _passes(follower, layer.node, graph) else None
-        if node is end and layer.node.name in prices:
-            return layer, prices[layer.node.name]
+        if node is end and layer.node.name in gradients:
+            return layer, gradients[layer.node.name]
     return None
 
 
@@ -140,10 +142,10 @@ def _passes(node: Node, layer: Node, graph: GraphModule) -> bool:
     return alike and (op(node) in _SUMS or op(node) in INFERENCE_IDENTITIES or clamp_limits(node) is not None)
 
 
-def _squares(error: torch.Tensor, batch: int, priced: tuple[Layer, list[torch.Tensor]] | None) -> torch.Tensor:
-    if priced is None:
+def _squares(error: torch.Tensor, batch: int, row_gradients: tuple[Layer, list[torch.Tensor]] | None) -> torch.Tensor:
+    if row_gradients is None:
         return error.square().sum()
-    layer, prices = priced
+    layer, gradients = row_gradients
     index = layer.draw(error, batch, ROWS)
     rows = layer.outputs(error, index)
-    return (rows.square().sum(-1) * row_weights(prices, batch, rows.shape[:2], error)).sum()
+    return (rows.square().sum(-1) * row_weights(gradients, batch, rows.shape[:2], error)).sum()

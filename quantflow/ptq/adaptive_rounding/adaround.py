@@ -15,12 +15,12 @@ from quantflow.data.sample import Sample
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import label
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.ptq.adaround.block import round_block
-from quantflow.ptq.adaround.block_reconstruction import NoReconstructionError
-from quantflow.ptq.adaround.blocks import blocks
-from quantflow.ptq.adaround.layer import round_layer
-from quantflow.simulation.output_gradients import Sensitivity
-from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.ptq.adaptive_rounding.block import round_block
+from quantflow.ptq.adaptive_rounding.block_reconstruction import NoReconstructionError
+from quantflow.ptq.adaptive_rounding.blocks import blocks
+from quantflow.ptq.adaptive_rounding.layer import round_layer
+from quantflow.simulation.output_gradients import OutputGradients
+from quantflow.simulation.paired_interpreter import run_paired
 from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
 from quantflow.simulation.quantized_layers import quantized_layers
 
@@ -29,7 +29,7 @@ _STAY = "the weights of these layers stay as they are"
 _NOTHING = f"too wide, in groups, on their grid already or not finite: {_STAY}"
 _WORSE = f"no rounding was found with which their block errs less, on examples not learned on as well: {_STAY}"
 _REMEDIES = {
-    _NOTHING: "nothing to do where that is meant; call adaround before compensate",
+    _NOTHING: "nothing to do where that is meant; call adaround before reconstruct_weights",
     _WORSE: "more examples, more iterations, or fewer layers together",
 }
 
@@ -38,7 +38,7 @@ _REMEDIES = {
 def adaround(
     graph: GraphModule,
     data: Sample | Iterable[Any],
-    prices: Sensitivity | None = None,
+    gradients: OutputGradients | None = None,
     *,
     together: int = 1,
     iterations: int = 500,
@@ -58,14 +58,14 @@ def adaround(
     its weights where that errs less at one of its ends, on all of the data or on the quarter. A block of one layer, and one
     that is too large to hold or has no gradient, is learned layer by layer.
 
-    It pays with few levels (4 bits). It hurts where examples are few for the features of a layer, and, without ``prices``,
+    It pays with few levels (4 bits). It hurts where examples are few for the features of a layer, and, without ``gradients``,
     where a network has outliers that do not matter to it: these are then what is fitted. A weight that lies on its grid
-    already, as after :func:`compensate`, has nothing to learn: call this first. Time is in proportion to ``iterations``.
+    already, as after :func:`reconstruct_weights`, has nothing to learn: call this first. Time grows with ``iterations``.
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
-        prices: What :func:`.output_gradients` found on the batches of that sample: places count by how much the
+        gradients: What :func:`.output_gradients` found on the batches of that sample: places count by how much the
             network's output depends on them. Without, all count alike. At the end of a block they are known where only clamps
             and sums come behind its last layer; at another all places count alike.
         together: How many layers at least to learn at once; 1 is layer by layer.
@@ -87,25 +87,25 @@ def adaround(
     training = rounded.training  # a graph that stock torchao prepared says True in inference mode
     rounded.eval()
     sample = within_memory(rounded, draw(rounded, data, stage=_STAGE, inputs=inputs))
-    priced = {} if prices is None else {node.name: found for node, found in prices.rows.items()}
+    row_gradients = {} if gradients is None else {node.name: found for node, found in gradients.rows.items()}
     layers = quantized_layers(rounded)
     found = blocks(rounded, layers, together) if together > 1 else []
     whole = {block.layers[0]: block for block in found if len(block.layers) > 1}
     done: set[Node] = set()
     notes: dict[str, list[Node]] = defaultdict(list)
     notes[_NOTHING] += [node for node in quantized_layers(rounded, solvable=False) if node not in layers]
-    for stop in side_by_side(rounded, sample, layers, title="adaround", progress=progress):
-        node = stop.layer.node
+    for pair in run_paired(rounded, sample, layers, title="adaround", progress=progress):
+        node = pair.layer.node
         if (block := whole.get(node)) is not None:
             try:
-                settled, worse = round_block(rounded, block, stop, layers, priced, iterations)
+                fixed, worse = round_block(rounded, block, pair, layers, row_gradients, iterations)
             except NoReconstructionError as error:
                 notes[f"no block, as {error}: these layers are learned one by one"] += block.layers
             else:
-                notes[_NOTHING] += settled
+                notes[_NOTHING] += fixed
                 notes[_WORSE] += worse
                 done.update(block.layers)
-        if node not in done and not round_layer(rounded, stop, priced.get(node.name), iterations):
+        if node not in done and not round_layer(rounded, pair, row_gradients.get(node.name), iterations):
             notes[_NOTHING].append(node)
     for reason, nodes in notes.items():
         if nodes:
