@@ -80,8 +80,8 @@ def row_weights(
     """How much each of a layer's rows in a batch counts, [groups, rows], about one on average.
 
     Args:
-        gradients: Of the layer, one of :attr:`OutputGradients.rows`. All rows count alike without them, or where they do not fit
-            ``shape``.
+        gradients: Of the layer, one of :attr:`OutputGradients.rows`. All rows count alike without them, or where these do not
+            fit ``shape``.
         batch: The number of the batch.
         shape: Groups and rows.
         like: Tells dtype and device.
