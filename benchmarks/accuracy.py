@@ -1,13 +1,13 @@
-"""What PTQ costs in accuracy: float, stock PT2E, NNCF and quantflow on the same images, on the runtime where it runs.
+"""The accuracy of PTQ: float, stock PT2E, NNCF and quantflow on the same images, on the runtime where programs run.
 
     python benchmarks/accuracy.py --models resnet18 --calibration calib/ --validation val/ --limit 16    # a smoke run
     python benchmarks/accuracy.py --calibration calib/ --validation val/ --models mobilenet_v2 efficientnet_lite0 --weights A B
 
 A model is any torchvision classifier, or ``efficientnet_lite0`` (its class is in PyPI's ``efficientnet-lite-pytorch``) with
 weights from a file. Folders are as for ``recipes/ptq_imagenet.py``. ``converted`` and ``fake-quantized`` are simulated in
-PyTorch, ``.pte`` ran on the ExecuTorch runtime. The drop is in points, paired image by image, with its 95 % interval; SQNR is
-of the logits. Seconds are of wall time, images in memory: ``calibrate``, and ``quantize`` from export to the converted graph.
-Tools have their default settings; NNCF is skipped where it is not installed. Prints one table and writes JSON.
+PyTorch, ``.pte`` ran on the ExecuTorch runtime. The drop is in points, paired by image, with its 95 % interval; SQNR is that of
+the logits. Seconds are wall time with images in memory: ``calibrate``, and ``quantize`` from export to the converted graph.
+All tools have their default settings; NNCF is skipped if it is not installed. Prints one table and writes JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS = ("model", "tool", "on", "top1", "drop", "agreement", "sqnr_db", "calib
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a tool made: something callable for each stage that it went through, and the seconds that it took."""
+    """The result of a tool: a callable for each stage, and the seconds of its steps."""
 
     stages: dict[str, Callable[..., torch.Tensor]]
     seconds: dict[str, float]
@@ -50,14 +50,14 @@ class Quantized:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mobilenet_v2"])
-    parser.add_argument("--weights", nargs="+", type=Path, help="one for each model: a file or a torchvision name")
+    parser.add_argument("--weights", nargs="+", type=Path, help="one per model: a file or a torchvision name")
     parser.add_argument("--calibration", type=Path, required=True, help="images to calibrate on")
     parser.add_argument("--validation", type=Path, required=True, help="images to score on")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--resize", action="store_true", help="scale the shorter side, then crop")
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--limit", type=int, help="calibrate and score on the first so many images")
+    parser.add_argument("--limit", type=int, help="number of images to calibrate and to score on")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/accuracy.json"))
     options = parser.parse_args()
     options.weights = options.weights or [Path("DEFAULT")] * len(options.models)
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def network(name: str, weights: Path, options: argparse.Namespace) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The float model with its weights, and what makes an image its input."""
+    """The float model with its weights, and its image transform."""
     if name != "efficientnet_lite0":
         return classifier(name, None, str(weights)).eval(), preprocessing(options.image_size, resize=options.resize)
     try:
@@ -108,7 +108,7 @@ def by_quantflow(model: nn.Module, example: tuple[torch.Tensor], images: Images)
 
 
 def by_quantflow_w4a8(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
-    """4-bit weights per channel, simulated: the delegate would keep them in 8 bits."""
+    """4-bit weights per channel, simulated: the delegate would store them in 8 bits."""
     made = quantflow_with(XNNPACKQuantizer(W4A8), model, example, images)
     return Quantized({"converted": made.stages["converted"]}, made.seconds)
 
@@ -116,7 +116,7 @@ def by_quantflow_w4a8(model: nn.Module, example: tuple[torch.Tensor], images: Im
 def quantflow_with(
     quantizer: XNNPACKQuantizer, model: nn.Module, example: tuple[torch.Tensor], images: Images
 ) -> Quantized:
-    """What ``qf.quantize`` does by default, verb by verb, to have the fake-quantized stage as well."""
+    """The default steps of ``qf.quantize`` one by one, to keep the fake-quantized stage."""
     start = time.perf_counter()
     prepared = qf.prepare(qf.export(model, example, dynamic_batch=True).module(), quantizer)
     sample = qf.Sample()
@@ -154,9 +154,9 @@ def measure(name: str, weights: Path, options: argparse.Namespace) -> list[dict[
         try:
             made = TOOLS[tool](model, example, images)
             for stage, run in made.stages.items():
-                if stage != "fake-quantized":  # which would observe it
-                    run(*example)  # what does not run is found before an hour of scoring
-        except Exception as error:  # a peer may fail on a model; the others' figures still count
+                if stage != "fake-quantized":  # it would observe the example
+                    run(*example)  # finds a stage that does not run before an hour of scoring
+        except Exception as error:  # a tool may fail on a model; the others are still measured
             rows.append(
                 {"model": name, "tool": tool, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             )
@@ -199,7 +199,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, weights in zip(options.models, options.weights, strict=True):
         rows += measure(name, weights, options)
-        write_record(options.json, options, rows)  # a model's figures are kept should the next one fail
+        write_record(options.json, options, rows)  # after each model, in case the next one fails
     shown = [column for column in COLUMNS if any(column in row for row in rows)]
     print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
     for row in rows:

@@ -1,11 +1,11 @@
-"""What int8 products beside a softmax cost and gain: one attention block on the runtime, its products in float and in int8.
+"""Accuracy and latency of one attention block on the runtime, with its matrix products in float and in int8.
 
     python benchmarks/attention.py                      # 197 tokens, 12 heads of 64: ViT-B
     python benchmarks/attention.py --tokens 1024 --heads 2 --repeats 30
 
-``gain`` scales the weights of queries and keys, so that attention is spread out (1.7) or settles on few tokens (8). SQNR in dB
-is of the program against the float module, on another input than that of calibration. Milliseconds are the median process time
-of a call, all threads together, the variants in turn. Writes JSON and prints one table.
+``gain`` scales the weights of queries and keys, so that attention is spread out (1.7) or concentrated on few tokens (8). SQNR
+in dB compares the program with the float module, on another input than that of calibration. Milliseconds are the median process
+time of a call, summed over threads; the variants alternate. Writes JSON and prints one table.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Attention(nn.Module):
-    """Softmax of the products of queries and keys, times the values. Takes and gives float32 [batch, tokens, heads · size]."""
+    """Multi-head attention, from and to float32 [batch, tokens, heads · size]."""
 
     def __init__(self, heads: int, size: int, gain: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     for gain in tqdm(options.gains, desc="gains"):
         torch.manual_seed(0)
-        # The layer has a name, which overrides ask for.
+        # Overrides select a layer by name, so the layer needs one.
         attention = Attention(options.heads, options.head_size, gain)
         model = nn.Sequential()
         model.add_module("attention", attention)

@@ -1,11 +1,12 @@
-"""What calibration costs: quantflow and stock PT2E beside the float model's own forward over the same batches, in one run.
+"""The cost of calibration: quantflow and stock PT2E, relative to the float model's forward over the same batches.
 
     python benchmarks/calibration.py                    # MobileNetV2, 16 batches of 8 at 224×224: ratios to float
     python benchmarks/calibration.py --model resnet18 --batches 32 --repeats 3
 
-Seconds of process time on one thread; the variants take turns, and ratios are of medians. Each repeat calibrates a fresh copy,
-and ``batches`` says how many batches it looked at. ``convert`` is measured once, lest ranges be paid for there. Peak memory is
-the growth of the resident set over 4 and over 16 batches, each in a process of its own. Writes JSON and prints one table.
+Seconds are process time on one thread; the variants alternate, and ratios are of medians. Each repeat calibrates a fresh
+copy, and ``batches`` is the number of batches it read. ``convert`` is measured once, since a tool may compute ranges there.
+Peak memory is the growth of the resident set over 4 and over 16 batches, each in a separate process. Writes JSON and prints
+one table.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def convert_stock(prepared: nn.Module) -> None:
     convert_pt2e(prepared)
 
 
-# How each variant is built, how it is shown the batches, and how it is converted.
+# For each variant, the functions that build, calibrate and convert it.
 VARIANTS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any], Callable[..., Any] | None]] = {
     "float": (float_model, forward, None),
     "quantflow": (quantflow_prepared, partial(qf.calibrate, progress=False), qf.convert),
@@ -75,7 +76,7 @@ VARIANTS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any], Callable
 
 
 class Counted:
-    """Batches that count how often they were taken."""
+    """Batches with a count of how many were read."""
 
     def __init__(self, batches: list[torch.Tensor]) -> None:
         self.batches, self.taken = batches, 0
@@ -99,7 +100,7 @@ def random_batches(options: argparse.Namespace, count: int) -> list[torch.Tensor
 
 
 def peak_bytes(name: str, options: argparse.Namespace, count: int) -> int:
-    """The growth of this process while the variant ``name`` looks at ``count`` batches."""
+    """The growth of this process while the variant ``name`` reads ``count`` batches, bytes."""
     model, batches = built(name, options), random_batches(options, count)
     return peak_growth(lambda: VARIANTS[name][1](model, batches))
 

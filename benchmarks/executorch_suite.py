@@ -1,18 +1,18 @@
-"""executorch's own operator suite for backends, driven through quantflow: float, int8 with PTQ, dynamic int8.
+"""Executorch's operator test suite for backends, run through quantflow: float, int8 with PTQ, dynamic int8.
 
     python benchmarks/executorch_suite.py --flows float int8 dynamic --jobs 2
     python benchmarks/executorch_suite.py --flows float --only conv3d "adaptive_maxpool"
 
 The suite is part of executorch's wheel (``executorch/backends/test/suite/operators``). A case lowers one or more models and
-runs each on inputs of its own, in a process that may crash or hang. The worst end of its models is the end of a case:
+runs each on its own inputs, in a separate process that may crash or hang. The outcome of a case is the worst of its models:
 
-- ``skipped``: the suite itself leaves it out, or the model does not run in eager mode either.
+- ``skipped``: the suite skips it, or the model does not run in eager mode.
 - ``right``: in float, outputs within rounding (60 dB) of eager, integers and booleans equal; in integers, outputs within
-  35 dB of the converted graph's, and like eager's within what eight bits give.
+  35 dB of the converted graph's, and within 8-bit rounding of eager.
 - ``wrong``: other outputs.
-- ``nothing``: the quantizer has no rule for anything in the model, and says so.
-- ``error``: another ``QuantflowError``; its stage, reason and node are kept.
-- ``exception``, ``crash``, ``hang``: what must not be.
+- ``nothing``: the quantizer reports that it has no rule for any operator of the model.
+- ``error``: another ``QuantflowError``; its stage, reason and node are recorded.
+- ``exception``, ``crash``, ``hang``: failures of quantflow.
 
 Writes JSON and prints one table.
 """
@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import SkipTest
 
-import executorch.kernels.quantized  # noqa: F401  before the processes part: none loads it again
+import executorch.kernels.quantized  # noqa: F401  loaded once, before processes fork
 import torch
 import torch.utils._pytree as pytree
 from executorch.backends.test.suite import operators
@@ -46,9 +46,9 @@ from quantflow.metrics import signal_to_noise
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
 SCHEMES = {"float": None, "int8": INT8, "dynamic": DYNAMIC_INT8}
-ENDS = ("skipped", "right", "nothing", "error", "wrong", "exception", "crash", "hang")  # from the best to the worst
+ENDS = ("skipped", "right", "nothing", "error", "wrong", "exception", "crash", "hang")  # from best to worst
 FLOAT_DB, GRAPH_DB, EAGER_DB = 60.0, 35.0, 15.0
-CANCELLED = 1e-5  # where outputs cancel to nothing, what is left is rounding
+CANCELLED = 1e-5  # outputs below this are cancellation: only rounding is left
 
 
 @functools.cache
@@ -62,19 +62,19 @@ def cases() -> tuple[str, ...]:
 
 
 class Runner:
-    """What the suite calls with each model of a case, in place of its own runner."""
+    """The replacement of the suite's test runner, called with each model of a case."""
 
     def __init__(self, flow: str) -> None:
         self.flow, self.ends = flow, list[dict[str, Any]]()
-        self._flow = SimpleNamespace(quantize=SCHEMES[flow] is not None)  # LSTM cases ask for it
+        self._flow = SimpleNamespace(quantize=SCHEMES[flow] is not None)  # LSTM cases read it
 
     def lower_and_run_model(self, model: nn.Module, inputs: tuple, **_: Any) -> None:
-        """Note how ``model`` ends on ``inputs``."""
+        """Record the outcome of ``model`` on ``inputs``."""
         self.ends.append(outcome(model.eval(), tuple(inputs), self.flow))
 
 
 def outcome(model: nn.Module, inputs: tuple, flow: str) -> dict[str, Any]:
-    """How ``model`` ends on the path ``flow``: ``ends`` is one of :data:`ENDS`, and the rest says why."""
+    """The outcome of ``model`` in ``flow``: ``ends`` is one of :data:`ENDS`, the other entries are the details."""
     try:
         with torch.no_grad():
             expected = model(*inputs)
@@ -95,13 +95,13 @@ def outcome(model: nn.Module, inputs: tuple, flow: str) -> dict[str, Any]:
 
 
 def quantized(model: nn.Module, inputs: tuple, scheme: Any) -> nn.Module:
-    """``model`` in integers, calibrated on ``inputs``."""
+    """The converted graph of ``model``, calibrated on ``inputs``."""
     prepared = qf.prepare(qf.export(model, inputs).module(), XNNPACKQuantizer(scheme))
     return qf.convert(qf.calibrate(prepared, [inputs], inputs=lambda batch: batch, progress=False))
 
 
 def compared(eager: Any, graph: Any, program: Any, flow: str) -> dict[str, Any]:
-    """Whether ``program`` gave what the ``graph`` that was lowered gives, and ``eager``."""
+    """The comparison of the outputs of ``program`` with those of the lowered ``graph`` and of ``eager``."""
     least = {"db": FLOAT_DB if flow == "float" else GRAPH_DB, "eager_db": FLOAT_DB if flow == "float" else EAGER_DB}
     found = {}
     right = True
@@ -114,7 +114,7 @@ def compared(eager: Any, graph: Any, program: Any, flow: str) -> dict[str, Any]:
 
 
 def fits(ours: Any, theirs: Any, least: float) -> bool:
-    """Whether ``ours`` is ``theirs`` but for what is allowed."""
+    """Whether ``ours`` equals ``theirs`` within the tolerance ``least``, dB."""
     if not isinstance(theirs, torch.Tensor) or not theirs.is_floating_point():
         return decibels(ours, theirs) == float("inf")
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -132,7 +132,7 @@ def decibels(ours: Any, theirs: Any) -> float:
 
 
 def run_case(task: tuple[str, str]) -> list[dict[str, Any]]:
-    """The ends of the models of one case, ``(flow, case)``."""
+    """The outcomes of the models of one case, ``(flow, case)``."""
     warnings.simplefilter("ignore")
     flow, case = task
     torch.manual_seed(zlib.crc32(case.encode()))
@@ -147,7 +147,7 @@ def run_case(task: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 def row_of(end: Ended[tuple[str, str]]) -> dict[str, Any]:
-    """What is kept of one case."""
+    """The record of one case."""
     flow, case = end.task
     models = end.value
     if end.kind != "returned":
@@ -168,9 +168,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flows", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="run only cases whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=300.0, help="after which a case counts as hanging")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time limit after which a case counts as hanging")
     parser.add_argument("--output", type=Path, default=Path("runs/executorch_suite.json"))
     options = parser.parse_args()
     chosen = [case for case in cases() if any(part in case for part in options.only)]
@@ -181,7 +181,7 @@ def main() -> None:
         for end in isolated(run_case, tasks, jobs=options.jobs, seconds=options.seconds):
             rows.append(row_of(end))
             rows.sort(key=lambda row: tasks.index((row["flow"], row["case"])))
-            write_record(options.output, options, rows)  # also of a run that is ended
+            write_record(options.output, options, rows)  # after each case, so that an interrupted run leaves a record
             bar.update()
     print(table(rows))
     for row in rows:

@@ -1,9 +1,9 @@
-"""Plant a fault in a quantized network, a hundred times each, and see where ``qf.diagnose`` ranks the layer that has it.
+"""The rank that ``qf.diagnose`` gives to a layer with an injected fault, a hundred times for each kind of fault.
 
     python benchmarks/fault_ranking.py
 
-The faults: a bad scale, a clipped range, a batch norm folded with another ``eps``, a wrong zero point. Each seed has a network
-of its own (weights, statistics, data) and draws the layer and the size of each fault.
+The faults are a wrong scale, a clipped range, a batch norm folded with another ``eps``, and a wrong zero point. Each seed gives
+another network (weights, statistics, data) and draws the layer and the size of each fault.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _normed(inputs: int, outputs: int, activation: nn.Module, kernel: int = 3, *
 
 @dataclass(frozen=True)
 class Subject:
-    """A float graph, the same prepared and calibrated, the same converted, and the data."""
+    """A float graph, its calibrated graph, its converted graph, and the data."""
 
     graph: GraphModule
     prepared: GraphModule
@@ -73,9 +73,9 @@ class Subject:
 
 
 def subject(seed: int) -> Subject:
-    """A network with weights, statistics and data of its own.
+    """The network, statistics and data of ``seed``.
 
-    The batches are so small that calibration samples them whole: no range is bad by chance.
+    The batches are small enough for observers to keep all values, so that no range is wrong by chance.
     """
     torch.manual_seed(seed)
     model = Network()
@@ -87,7 +87,7 @@ def subject(seed: int) -> Subject:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
             if isinstance(module, nn.Conv2d) and module.bias is None:
-                module.weight *= 0.1 * torch.rand(len(module.weight), 1, 1, 1)  # some variances as small as eps
+                module.weight *= 0.1 * torch.rand(len(module.weight), 1, 1, 1)  # makes some variances as small as eps
         model(torch.cat(data))
     graph = copy.deepcopy(_captured())
     graph.load_state_dict(model.state_dict())
@@ -95,12 +95,12 @@ def subject(seed: int) -> Subject:
     return Subject(graph, prepared, qf.convert(prepared), data)
 
 
-# Makes a quantized graph with a fault, and names the nodes that have it.
+# Returns a quantized graph with a fault, and the names of the faulty nodes.
 Fault = Callable[[Subject, random.Random], tuple[GraphModule, set[str]]]
 
 
 def bad_scale(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[str]]:
-    """A scale, of an activation or of a weight, that is two to eight times too large or too small."""
+    """A scale of an activation or weight that is too large or too small by a factor of two to eight."""
     converted = copy.deepcopy(subject.converted)
     factor = draw.uniform(2, 8) ** draw.choice((-1, 1))
     if draw.random() < 0.5:
@@ -112,7 +112,7 @@ def bad_scale(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[s
 
 
 def clipped_range(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[str]]:
-    """An observed range cut to a fifth to a half of what it is, in a prepared graph."""
+    """An observed range of a prepared graph, reduced to a fifth to a half."""
     prepared = copy.deepcopy(subject.prepared)
     calls = [n for n in prepared.graph.nodes if observer_of(n, prepared) is not None and not is_constant(n.args[0])]
     shared = [n.target for n in calls]
@@ -128,7 +128,7 @@ def clipped_range(subject: Subject, draw: random.Random) -> tuple[GraphModule, s
 
 
 def lost_eps(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[str]]:
-    """A batch norm folded with another eps than the model has."""
+    """A batch norm folded with a wrong eps."""
     broken = copy.deepcopy(subject.graph)
     norm = draw.choice([n for n in broken.graph.nodes if op(n) is BATCH_NORM])
     set_argument(norm, "eps", LOST_EPS)
@@ -137,9 +137,9 @@ def lost_eps(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[st
 
 
 def wrong_zero_point(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[str]]:
-    """A zero point that is 16 to 64 levels off in dequantize alone, or 48 to 96 in quantize as well.
+    """A zero point with an error of 16 to 64 in dequantize only, or of 48 to 96 in quantize as well.
 
-    The latter shifts the range: by fewer levels it costs no more than ranges do that clip outliers on purpose.
+    The latter shifts the range. A smaller shift costs no more than deliberate clipping of outliers does.
     """
     converted = copy.deepcopy(subject.converted)
     node = draw.choice(_own_grids(converted))
@@ -167,14 +167,14 @@ def _calibrated(graph: GraphModule, data: list[torch.Tensor]) -> GraphModule:
 
 
 def _own_grids(converted: GraphModule) -> list[Node]:
-    """The quantize nodes whose grid no other tensor shares."""
+    """The quantize nodes whose quantization parameters no other tensor shares."""
     nodes = [n for n in converted.graph.nodes if "quantize_per_tensor" in n.name and "dequantize" not in n.name]
     grids = [n.args[1:3] for n in nodes]
     return [n for n in nodes if grids.count(n.args[1:3]) == 1]
 
 
 def _rewrite(converted: GraphModule, node: Node, scale: Any, zero_point: Any, both: bool = True) -> set[str]:
-    """Give a quantize node, and those that dequantize what it makes, another grid; the names of the nodes at fault."""
+    """Change scale and zero point of a quantize node and of its dequantize nodes; returns the names of the faulty nodes."""
     for changed in (*([node] if both else []), *node.users):
         changed.args = (changed.args[0], scale, zero_point, *changed.args[3:])
     converted.recompile()
@@ -182,7 +182,7 @@ def _rewrite(converted: GraphModule, node: Node, scale: Any, zero_point: Any, bo
 
 
 def _chain(node: Any) -> set[str]:
-    """``node`` and, where it is a clamp, what it clamps."""
+    """The names of ``node`` and, if it is a clamp, of its input."""
     return {node.name} | (_chain(node.args[0]) if op(node) in _CLAMPS else set())
 
 
@@ -190,7 +190,7 @@ _CLAMPS = {torch.ops.aten.relu.default, torch.ops.aten.hardtanh.default, torch.o
 
 
 def rank(seed: int, fault: str, subject: Subject) -> dict[str, Any]:
-    """Where the layer at fault comes in the diagnosis, by both rankings; 1 is first."""
+    """The rank of the faulty layer in the diagnosis, by both rankings; 1 is first."""
     broken, culprits = FAULTS[fault](subject, random.Random(f"{seed} {fault}"))
     diagnosis = qf.diagnose(subject.graph, broken, [torch.cat(subject.data)], progress=False)
     places = [
@@ -211,7 +211,7 @@ def rank(seed: int, fault: str, subject: Subject) -> dict[str, Any]:
 
 
 def measure(seeds: int, *, progress: bool = True) -> list[dict[str, Any]]:
-    """A row for each seed and fault."""
+    """One row per seed and fault."""
     rows = []
     for seed in tqdm(range(seeds), unit="seed", disable=not progress):
         planted = subject(seed)

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own, on which nothing that ran before weighs."""
+"""Measurements in a new process, independent of earlier ones."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def in_fresh_process(function: Callable[..., T], *args: object) -> T:
-    """What ``function(*args)``, a function of a module, returns or raises in a new interpreter."""
+    """Return or raise the result of ``function(*args)`` in a new interpreter; ``function`` is a module-level function."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def peak_growth(work: Callable[[], object]) -> int:
-    """By how many bytes the resident set of this process grows at most while ``work`` runs (Linux, glibc)."""
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would take the growth in
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    """The peak growth of the resident set of this process while ``work`` runs, bytes (Linux, glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)  # freed but kept memory would hide the growth
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
     before = _resident_peak()
     work()
     return _resident_peak() - before

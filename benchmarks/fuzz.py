@@ -1,14 +1,14 @@
-"""Random networks through quantflow, by four paths, each case in a process that may crash or hang.
+"""Differential fuzzing of quantflow with random networks on four paths, each case in a separate process.
 
-    python benchmarks/fuzz.py --seeds 0:1000                 # all paths; some 3 s a case
+    python benchmarks/fuzz.py --seeds 0:1000                 # all paths; about 3 s per case
     python benchmarks/fuzz.py --seeds 123:124 --paths qat --show   # print the network of a seed
-    python benchmarks/fuzz.py --seeds 0:200 --minimise       # make each network that fails as small as it fails alike
-    python benchmarks/fuzz.py --rerun fuzz.json              # only what failed in an earlier run
+    python benchmarks/fuzz.py --seeds 0:200 --minimise       # reduce each failing network
+    python benchmarks/fuzz.py --rerun fuzz.json              # only the failed cases of an earlier run
 
-float: export, core ATen, XNNPACK, the runtime, beside the eager model. ptq: prepare, calibrate, convert, lower. qat: two steps
-in training beside the eager model with rounding off; a few with it, convert, lower. quantize: ``qf.quantize``. A case ends well
-where it is right, where rounding alone carries the network as far as what was found (measured), or in an error that names what
-is at fault. A seed gives network, weights and inputs. Writes JSON: the counts, every case, and those that failed as scripts.
+float: export, core ATen, XNNPACK, the runtime, compared with the eager model. ptq: prepare, calibrate, convert, lower. qat: two
+training steps without rounding, compared with the eager model; a few with rounding, convert, lower. quantize: ``qf.quantize``.
+A case passes if its outputs are right, if rounding errors alone (measured) have the same effect, or if an error names the node
+at fault. The seed determines network, weights and inputs. Writes JSON: counts, every case, and failed cases as scripts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import executorch.kernels.quantized  # noqa: F401  before the processes part: none loads it again
+import executorch.kernels.quantized  # noqa: F401  loaded once, before processes fork
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0:100", help="A:B, or one seed")
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=120.0, help="that a case may take")
-    parser.add_argument("--minimise", action="store_true", help="make failing networks small")
-    parser.add_argument("--show", action="store_true", help="print the networks of these seeds, and run nothing")
-    parser.add_argument("--rerun", type=Path, help="the cases that this file of results holds")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time limit of a case")
+    parser.add_argument("--minimise", action="store_true", help="reduce failing networks")
+    parser.add_argument("--show", action="store_true", help="only print the networks of these seeds")
+    parser.add_argument("--rerun", type=Path, help="the failed cases of this result file")
     parser.add_argument("--output", type=Path, default=Path("runs/fuzz.json"))
     options = parser.parse_args()
     first, _, last = options.seeds.partition(":")
@@ -77,7 +77,7 @@ def main() -> None:
 
 @functools.lru_cache(1)
 def _network(seed: int) -> Network:
-    """The network of ``seed``, made in another process: it trains a step, and autograd's threads do not survive a fork."""
+    """The network of ``seed``, generated in another process: it trains a step, and a fork loses autograd's threads."""
     (made,) = isolated(generate, [seed])
     if made.kind != "returned":
         raise RuntimeError(f"seed {seed}: {made.text}")
@@ -85,7 +85,7 @@ def _network(seed: int) -> Network:
 
 
 class _Run:
-    """The verdicts so far, on disk as they come."""
+    """The outcomes so far, written to disk after each case."""
 
     def __init__(self, output: Path, seconds: float) -> None:
         self.output, self.seconds = output, seconds
@@ -111,7 +111,7 @@ class _Run:
         self.output.write_text(json.dumps(record, indent=1) + "\n")
 
     def minimise(self) -> None:
-        """Replace each failing network by the smallest found that fails alike; of those that fail alike, the first three."""
+        """Replace failing networks by the smallest found with the same failure; only the first three of each kind."""
         seen: collections.Counter[str] = collections.Counter()
         for index, (network, path, verdict) in enumerate(tqdm(self.failed, desc="minimise", unit="case")):
             seen[verdict.kind] += 1
@@ -126,7 +126,7 @@ class _Run:
             self.write()
 
     def table(self) -> str:
-        """Cases by ending and path."""
+        """The counts of cases by ending and path, as a table."""
         paths = list(self.counts)
         rows = [["", *paths]]
         for ending in VERDICTS:
@@ -141,7 +141,7 @@ def _described(network: Network, path: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _script(network: Network) -> str:
-    """The source without what all have in common, which stands once in the results."""
+    """The source without the common prelude, which the results contain once."""
     return network.source().removeprefix(PRELUDE).strip()
 
 

@@ -1,10 +1,10 @@
-"""What lowering costs: quantflow's fast way and executorch's own passes on the same graph, each in a fresh process.
+"""The cost of lowering: quantflow's fast lowering and executorch's passes on the same graph, each in a fresh process.
 
     python benchmarks/lowering.py                       # MobileNetV2, EfficientNet-B0 and ViT-B/16, int8
     python benchmarks/lowering.py --repeat 3
 
-From the exported converted program to the bytes of the ``.pte``, in seconds of process time on one thread, without imports.
-Both use the same partitioner, and the bytes are compared. Writes JSON and prints one table.
+Measured from the exported converted program to the bytes of the ``.pte``, in seconds of process time on one thread, without
+imports. Both use the same partitioner, and the bytes are compared. Writes JSON and prints one table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What quantflow is measured against: torchao's PT2E with executorch's quantizer and partitioner, and NNCF over the same."""
+"""The tools that quantflow is compared with: torchao's PT2E and NNCF, both with executorch's quantizer and partitioner."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import quantflow as qf
 
 
 def captured(model: nn.Module, example: Sequence[torch.Tensor]) -> GraphModule:
-    """The graph that both start from, for batches of any size."""
+    """The graph that both tools start from, for batches of any size."""
     batch = torch.export.Dim("batch")
-    several = tuple(torch.cat([x, x]) for x in example)  # a batch of one would be taken for a constant
+    several = tuple(torch.cat([x, x]) for x in example)  # torch.export would specialize a batch of one
     return torch.export.export(model, several, dynamic_shapes=(({0: batch},) * len(several))).module()
 
 
 def stock_quantizer(*, min_max: bool = False) -> torch.nn.Module:
-    """executorch's XNNPACKQuantizer: per-channel weights, histogram ranges for activations, or extremes alone."""
+    """Executorch's XNNPACKQuantizer with per-channel weights, and histogram or min-max observers for activations."""
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
     from torchao.quantization.pt2e import MinMaxObserver
 
@@ -33,7 +33,7 @@ def stock_quantizer(*, min_max: bool = False) -> torch.nn.Module:
 
 
 def stock_prepared(model: nn.Module, example: Sequence[torch.Tensor], *, min_max: bool = False) -> GraphModule:
-    """The graph with torchao's observers in it."""
+    """The graph prepared by stock PT2E."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     return prepare_pt2e(captured(model, example), stock_quantizer(min_max=min_max))
@@ -46,9 +46,9 @@ def stock_calibrate(prepared: GraphModule, batches: Sequence[torch.Tensor]) -> N
 
 
 def nncf_quantized(model: nn.Module, example: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> GraphModule:
-    """The converted graph that NNCF makes with its defaults over executorch's quantizer.
+    """The converted graph of NNCF with its defaults and executorch's quantizer.
 
-    It sees every image, one at a time as its documentation says.
+    It reads every image, one at a time, as NNCF's documentation recommends.
     """
     import nncf
     from nncf.experimental.torch.fx import quantize_pt2e
@@ -59,7 +59,7 @@ def nncf_quantized(model: nn.Module, example: Sequence[torch.Tensor], batches: S
 
 
 def stock_lowered(converted: GraphModule, example: Sequence[torch.Tensor]) -> qf.Program:
-    """``converted`` as executorch lowers it, with its own XNNPACK partitioner."""
+    """``converted`` lowered by executorch with its XNNPACK partitioner."""
     from executorch import exir
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 

@@ -1,11 +1,11 @@
-"""Which laws of QAT hold: quantflow and stock PT2E on the same small networks, in one run.
+"""Equalities that QAT should satisfy, checked for quantflow and stock PT2E on the same small networks.
 
     python benchmarks/qat_fidelity.py
 
-With rounding off, a graph prepared for QAT should be the eager network: its outputs in training and in inference mode, the
-batch norm statistics after a step, and all of it again after train() → eval() → train(). With rounding on, the converted
-graph should be the prepared one in inference mode. Figures are relative errors, ``‖ours - eager‖ / ‖eager‖``; above 1e-4
-(converted: 0.05) a law counts as broken. Writes JSON and prints one table.
+With fake quantization off, a graph prepared for QAT should equal the eager network: outputs in training and in inference mode,
+batch norm statistics after a step, and all of these again after train() → eval() → train(). With it on, the converted graph
+should equal the prepared graph in inference mode. Figures are relative errors, ``‖ours - eager‖ / ‖eager‖``; a check fails
+above 1e-4 (converted: 0.05). Writes JSON and prints one table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def by_stock(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Callable, Ca
 
 
 def laws(build: Callable, model: nn.Module, x: torch.Tensor) -> dict[str, float]:
-    """The error of each law."""
+    """The relative error of each check."""
     eager = copy.deepcopy(model).train()
     prepared, switch, convert = build(copy.deepcopy(model).train(), x)
     prepared.apply(disable_fake_quant)
@@ -112,7 +112,7 @@ def main() -> None:
     for tool in ("quantflow", "stock"):
         rows = [tools[tool] for tools in result.values()]
         broken = sum(isinstance(r, str) or any(r[law] > LIMITS[law] for law in LAWS) for r in rows)
-        print(f"{tool}: a law is broken (*) on {broken} of {len(rows)} networks")
+        print(f"{tool}: a check fails (*) on {broken} of {len(rows)} networks")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 

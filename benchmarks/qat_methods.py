@@ -1,10 +1,10 @@
-"""What distillation and learned step size bring: PTQ and four ways of QAT at equal steps, over several seeds.
+"""The gain of distillation and learned step size: PTQ and four QAT methods with equal steps, over several seeds.
 
     python benchmarks/qat_methods.py                    # MobileNetV2 on handwritten digits, three seeds, W4A8 and W8A8
 
-For each seed one float model is trained; every method starts from it, with the same calibration, steps and order of data.
-Accuracy, cross-entropy and agreement with float are of the converted graph (simulated) on the held-out images. Writes JSON
-and prints one table.
+Each seed trains one float model, from which all methods start, with the same calibration, steps and order of data. Accuracy,
+cross-entropy and agreement with float are those of the converted graph (simulated) on the held-out images. Writes JSON and
+prints one table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--float-epochs", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=3, help="of QAT, for each method")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of QAT for each method")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qat_methods.json"))
@@ -48,7 +48,7 @@ def quantized(
     calibration: DataLoader,
     epochs: int,
 ) -> torch.nn.Module:
-    """The converted graph that ``method`` makes of ``teacher``."""
+    """The converted graph of ``method``, starting from ``teacher``."""
     fake_quantize = qf.LearnedStepSize if method == "QAT + LSQ" else qf.FakeQuantize
     graph = qf.prepare(teacher, XNNPACKQuantizer(scheme), qat=method != "PTQ", fake_quantize=fake_quantize)
     qf.calibrate(graph, calibration, progress=False)

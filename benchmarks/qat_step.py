@@ -1,10 +1,10 @@
-"""What a step of quantization-aware training costs: float, quantflow and stock PT2E in one run.
+"""The cost of a step of quantization-aware training: float, quantflow and stock PT2E in one run.
 
     python benchmarks/qat_step.py                       # MobileNetV2, batch 8, 224×224: ratios to the float step
-    python benchmarks/qat_step.py --compile             # the compiled float and quantflow steps besides (minutes to compile)
+    python benchmarks/qat_step.py --compile             # also the compiled float and quantflow steps (minutes to compile)
 
-A step is forward and backward. The variants take turns, and ratios are of medians. Peak memory is the growth of the resident
-set over two steps, each variant in a process of its own. Writes JSON and prints one table.
+A step is forward and backward. The variants alternate, and ratios are of medians. Peak memory is the growth of the resident
+set over two steps, each variant in a separate process. Writes JSON and prints one table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each variant")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="with quantflow.malloc, for all variants")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="use quantflow.malloc for all variants")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/qat_step.json"))
     return parser.parse_args()
 
@@ -89,7 +89,7 @@ def convert_seconds(name: str, model: nn.Module) -> float:
 
 
 def peak_bytes(name: str, options: argparse.Namespace) -> int:
-    """The growth of this process over two steps of the variant ``name``."""
+    """The growth of this process over two steps of the variant ``name``, bytes."""
     model, _ = VARIANTS[name](options)
     (x,), target = example(options), torch.zeros(options.batch_size, dtype=torch.long)
     return peak_growth(lambda: [step(model, x, target) for _ in range(2)])

@@ -1,4 +1,4 @@
-"""The JSON that a benchmark leaves: its rows, and the settings and the machine that they were measured with."""
+"""The JSON record of a benchmark: its rows, its settings and the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def write_record(path: Path, options: argparse.Namespace, rows: Any) -> None:
-    """Write ``rows`` to ``path``. Of a path among ``options`` the last name is kept: the rest is the machine's own."""
+    """Write ``rows`` to ``path``. Paths among ``options`` are reduced to their last name."""
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     settings = {name: value for name, value in vars(options).items() if value != path}
     path.parent.mkdir(parents=True, exist_ok=True)

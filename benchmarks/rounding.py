@@ -1,9 +1,9 @@
-"""What learned rounding brings where weights have few levels: nearest, AdaRound by layer and by block, over several seeds.
+"""The gain of learned rounding for weights of few bits: nearest, AdaRound by layer and by block, over several seeds.
 
     python benchmarks/rounding.py                       # a small residual network on handwritten digits, three seeds, minutes
 
-For each seed one float network is trained; all start from its one calibration. Signal to noise of the logits and
-agreement with float are simulated on the held-out images. Writes JSON and prints one table.
+Each seed trains one float network, and all variants start from the same calibration. SQNR of the logits and agreement with
+float are simulated on the held-out images. Writes JSON and prints one table.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tqdm import tqdm
 import quantflow as qf
 from quantflow.metrics import signal_to_noise
 from quantflow.ptq import adaround
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantflow.vision.images import digits
 from quantizers import Scheme, TensorScheme, XNNPACKQuantizer
 
 
 class Block(nn.Module):
-    """Two convolutions beside a skip."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, given: int, made: int) -> None:
         super().__init__()
@@ -52,17 +52,17 @@ def network() -> nn.Sequential:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="of the weights; activations have 8")
-    parser.add_argument("--together", type=int, nargs="+", default=[1, 2], help="layers at least; 1 is by layer")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="bits of the weights; activations have 8")
+    parser.add_argument("--together", type=int, nargs="+", default=[1, 2], help="least layers per block; 1 is by layer")
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--examples", type=int, default=128, help="to learn on")
+    parser.add_argument("--examples", type=int, default=128, help="number of examples to learn on")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rounding.json"))
     return parser.parse_args()
 
 
 def roundings(graph: qf.TrainableGraphModule, sample: qf.Sample, options: argparse.Namespace) -> Iterator[tuple]:
-    """Each way to round, what it makes of ``graph``, and its seconds of process time."""
+    """The name of each rounding method, its graph, and its seconds of process time."""
     yield "nearest", graph, 0.0
     for together in options.together:
         start = time.process_time()
@@ -72,7 +72,7 @@ def roundings(graph: qf.TrainableGraphModule, sample: qf.Sample, options: argpar
 
 def main() -> None:
     options = parse_arguments()
-    warnings.simplefilter("ignore", qf.QuantflowWarning)  # the last block ends in logits, and is learned by layer
+    warnings.simplefilter("ignore", qf.QuantflowWarning)  # the last block is learned by layer
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in tqdm(range(options.seeds), desc="seeds"):
         torch.manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Where the stock path ends in a wrong or unloadable program, and where quantflow ends, each case in a process of its own.
+"""Cases in which the stock flow gives a wrong or unloadable program, compared with quantflow.
 
     python benchmarks/stock_path.py                      # all of tests/hazards.py and of tests/test_loadable.py
-    python benchmarks/stock_path.py --only "mish" "QAT"  # those whose name holds one of these
+    python benchmarks/stock_path.py --only "mish" "QAT"  # cases whose name contains one of these
 
-Stock is torchao's prepare_pt2e or prepare_qat_pt2e and convert_pt2e with executorch's XNNPACKQuantizer (per-channel weights)
-and XnnpackPartitioner, then the runtime. The laws, and the dB that each asks for, are in tests/hazards.py; quantflow is held to
-them in ``make test``. Prints the table of docs/hazards.md and writes JSON. It takes some 10 s a case.
+The stock flow is torchao's prepare_pt2e or prepare_qat_pt2e and convert_pt2e with executorch's XNNPACKQuantizer (per-channel
+weights) and XnnpackPartitioner, then the runtime. Each case runs in a separate process, about 10 s. The checks and the dB that
+each requires are in tests/hazards.py; ``make test`` runs them for quantflow. Prints the table of docs/hazards.md, writes JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import executorch.kernels.quantized  # noqa: F401  before the processes part: none loads it again
+import executorch.kernels.quantized  # noqa: F401  loaded once, before processes fork
 import torch
 import torchao.quantization.pt2e as pt2e
 from executorch import exir
@@ -38,11 +38,11 @@ from hazards import HAZARDS, Hazard, Quantflow
 from test_loadable import HAZARDS as GRAPHS
 from test_loadable import Function
 
-EXACT = 999.0  # dB, for no difference at all
+EXACT = 999.0  # dB, for equal outputs
 
 
 class Stock:
-    """torchao and executorch, as their documentation has it."""
+    """The stock flow of torchao and executorch, as in their documentation."""
 
     def prepare(self, model: Any, args: tuple, *, qat: bool = False, bits: int = 8) -> Any:
         top = 2 ** (bits - 1)
@@ -68,7 +68,7 @@ class Stock:
         method = program.load_method("forward")
 
         def run(*inputs: torch.Tensor) -> torch.Tensor:
-            assert program is not None  # it owns what the method runs on
+            assert program is not None  # the closure keeps the program alive, which owns the method's memory
             return method.execute([x.contiguous() for x in inputs])[0].clone()
 
         return run
@@ -79,7 +79,7 @@ class Stock:
 
 
 def warm_up() -> None:
-    """Pay here, once, for what executorch makes at first use. The runtime is left out: its threads do not survive a fork."""
+    """Initialize executorch once, before processes fork. The runtime is not used: its threads do not survive a fork."""
     for tools in (Stock(), Quantflow()):
         for qat in (False, True):
             model, args = (
@@ -97,7 +97,7 @@ def warm_up() -> None:
 
 
 def graph_hazard(function: Any) -> Hazard:
-    """A graph of integers made by hand, as another tool would make it, and lowered."""
+    """A hand-written quantized graph, as another tool would produce it, and its lowering."""
 
     def law(tools: Any) -> float:
         model, x = Function(function), torch.randn(2, 4, 4, 4)
@@ -158,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="hazards whose name holds one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="only hazards whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/hazards.json"))
     options = parser.parse_args()
     hazards = {**HAZARDS, **{f"graph: {name}": graph_hazard(function) for name, function in GRAPHS.items()}}

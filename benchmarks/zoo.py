@@ -1,16 +1,16 @@
-"""torchvision's models through float export, PTQ and QAT to a ``.pte`` that runs: one a family, or all.
+"""Torchvision's models through float export, PTQ and QAT to a ``.pte`` that runs: one per family, or all.
 
-    python benchmarks/zoo.py                            # one model a family
+    python benchmarks/zoo.py                            # one model per family
     python benchmarks/zoo.py --all --jobs 2             # every classification, segmentation and video model
     python benchmarks/zoo.py --models mobilenet_v3_small efficientnet_b0 --stock --recover
 
-Weights are random, batch norm statistics come from data (crops of scikit-learn's two photographs), a head of zeros is given
-weights. PTQ is calibrated on 32 images, with ``--recover`` also recovered, and compared with float on eight others. Each model
-runs in a process of its own and writes its result at once; what is there already is not run again (``--fresh`` does). Figures
-named ``.pte`` ran on the ExecuTorch runtime. Prints a table and writes JSON and markdown.
+Weights are random, also those of a head that torchvision initializes to zero; batch norm statistics come from data (crops of
+scikit-learn's two photographs). PTQ is calibrated on 32 images, with ``--recover`` also recovered, and compared with float on
+eight others. Each model runs in a separate process and writes its result immediately; existing results are not computed again
+(``--fresh`` does). Figures named ``.pte`` ran on the ExecuTorch runtime. Prints a table and writes JSON and markdown.
 
-``planned calls`` is what the plan says before calibration, ``calls`` what the lowered program has. ``int8`` is the
-share of multiply-accumulates of convolutions and linear layers whose inputs and weights are integers.
+``planned calls`` is the plan's forecast of delegate calls, ``calls`` their number in the lowered program. ``int8`` is the share
+of multiply-accumulates of convolutions and linear layers with quantized inputs and weights.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ COLUMNS = (
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="these models alone")
+    parser.add_argument("--models", nargs="+", help="only these models")
     parser.add_argument("--all", action="store_true", help="every classification, segmentation and video model")
     parser.add_argument("--modes", nargs="+", default=["float", "ptq", "qat"], choices=["float", "ptq", "qat"])
     parser.add_argument("--stock", action="store_true", help="also the stock quantizer and observers, simulated")
     parser.add_argument(
         "--recover", action="store_true", help="recover accuracy after calibration, as qf.quantize does"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--fresh", action="store_true", help="run again what is there already")
+    parser.add_argument("--jobs", type=int, default=1, help="number of models at a time")
+    parser.add_argument("--fresh", action="store_true", help="ignore existing results")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/zoo"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
-    """The model ``name`` with statistics from data, and what makes a batch for it."""
+    """The model ``name`` with statistics from data, and a function that makes a batch for it."""
     import torch
     from sklearn.datasets import load_sample_images
     from torch import nn
@@ -91,7 +91,7 @@ def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
 
     def batch(count: int) -> torch.Tensor:
         images = torch.stack([crop() for _ in range(count)]) * 4 - 2
-        return images if not video else torch.stack([images.roll(t, -1) for t in range(shape[1])], 2)  # it pans
+        return images if not video else torch.stack([images.roll(t, -1) for t in range(shape[1])], 2)  # shifted frames
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
@@ -112,7 +112,7 @@ def model_and_data(name: str) -> tuple[Any, Callable[[int], Any]]:
 
 
 def run(name: str, modes: list[str], stock: bool, recover: bool) -> dict[str, Any]:
-    """Everything about one model."""
+    """All measurements of one model."""
     import torch
     from torch import nn
 
@@ -123,7 +123,7 @@ def run(name: str, modes: list[str], stock: bool, recover: bool) -> dict[str, An
     torch.manual_seed(0)
     model, batch = model_and_data(name)
     result: dict[str, Any] = {"model": name, "modes": {}}
-    dynamic = not name.startswith("swin")  # its graph is for as many images as it was captured with
+    dynamic = not name.startswith("swin")  # Swin's graph is specialized to the batch size of the capture
     test, calibration = batch(8), [batch(8) for _ in range(4)]
     x, calibration = test[:1], calibration if dynamic else [x for several in calibration for x in several.split(1)]
     reference = one_by_one(model, test)
@@ -182,7 +182,7 @@ def run(name: str, modes: list[str], stock: bool, recover: bool) -> dict[str, An
 
 
 class Clock:
-    """Notes the seconds since it was last asked, under the name of the stage that they went to."""
+    """Records the seconds since its last call under the name of a stage."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row, self.start = row, time.perf_counter()
@@ -202,7 +202,7 @@ def step(graph: Any, x: Any) -> None:
 
 
 def first(output: Any) -> Any:
-    """The main output, which is all that is compared."""
+    """The main output, the only one that is compared."""
     return next(iter(output.values())) if isinstance(output, dict) else output
 
 
@@ -254,7 +254,7 @@ def latency(program: Any, x: Any) -> float:
 
 
 def stock_sqnr(captured: Any, calibration: list, test: Any, reference: Any) -> float:
-    """The stock XNNPACK quantizer with its own observers, by stock prepare and convert."""
+    """The SQNR of the stock XNNPACK quantizer with its observers, stock prepare and stock convert."""
     import torch
     from peers import stock_calibrate, stock_prepared
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e

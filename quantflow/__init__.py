@@ -1,11 +1,11 @@
 """quantflow: from PyTorch to a quantized ExecuTorch program, proven on the runtime.
 
-One verb an intent: :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover`, or :func:`train`,
-:func:`convert`, and again :func:`export`; :func:`quantize` for all of it, :func:`load` for a program on disk,
-:func:`verify`, :func:`diagnose`, :func:`sensitivity`, :func:`probe` and :func:`inspect` for what came of it, :func:`report` to
-show it.
+The steps are :func:`export`, :func:`prepare`, :func:`calibrate` and :func:`recover` (PTQ) or :func:`train` (QAT),
+:func:`convert`, and :func:`export` again; :func:`quantize` does all of them. :func:`load` reads a program from disk.
+:func:`verify`, :func:`diagnose`, :func:`sensitivity`, :func:`probe` and :func:`inspect` examine the results, and
+:func:`report` writes them to a page.
 
-A name is imported when it is first used: torch and torchao take seconds.
+Names are imported at first use, because importing torch and torchao takes seconds.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The first names of this API. They warn with the new name, and work."""
+"""The earlier names of this API. They still work, with a deprecation warning that gives the new name."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def capture_pre_autograd_graph(
 
 
 def _capture(model: nn.Module, args: Sequence[Any], config: Any = None, *, dynamic_shapes: Any = None) -> CoreAten:
-    """The old name of ``qf.export(model, args).to_core_aten()``; ``config`` had meanings that are gone."""
+    """The old name of ``qf.export(model, args).to_core_aten()``; ``config`` is ignored."""
     _warn("exir.capture(model, args)", "qf.export(model, args).to_core_aten()")
     return export(model, args, dynamic_shapes=dynamic_shapes).to_core_aten()
 
 
 exir = SimpleNamespace(capture=_capture)
-"""Stands for the module ``exir`` of old: ``exir.capture(model, args).to_edge().to_executorch()``."""
+"""A namespace like the former module ``exir``: ``exir.capture(model, args).to_edge().to_executorch()``."""

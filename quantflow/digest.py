@@ -1,4 +1,4 @@
-"""A short text that tells whether two sets of tensors are the same."""
+"""A digest of named tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
-    """SHA-256 of ``text`` and of the names, types, shapes and bits of ``tensors``, in whatever order."""
+    """SHA-256 of ``text`` and of the names, dtypes, shapes and bytes of ``tensors``, independent of their order."""
     told = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The one exception and the one warning of quantflow."""
+"""The exception and the warning that quantflow raises."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ def _message(stage: str, node: str | None, reason: str, remedy: str | None) -> s
 
 
 class QuantflowError(RuntimeError):
-    """A stage cannot go on.
+    """A stage cannot go on; the message names the stage, the place, the reason and the remedy.
 
-    Attributes:
-        stage: The stage in which the cause lies (``"export"``, ``"prepare"``, ``"calibrate"``, ...), which is not
-            always the stage that noticed.
-        node: The graph node, layer, file or argument at fault, or None where it is the whole.
-        reason: What is wrong, in the user's own words where there are any.
-        remedy: What to do about it.
+    The arguments are attributes of the same names.
+
+    Args:
+        stage: The stage in which the cause lies (``"export"``, ``"prepare"``, ``"calibrate"``, ...). It is not always the
+            stage that noticed the cause.
+        reason: What is wrong.
+        node: The graph node, layer, file or argument at fault; None where the whole is at fault.
+        remedy: What to do about it; None where nothing is known.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> try:
+        ...     qf.convert(torch.nn.Linear(4, 2))
+        ... except qf.QuantflowError as error:
+        ...     print(error.stage, "-", error.reason)
+        convert - the graph was not prepared
     """
 
     def __init__(self, stage: str, reason: str, *, node: str | None = None, remedy: str | None = None) -> None:
@@ -28,7 +39,29 @@ class QuantflowError(RuntimeError):
 
 
 class QuantflowWarning(UserWarning):
-    """A stage goes on, but not as asked; the message names the stage, the node and the remedy."""
+    """A stage goes on, but not as asked; the message names the stage, the place, the reason and the remedy.
+
+    The arguments are attributes of the same names.
+
+    Args:
+        stage: The stage in which the cause lies (``"plan"``, ``"edge"``, ``"train"``, ...).
+        reason: What was not done as asked.
+        node: The graph node, layer, file or argument at fault; None where the whole is at fault.
+        remedy: What to do about it; None where nothing is known.
+
+    Example:
+        Make every warning of quantflow an error:
+
+        >>> import warnings
+        >>> import quantflow as qf
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", qf.QuantflowWarning)
+        ...     try:
+        ...         warnings.warn(qf.QuantflowWarning("edge", "left to portable kernels", node="conv"))
+        ...     except qf.QuantflowWarning as warning:
+        ...         print(warning)
+        [edge] conv: left to portable kernels
+    """
 
     def __init__(self, stage: str, reason: str, *, node: str | None = None, remedy: str | None = None) -> None:
         super().__init__(_message(stage, node, reason, remedy))

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from quantflow.errors import QuantflowError
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, stage: str) -> Path:
-    """Write ``data`` to ``path`` through a file beside it, so that no reader ever sees half of it.
+    """Write ``data`` to a temporary file and rename it to ``path``, so that readers never see a partial file.
 
     Raises:
-        QuantflowError: at ``stage``, when the folder is missing or can't be written to; ``path`` is as it was.
+        QuantflowError: at ``stage``, if the folder is missing or not writable; ``path`` is unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

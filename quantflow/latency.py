@@ -1,4 +1,4 @@
-"""How long a call takes."""
+"""Measurement of the latency of a call."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST = 20.0  # seconds that the measured calls may take, but for the fewest
+_LONGEST = 20.0  # seconds after which no further calls are measured, once the minimum is reached
 _FEWEST = 5
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of one call, wall clock.
+    """The wall-clock time of one call.
 
     Attributes:
-        median_ms: Its median, milliseconds.
-        low_ms: A quarter of the calls were faster.
-        high_ms: A quarter of the calls were slower.
-        runs: How many calls that is.
-        warm_up: How many calls went before, unmeasured.
-        rows: Examples in a call.
-        threads: How many threads it may use.
+        median_ms: The median, milliseconds.
+        low_ms: The first quartile, milliseconds.
+        high_ms: The third quartile, milliseconds.
+        runs: The number of measured calls.
+        warm_up: The number of calls before these, which are not measured.
+        rows: Examples per call.
+        threads: The number of threads that a call may use.
     """
 
     median_ms: float
@@ -36,14 +36,14 @@ class Latency:
 
 
 def measure(call: Callable[[], Any], *, rows: int, threads: int, runs: int = 30, warm_up: int = 5) -> Latency:
-    """Call ``call`` again and again; fewer than ``runs`` times where 20 s are over, but at least 5.
+    """Measure ``runs`` calls; after 20 s fewer, but at least 5.
 
     Args:
-        call: What to measure.
-        rows: Examples in a call, to be told.
-        threads: Threads it may use, to be told.
-        runs: Measured calls, 2 or more: fewer have no spread.
-        warm_up: Calls before these.
+        call: The function to measure.
+        rows: Examples per call, for the record.
+        threads: Threads that a call may use, for the record.
+        runs: Measured calls; at least 2, to have a spread.
+        warm_up: Calls before these, which are not measured.
     """
     times: list[float] = []
     runs = max(runs, 2)

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, for CPU training in large tensors."""
+"""glibc settings that keep freed memory in the process, for CPU training with large tensors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep what is freed instead of handing it back to the kernel.
+    """Make glibc keep freed memory instead of returning it to the kernel.
 
-    By default every large tensor is mapped afresh and its pages are zeroed as they are first touched, at every step. Kept
-    memory made the steps of MobileNetV2 a quarter faster here; the process stays as large as its peak. Holds for the rest of
-    the process, for all threads.
+    By default every large tensor is mapped again, and its pages are zeroed when first touched, at every step. Kept memory
+    made training steps of MobileNetV2 a quarter faster on CPU; the process stays as large as its peak. The setting applies to
+    all threads for the rest of the process.
 
     Returns:
-        Whether it was done; False where the C library is not glibc.
+        Whether the setting was made; False if the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

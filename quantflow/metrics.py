@@ -1,4 +1,4 @@
-"""What is measured of outputs: accuracy, agreement, signal to quantization noise; summed by batch, in bounded memory."""
+"""Metrics of outputs: accuracy, agreement and signal to quantization noise ratio, accumulated by batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def squares(reference: torch.Tensor, approximation: torch.Tensor) -> tuple[float, float]:
-    """The sums of squares of ``reference`` and of its difference to ``approximation``, float64.
+    """The sums of squares, in float64, of ``reference`` and of its difference to ``approximation``.
 
-    Equal elements differ by nothing, also where they are NaN or infinite.
+    The difference of equal elements is zero, also if both are NaN or infinite.
     """
     reference, approximation = reference.double(), approximation.double()
     same = (reference == approximation) | (reference.isnan() & approximation.isnan())
@@ -20,7 +20,7 @@ def squares(reference: torch.Tensor, approximation: torch.Tensor) -> tuple[float
 
 
 def decibels(signal: float, noise: float) -> float:
-    """The ratio of two sums of squares, dB: infinite without noise, NaN where the noise is."""
+    """The ratio of two sums of squares in dB: infinite if ``noise`` is zero, NaN if it is NaN."""
     if noise == 0.0:
         return math.inf
     return (
@@ -34,13 +34,13 @@ def signal_to_noise(reference: torch.Tensor, approximation: torch.Tensor) -> flo
 
 
 def classes(output: torch.Tensor) -> torch.Tensor | None:
-    """The class that an output [rows, classes, ...] says, [rows, ...]; None for an output that tells no classes."""
+    """The predicted classes [rows, ...] of an output [rows, classes, ...]; None if the output is not of this form."""
     return output.argmax(1) if output.ndim > 1 and output.shape[1] > 1 else None
 
 
 def right(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-    """For each example the share of places whose largest output is the target, [rows]; None where the targets are no classes
-    of this output.
+    """For each example the share of positions whose predicted class is the target, [rows]; None if the targets are not
+    classes of this output.
     """
     said = classes(output)
     if said is None or said.shape != target.shape or target.is_floating_point() or target.dtype == torch.bool:
@@ -50,7 +50,7 @@ def right(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
 
 @dataclass
 class OutputComparison:
-    """One output beside a reference, of any shape."""
+    """The comparison of one output, of any shape, with a reference."""
 
     rows: float = 0.0
     agreed: float = 0.0
@@ -68,7 +68,7 @@ class OutputComparison:
 
     @property
     def agreement(self) -> float | None:
-        """The share of classes that both say, 0 to 1; None where there are no classes."""
+        """The share of equal predicted classes, 0 to 1; None if the output has no classes."""
         return self.agreed / self.rows if self.rows else None
 
     @property
@@ -79,7 +79,7 @@ class OutputComparison:
 
 @dataclass
 class PairedDrop:
-    """By how much accuracy falls from a reference, both on the same examples."""
+    """The drop of accuracy from a reference on the same examples."""
 
     rows: int = 0
     reference: float = 0.0
@@ -87,7 +87,7 @@ class PairedDrop:
     squared: float = 0.0
 
     def add(self, reference: torch.Tensor, own: torch.Tensor) -> None:
-        """Count a batch: what of it is :func:`right`, [rows] each."""
+        """Add a batch: the results of :func:`right` of both outputs, [rows] each."""
         self.rows += len(own)
         self.reference, self.own = self.reference + float(reference.sum()), self.own + float(own.sum())
         self.squared += float((reference - own).square().sum())
@@ -104,9 +104,9 @@ class PairedDrop:
 
     @property
     def interval(self) -> float | None:
-        """Half the width of the drop's 95 % interval, points.
+        """Half the width of the 95 % confidence interval of the drop, points.
 
-        It is that of the mean of the differences example by example, most of which are zero.
+        The interval is that of the mean of the paired differences, most of which are zero.
         """
         if self.rows < 2:
             return None

@@ -1,4 +1,4 @@
-"""Pictures of results, drawn with matplotlib where that is installed."""
+"""Plots of results with matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from quantflow.files import write_atomically
 
 
 def new_figure(stage: str, width: float, height: float) -> Any:
-    """An empty ``matplotlib.figure.Figure`` of so many inches, which no window shows.
+    """An empty ``matplotlib.figure.Figure`` of this size in inches, without a window.
 
     Raises:
-        QuantflowError: at ``stage``, without matplotlib.
+        QuantflowError: at ``stage``, if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -26,10 +26,10 @@ def new_figure(stage: str, width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: str | os.PathLike[str], stage: str) -> Path:
-    """Write ``figure`` to an image file, whole or not at all; the ending says which kind.
+    """Write ``figure`` atomically to an image file, in the format of the suffix.
 
     Raises:
-        QuantflowError: at ``stage``, for an ending that matplotlib does not know, and where the file can't be written.
+        QuantflowError: at ``stage``, for a suffix that matplotlib does not support, or if the file can't be written.
     """
     kind = Path(path).suffix.removeprefix(".") or "png"
     drawn = io.BytesIO()

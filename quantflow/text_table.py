@@ -1,4 +1,4 @@
-"""Tables as text, for people to read."""
+"""Formatting of text tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, figures: bool = False) -> list[str]:
-    """A line for each row, its cells as wide as their columns.
+    """The rows as lines of text, with cells padded to the width of their column.
 
     Args:
-        rows: Cells; all rows have as many.
-        figures: All columns but the first end at the right, as numbers are read.
+        rows: Cells; all rows have the same number.
+        figures: Right-align all columns except the first, for numbers.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,4 +1,4 @@
-"""Backend quantizers: tables of rules over ATen. They know nothing of the edge dialect and of executorch."""
+"""Backend quantizers: tables of rules for ATen operators, independent of the edge dialect and of executorch."""
 
 from quantizers.kernels import FloatKernels
 from quantizers.override import Override

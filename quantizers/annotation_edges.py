@@ -1,4 +1,4 @@
-"""On which edge of the graph each input is quantized."""
+"""The graph edge on which each input is quantized."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from quantizers.plan import Plan
 from quantizers.scheme import TensorScheme
 
 Edge = tuple[Node, Node]
-Edges = Mapping[Edge, Edge]  # from what an operator reads, and the operator, to where that is quantized
+Edges = Mapping[Edge, Edge]  # from the edge (input, operator) to the edge to annotate
 
 
 def quantized_edges(plan: Plan) -> Edges:
-    """For each input of the operators that become integers, the edge to annotate.
+    """For each input of the quantized operators, the edge to annotate.
 
-    It is the one before what is the identity in inference (dropout), so that integers meet the layer. That edge is everyone's
-    who reads the identity: it is taken where they all read integers on this grid, or where the identity's input lies on it
-    anyway. Else the layer's own edge is.
+    An operator may read its input through nodes that are the identity in inference (dropout). Then the edge before these nodes
+    is annotated, so that quantize is adjacent to the operator after their removal. All readers of the identity share that edge.
+    It is therefore used only if all of them read integers with the same scheme, or if the identity's input has this scheme
+    anyway; otherwise the operator's own edge is annotated.
     """
-    grids: dict[Edge, TensorScheme] = {}  # on which grid an operator reads a tensor
-    written: dict[Node, TensorScheme] = {}  # on which grid a tensor lies for whoever reads it
+    grids: dict[Edge, TensorScheme] = {}  # the scheme in which an operator reads a tensor
+    written: dict[Node, TensorScheme] = {}  # the scheme of a quantized output, for all readers
     for decision in plan.integer:
         assert decision.scheme is not None
         scheme = decision.scheme.activation

@@ -1,4 +1,4 @@
-"""What becomes of one operator, in plain words."""
+"""One row of a quantization plan, as text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class OperatorPlan:
     """One row of a plan.
 
     Attributes:
-        layer: The module that the operator was traced from, ``""`` for the model itself.
+        layer: The module that the operator was traced from; ``""`` for the root module.
         node: The name of its node.
-        operators: What it computes, then what is fused behind it.
-        integers: The integers it becomes, as ``"int8"``; None where it stays in float.
-        portable: Whether some part of it is known to be left to executorch's own kernels.
-        reason: Why it stays in float, ``""`` where it does not.
+        operators: Its ATen operator, then the operators fused behind it.
+        integers: The integer type it is quantized to, as ``"int8"``; None if it stays in float.
+        portable: Whether a part of it is known to be left to executorch's portable kernels.
+        reason: The reason why it stays in float; ``""`` if it is quantized.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""Exceptions to a quantizer's scheme: which layers, and what instead."""
+"""Overrides: schemes for single layers in place of the quantizer's scheme."""
 
 from __future__ import annotations
 
@@ -18,18 +18,32 @@ Overrides = Mapping[Where, Scheme | None] | Iterable[tuple[Where, Scheme | None]
 
 @dataclass(frozen=True)
 class Override:
-    """A scheme for some layers.
+    """A scheme for some layers, instead of the quantizer's own.
 
     Attributes:
         where: The dotted name of a layer (it and all below it; ``*`` matches), a module type, or a predicate on nodes.
-        scheme: What to use there; None leaves the layers in float.
+        scheme: The scheme of these layers; None leaves them in float.
+
+    Example:
+        >>> import torch
+        >>> from quantizers import W4A8, XNNPACKQuantizer
+        >>> quantizer = XNNPACKQuantizer(overrides={"0": None, torch.nn.Linear: W4A8})
+        >>> [(str(override), str(override.scheme)) for override in quantizer.overrides]
+        [('0', 'None'), ('Linear', 'w4a8')]
     """
 
     where: Where
     scheme: Scheme | None
 
     def matches(self, node: Node) -> bool:
-        """Whether ``node`` was traced from one of these layers."""
+        """Tell whether a node was traced from one of these layers.
+
+        Args:
+            node: A node of a captured graph.
+
+        Returns:
+            True where it was.
+        """
         if isinstance(self.where, type):
             wanted = f"{self.where.__module__}.{self.where.__qualname__}"
             return any(kind == wanted for _, kind in _layers(node))
@@ -42,15 +56,15 @@ class Override:
 
 
 def overrides_from(given: Overrides) -> tuple[Override, ...]:
-    """``given`` as overrides; a later one wins over an earlier one."""
+    """``given`` as overrides; later overrides take precedence."""
     pairs = given.items() if isinstance(given, Mapping) else given
     return tuple(Override(where, scheme) for where, scheme in pairs)
 
 
 def _layers(node: Node) -> Iterator[tuple[str, str]]:
-    """The names and qualified types of the modules that ``node`` was traced from, outermost first."""
+    """The names and qualified types of the modules that ``node`` was traced from, from the outermost to the innermost."""
     for name, kind in (node.meta.get("nn_module_stack") or {}).values():
-        # A module called again is recorded as "name@1".
+        # torch records a second call of a module as "name@1".
         yield (
             re.sub(r"@\d+$", "", name),
             f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind),

@@ -1,4 +1,4 @@
-"""What lowering will make of a plan: which operators the delegate runs, and in how many calls."""
+"""The forecast of partitioning: the operators that the delegate will run, and the number of its calls."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ class Forecast:
         floating: Core ATen operators that the delegate will run in float, by name.
         portable: Core ATen operators left to portable kernels, by name.
         outside: The planned nodes of which some part is left to portable kernels.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).cumsum(1)
+        >>> plan = XNNPACKQuantizer().plan(qf.export(Model(8, 4).eval(), (torch.randn(1, 8),)).module())
+        >>> plan.forecast.calls, dict(plan.forecast.portable)
+        (1, {'cumsum': 1})
     """
 
     calls: int
@@ -40,13 +51,13 @@ class Forecast:
 
 
 def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: FloatKernels) -> Forecast:
-    """Lower ``graph`` to core ATen, and share it between delegate and portable kernels.
+    """Lower ``graph`` to core ATen, and assign its operators to the delegate or to portable kernels.
 
     Args:
-        graph: What is planned for.
-        integer: Its nodes that become integers.
-        dynamic: Those of them that read and write float.
-        kernels: What the backend runs besides.
+        graph: The planned graph.
+        integer: The nodes that are quantized.
+        dynamic: Those of them that are dynamically quantized, so that they read and write float.
+        kernels: The operators that the backend runs in float.
     """
     lowered = _Lowered(graph, integer, kernels)
     parts, static = Counter(lowered.origins.values()), integer - dynamic
@@ -76,13 +87,13 @@ def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: Floa
 
 
 class _Lowered:
-    """``graph`` in core ATen, but for the nodes that become integers, with a fake tensor of known shape as each ``val``."""
+    """``graph`` in core ATen, except quantized nodes; each ``val`` is a fake tensor of static shape."""
 
     def __init__(self, graph: Graph, integer: Set[Node], kernels: FloatKernels) -> None:
         self.graph, self.integer, self.kernels = Graph(), integer, kernels
         self.origins: dict[Node, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._values: dict[Node, Any] = {}  # of the nodes of ``graph``: a node of ours, or a number
+        self._values: dict[Node, Any] = {}  # by node of ``graph``: a lowered node, or a number
         self._decomposed: dict[Any, Graph] = {}
         for node in graph.nodes:
             if node.op != "output":
@@ -126,7 +137,7 @@ class _Lowered:
         return torch.fx.map_arg(returned, copies.__getitem__)  # type: ignore[return-value]
 
     def _decomposition(self, target: Any, args: tuple, kwargs: dict) -> Graph:
-        """``target`` in core ATen, from its tensors to what it returns."""
+        """The core ATen graph of ``target``, as a function of its tensor arguments."""
         given = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         leaves, structure = pytree.tree_flatten(given)
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -147,7 +158,7 @@ class _Lowered:
         return self._decomposed[key]
 
     def _write(self, base: Node, written: Node) -> None:
-        """Let what reads ``base`` from here on read ``written``, and what it is a part of as well."""
+        """Replace ``base`` by ``written`` for all later readers, and update the tensors of which ``base`` is a view."""
         while is_view(base):
             self._values[base] = written
             part, base = base, base.args[0]  # type: ignore[assignment]
@@ -160,7 +171,7 @@ class _Lowered:
         self._values[base] = written
 
     def _static(self, val: Any) -> Any:
-        """``val`` with the sizes of the example."""
+        """``val`` with the sizes of the example inputs."""
         if isinstance(val, (tuple, list)):
             return type(val)(map(self._static, val))
         if not isinstance(val, torch.Tensor):
@@ -170,7 +181,7 @@ class _Lowered:
             return torch.empty_strided(tuple(sizes), tuple(strides), dtype=val.dtype)
 
 
-# A reshape of what lies in another order is a copy and a view, with no integers between them.
+# A reshape of a tensor with another memory order becomes a copy and a view, which are not quantized in between.
 _RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
@@ -185,7 +196,7 @@ def _is_tensor(val: Any) -> bool:
 
 
 def _takes_all(node: Node) -> bool:
-    """Whether ``node`` is a slice that leaves nothing out."""
+    """Whether ``node`` is a slice of the whole tensor."""
     return op(node) is aten.slice.Tensor and node.meta["val"].shape == node.args[0].meta["val"].shape
 
 
@@ -198,6 +209,6 @@ def _form(leaf: Any) -> Any:
 
 
 def _decomposes(target: Any) -> bool:
-    """Whether ``target`` is traced to core ATen; what is there already need not be, and what depends on data can not."""
+    """Whether to trace ``target`` to core ATen; core operators need no trace, data-dependent ones can't be traced."""
     unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return isinstance(target, torch._ops.OpOverload) and not (unknown | {torch.Tag.core}) & set(target.tags)

@@ -1,4 +1,4 @@
-"""What a quantizer will do to a graph, node by node, decided before anything is done."""
+"""The quantization plan: the decision on each operator of a graph, before the graph is changed."""
 
 from __future__ import annotations
 
@@ -37,15 +37,25 @@ from quantizers.scheme import Scheme
 
 @dataclass(frozen=True)
 class Decision:
-    """The operator of one operator and of what is fused behind it.
+    """What becomes of one operator and of what is fused behind it.
 
     Attributes:
         nodes: The operator's node, then the batch norm and the clamp fused with it.
         rule: The rule that applies, None where there is none.
-        scheme: The integers it becomes, None where it stays in float.
+        scheme: The scheme it is quantized by, None where it stays in float.
         reason: Why it stays in float, ``""`` where it does not.
-        asked: The integers that were asked for, None where none were.
-        override: The override that asked, None where it is the quantizer's own scheme.
+        asked: The scheme that was asked for, None where none was.
+        override: The override that asked, None where the quantizer's own scheme did.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> graph = qf.export(model, (torch.randn(1, 3, 8, 8),)).module()
+        >>> decision = XNNPACKQuantizer().plan(graph).decisions[0]
+        >>> decision.rule.name, [node.name for node in decision.nodes], str(decision.scheme)
+        ('convolution', ['conv2d', 'relu'], 'int8')
     """
 
     nodes: tuple[Node, ...]
@@ -57,20 +67,27 @@ class Decision:
 
     @property
     def node(self) -> Node:
-        """The operator itself."""
+        """The operator's node."""
         return self.nodes[0]
 
     @property
     def tail(self) -> Node:
-        """The last node of what is fused, whose value is the output."""
+        """The last fused node, whose value is the output."""
         return self.nodes[-1]
 
     def activations(self) -> list[Node]:
-        """The nodes that feed the operator's activations."""
+        """Return the nodes that feed the operator's activations."""
         return self.operands(self.rule.inputs if self.rule else ())
 
     def operands(self, names: Sequence[str]) -> list[Node]:
-        """The nodes that feed the arguments of these names, in the operator's schema."""
+        """Return the nodes that feed arguments of the operator.
+
+        Args:
+            names: The names of the arguments in the operator's schema.
+
+        Returns:
+            The nodes; an argument that is a list gives each of its members.
+        """
         found = []
         for name in names:
             given = argument(self.node, name)
@@ -80,12 +97,24 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions on every operator of a graph, in graph order. ``print`` shows them as a table.
+    """The decisions on every operator of a graph, in graph order; ``print`` shows them as a table.
 
     Attributes:
         decisions: What becomes of each operator.
         forecast: What lowering will make of them; None where the quantizer does not know its backend's float kernels, or the
             graph not the shapes of its tensors.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+        >>> graph = qf.export(model.eval(), (torch.randn(1, 3, 8, 8),)).module()
+        >>> plan = XNNPACKQuantizer(skip="0").plan(graph)
+        >>> [(operator.layer, operator.becomes) for operator in plan.operators]
+        [('0', 'float'), ('1', 'float'), ('2', 'float'), ('3', 'int8')]
+        >>> plan.calls
+        1
     """
 
     decisions: tuple[Decision, ...]
@@ -93,12 +122,12 @@ class Plan:
 
     @property
     def integer(self) -> tuple[Decision, ...]:
-        """What becomes integers."""
+        """The decisions on what becomes integers."""
         return tuple(d for d in self.decisions if d.scheme is not None)
 
     @property
     def floating(self) -> tuple[Decision, ...]:
-        """What stays in float."""
+        """The decisions on what stays in float."""
         return tuple(d for d in self.decisions if d.scheme is None)
 
     @property
@@ -108,8 +137,9 @@ class Plan:
 
     @cached_property
     def float_islands(self) -> tuple[Decision, ...]:
-        """What stays in float between integers: behind some, and before others. Not so where integers are dynamic: these are
-        within an operator, and all that lies between operators is float.
+        """The decisions on what stays in float between integers: behind some, and before others.
+
+        Operators with dynamic schemes do not count as integers: they read and write float.
         """
         behind: set[Node] = set()
         before: set[Node] = set()
@@ -124,11 +154,25 @@ class Plan:
         return tuple(d for d in self.floating if d.node in behind and d.node in before)
 
     def outside(self, decision: Decision) -> bool:
-        """Whether some part of what ``decision`` computes is known to be left to portable kernels."""
+        """Tell whether some part of an operator is known to be left to portable kernels.
+
+        Args:
+            decision: The decision on the operator.
+
+        Returns:
+            True where it is; False also where there is no forecast.
+        """
         return self.forecast is not None and not self.forecast.outside.isdisjoint(decision.nodes)
 
     def effective_range(self, decision: Decision) -> tuple[float, float] | None:
-        """The part of the range of what ``decision`` computes that its only reader needs; None for all of it."""
+        """Return the part of an operator's range that the only reader of its output needs.
+
+        Args:
+            decision: The decision on the operator.
+
+        Returns:
+            The low and the high end; None for the whole range.
+        """
         user = only_user(decision.tail)
         reader = self._readers.get(user) if user is not None else None
         return reader.rule.effective_range if reader is not None and reader.rule is not None else None
@@ -139,7 +183,7 @@ class Plan:
 
     @property
     def operators(self) -> tuple[OperatorPlan, ...]:
-        """The decisions in plain words, for tables and reports."""
+        """The decisions by layer and operator name, for tables and reports."""
         return tuple(
             OperatorPlan(
                 layer(d.node),
@@ -153,7 +197,7 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """What becomes of each operator, and how often the delegate is called (null where not known), as a JSON object."""
+        """Return what becomes of each operator, and the number of delegate calls (null where not known), as a JSON object."""
         return json.dumps(
             {"operators": [asdict(operator) for operator in self.operators], "calls": self.calls}, indent=2
         )
@@ -179,17 +223,17 @@ def make_plan(
     kernels: FloatKernels | None = None,
     lacks: Mapping[Any, str] | None = None,
 ) -> Plan:
-    """Decide on every operator of ``graph``, and forecast what lowering makes of it where ``kernels`` are known. ``lacks`` says
-    why operators have no rule.
+    """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``lacks`` has the reasons
+    for operators without a rule.
 
     Raises:
-        QuantflowError: at stage ``"plan"``, when an override matches nothing in the graph.
+        QuantflowError: at stage ``"plan"``, if an override matches no layer of the graph.
     """
     by_op = {o: rule for rule in rules for o in rule.ops}
     matched: set[Override] = set()
     written = written_tensors(graph)
     decided: dict[Node, Decision] = {}
-    integers: set[Node] = set()  # nodes whose value lies on an integer grid
+    integers: set[Node] = set()  # nodes with a quantized value
     for node in graph.nodes:
         if node.op != "call_function" or node in decided or not _computes(node):
             continue
@@ -249,7 +293,7 @@ def _decide(
         reason = refuse(node) or _refusal(candidate, rule, asked, integers)
         if not written.isdisjoint(
             candidate.nodes
-        ):  # a quantized copy would not see what is written, or be written instead
+        ):  # the write would not reach a quantized copy, or would change only the copy
             reason = "it is written in place, or writes, where others see it"
     return Decision((node,), rule, None, reason, asked, override) if reason else candidate
 

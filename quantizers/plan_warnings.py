@@ -1,4 +1,4 @@
-"""What a person asked of a plan and does not get: warnings that name the layers, or an error."""
+"""Warnings of requested quantization that a plan does not fulfill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NAMED = 5
 
 
 def warn_of_unmet_requests(plan: Plan, *, strict: bool) -> None:
-    """Warn of the layers that overrides ask in integers and that stay in float, one warning an override; and, in one, of float
-    between integers that leaves the delegate, but for what was skipped.
+    """Warn, once per override, of layers that it quantizes but that stay in float. Warn once of float operators between
+    quantized ones that no delegate runs, unless they were skipped on request.
 
     Raises:
-        QuantflowError: at stage ``"plan"``, instead of the first warning, where ``strict``.
+        QuantflowError: at stage ``"plan"``, instead of the first warning, if ``strict``.
     """
     for override, refused in _refused(plan).items():
         reasons = "; ".join(dict.fromkeys(d.reason for d in refused))
@@ -33,7 +33,7 @@ def warn_of_unmet_requests(plan: Plan, *, strict: bool) -> None:
 
 
 def _refused(plan: Plan) -> dict[Override, list[Decision]]:
-    """For each override, what it asks in integers in vain: layers with weights, or all of it where nothing became integers."""
+    """For each override, its layers with weights that stay in float, or all of its operators if none is quantized."""
     asked: dict[Override, list[Decision]] = {}
     for d in plan.decisions:
         if d.override is not None and d.asked is not None:

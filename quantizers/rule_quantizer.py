@@ -1,4 +1,4 @@
-"""A quantizer that is a table of rules."""
+"""``RuleQuantizer``: a quantizer that annotates a graph by a table of rules."""
 
 from __future__ import annotations
 
@@ -30,20 +30,39 @@ class RuleQuantizer(Quantizer):
     """Annotates a graph by a table of rules, on torchao's protocol; works in stock ``prepare_pt2e`` as well.
 
     Args:
-        scheme: To which integers, where no override says otherwise; None for none.
+        scheme: The scheme where no override says otherwise; None for float.
         overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
         skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
-        rules: The table; a subclass may have it as class attribute instead, with the ``rewrites`` that come before it and the
-            ``float_kernels`` for what no rule takes (None: plans do not tell delegate calls) and, for plans, what the backend
-            ``lacks``: why an operator has no rule.
-        strict: Raise, where otherwise there would be a warning, for a layer that an override asks in integers and that stays in
-            float, and for float between integers that leaves the delegate.
+        rules: The table; by default the class attribute ``rules``.
+        strict: Raise an error instead of a warning for a layer that an override asks in integers and that stays in float, and
+            for float between integers that leaves the delegate.
+
+    Attributes:
+        rules: The table of rules; a subclass sets it.
+        rewrites: Rewrites of operators that the backend lacks, exact in float; they are done before the rules apply.
+        float_kernels: The float operators of the backend; with None, plans do not tell delegate calls.
+        precisions: The schemes that :func:`quantflow.search` chooses from, by name.
+        lacks: Why an operator has no rule, by operator, for plans.
+
+    Raises:
+        QuantflowError: at stage ``"plan"``, when a scheme is none or one that the backend refuses.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import Rule, RuleQuantizer
+        >>> rule = Rule("linear", frozenset({torch.ops.aten.linear.default}), weight="weight")
+        >>> quantizer = RuleQuantizer(rules=[rule])
+        >>> graph = qf.export(torch.nn.Linear(8, 4).eval(), (torch.randn(1, 8),)).module()
+        >>> prepared = qf.prepare(graph, quantizer)
+        >>> len(quantizer.plan(graph).integer)
+        1
     """
 
     rules: Sequence[Rule] = ()
     rewrites: Mapping[Any, Rewrite] = {}
     float_kernels: FloatKernels | None = None
-    precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # what a search chooses from
+    precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # defaults of quantflow.search
     lacks: Mapping[Any, str] = {}
 
     def __init__(
@@ -64,16 +83,36 @@ class RuleQuantizer(Quantizer):
             self.rules = tuple(rules)
 
     def overriding(self, overrides: Overrides) -> Self:
-        """This quantizer with more overrides, which win over those it has."""
+        """Return a copy of this quantizer with more overrides.
+
+        Args:
+            overrides: As for the class; they win over those that it has.
+
+        Returns:
+            The copy.
+
+        Raises:
+            QuantflowError: at stage ``"plan"``, when the backend refuses a scheme.
+        """
         other, more = copy.copy(self), overrides_from(overrides)
         self._check(*(override.scheme for override in more))
         other.overrides = (*self.overrides, *more)
         return other
 
     def plan(self, graph: GraphModule, *, qat: bool = False) -> Plan:
-        """What will happen to each node of ``graph`` in PTQ (or QAT), and why not; changes nothing.
+        """Decide what becomes of each node, and why not integers; the graph stays as it is.
 
-        The nodes are those of the graph to which the backend's rewrites are done: a silu is there as a sigmoid and a product.
+        The nodes are those of the graph after the backend's rewrites: a silu is there as a sigmoid and a product.
+
+        Args:
+            graph: A captured graph.
+            qat: Plan for QAT instead of PTQ.
+
+        Returns:
+            The plan; ``print`` shows it as a table.
+
+        Raises:
+            QuantflowError: at stage ``"plan"``, when ``graph`` is no captured graph or an override matches no layer.
         """
         if not isinstance(graph, GraphModule):
             remedy = "pass qf.export(model, args).module()"
@@ -85,7 +124,14 @@ class RuleQuantizer(Quantizer):
         return self._plan(rewrite(copied, self.rewrites))
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Write operators that the backend lacks as others that it has, exact in float."""
+        """Rewrite operators that the backend lacks as others that it has, exact in float.
+
+        Args:
+            model: A captured graph, changed in place.
+
+        Returns:
+            The graph.
+        """
         return rewrite(model, self.rewrites)
 
     def _check(self, *schemes: Scheme | None) -> None:
@@ -100,18 +146,39 @@ class RuleQuantizer(Quantizer):
         return make_plan(graph.graph, self.rules, *asked, self.refuse_node, self.float_kernels, self.lacks)
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
-        """Why the backend can't compute in ``scheme``, None where it can. For subclasses."""
+        """Tell why the backend can't compute in a scheme; a subclass overrides it.
+
+        Args:
+            scheme: The scheme.
+
+        Returns:
+            The reason; None where the backend can.
+        """
         return None
 
     def refuse_node(self, node: Node) -> str | None:
-        """Why the backend can't run ``node`` in integers, whatever its rule; None where it can. For subclasses."""
+        """Tell why the backend can't run a node in integers, whatever its rule; a subclass overrides it.
+
+        Args:
+            node: The node.
+
+        Returns:
+            The reason; None where the backend can.
+        """
         return None
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan onto the nodes, as torchao annotations.
 
+        Args:
+            model: A captured graph, changed in place.
+
+        Returns:
+            The graph.
+
         Raises:
-            QuantflowError: at stage ``"plan"``, for what else is a warning, where the quantizer is ``strict``.
+            QuantflowError: at stage ``"plan"``, when an override matches no layer; where the quantizer is ``strict``, also for
+                what is otherwise a warning.
         """
         plan = self._plan(model)
         warn_of_unmet_requests(plan, strict=self.strict)
@@ -122,7 +189,11 @@ class RuleQuantizer(Quantizer):
         return model
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to do: the plan refuses what the backend can't run."""
+        """Do nothing: the plan already refuses what the backend can't run.
+
+        Args:
+            model: The annotated graph.
+        """
 
 
 def _annotate(
@@ -131,13 +202,13 @@ def _annotate(
     rule, scheme, node = decision.rule, decision.scheme, decision.node
     assert rule is not None
     assert scheme is not None
-    # A grid that is chosen at run time is its reader's own.
+    # Dynamic scales and zero points are computed by each reader, so symmetry is not needed.
     centred = scheme.activation if scheme.activation.dynamic else replace(scheme.activation, symmetric=True)
     shared: SharedQuantizationSpec | None = None
     for given in decision.activations():
         producer, consumer = edge = edges[given, node]
         grid = centred if not symmetric.isdisjoint((edge, producer)) else scheme.activation
-        _annotation(consumer).input_qspec_map.setdefault(producer, grid.spec())  # once, however often it is read
+        _annotation(consumer).input_qspec_map.setdefault(producer, grid.spec())  # one spec per consumer and tensor
         if rule.output != "shared":
             continue
         if shared is None:
@@ -159,7 +230,7 @@ def _annotation(node: Node) -> QuantizationAnnotation:
 
 
 def _join(edge: EdgeOrNode, shared: SharedQuantizationSpec) -> None:
-    """Let ``edge``, and all that it shares a grid with, share that of ``shared``."""
+    """Make ``edge``, and all edges and outputs that share with it, share the observer of ``shared``."""
     group = [shared.edge_or_node]
     while isinstance(spec := _spec(group[-1]), SharedQuantizationSpec):
         group.append(spec.edge_or_node)

@@ -1,4 +1,4 @@
-"""To which integers: bits, symmetry, granularity and range estimation, as data."""
+"""Quantization schemes: bits, symmetry, granularity and range estimation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ class TensorScheme:
     """How one kind of tensor becomes integers, stored as int8.
 
     Attributes:
-        bits: 2 to 8. Below 8 the narrower grid lies in int8; whether a backend packs it is the backend's matter.
-        symmetric: Centre the grid on zero, without the lowest integer; otherwise affine, with a zero point.
+        bits: 2 to 8. Fewer than 8 bits use a part of int8; whether a backend packs them is the backend's matter.
+        symmetric: The zero point is zero, and the lowest integer is not used; otherwise affine, with a zero point.
         per_channel: A scale for each output channel instead of one for the tensor.
         group: A scale for each so many inputs of each output channel, for the weight of a linear layer; 0 for none.
         dynamic: Take the range of each input at run time.
         observer: How ranges are estimated, a key of ``quantflow.observers.OBSERVERS``.
+
+    Example:
+        >>> from quantizers import TensorScheme
+        >>> spec = TensorScheme(bits=4, symmetric=True, per_channel=True).spec()
+        >>> spec.quant_min, spec.quant_max, spec.ch_axis
+        (-7, 7, 0)
     """
 
     bits: int = 8
@@ -45,8 +51,14 @@ class TensorScheme:
             raise QuantflowError("plan", reason, node="group", remedy=remedy)
 
     def spec(self, axis: int = 0, effective_range: tuple[float, float] | None = None) -> QuantizationSpec:
-        """The torchao spec, for a tensor with output channels in dimension ``axis`` and values that may saturate beyond
-        ``effective_range``.
+        """Return the torchao spec of a tensor.
+
+        Args:
+            axis: The dimension that holds output channels.
+            effective_range: The low and the high end beyond which values may saturate; None for no such ends.
+
+        Returns:
+            The spec.
         """
         top = 2 ** (self.bits - 1)
         observer: Any = OBSERVERS[self.observer][self.per_channel]
@@ -71,18 +83,39 @@ class TensorScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How activations and weights become integers."""
+    """How activations and weights become integers: bits, symmetry, granularity and range estimation.
+
+    Attributes:
+        activation: The scheme of activations; by default int8, affine, per tensor, ranges of least squared error.
+        weight: The scheme of weights; by default int8, symmetric, per channel, min-max ranges.
+
+    Example:
+        >>> from quantizers import W4A8, Scheme, TensorScheme
+        >>> scheme = Scheme(weight=TensorScheme(bits=4, symmetric=True, per_channel=True))
+        >>> str(scheme), scheme == W4A8, Scheme.from_json(scheme.to_json()) == scheme
+        ('w4a8', True, True)
+    """
 
     activation: TensorScheme = TensorScheme(observer="mse")
     weight: TensorScheme = TensorScheme(symmetric=True, per_channel=True)
 
     def to_json(self) -> str:
-        """A JSON text from which :meth:`from_json` builds an equal scheme."""
+        """Return a JSON text from which :meth:`from_json` builds an equal scheme."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Scheme:
-        """The scheme that :meth:`to_json` wrote; an unknown key is an error."""
+        """Build the scheme that :meth:`to_json` wrote.
+
+        Args:
+            text: The JSON text.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            QuantflowError: at stage ``"plan"``, for an unknown key or values that are no scheme.
+        """
         data = json.loads(text)
         _check_keys(data, cls)
         for part in data.values():
@@ -104,6 +137,13 @@ def _check_keys(data: dict, cls: type) -> None:
 
 
 INT8 = Scheme()
+"""Activations and weights in int8 (W8A8), with ranges fixed by calibration."""
+
 DYNAMIC_INT8 = Scheme(activation=TensorScheme(dynamic=True))
+"""Activations and weights in int8, with activation ranges taken at run time."""
+
 W4A8 = Scheme(weight=TensorScheme(bits=4, symmetric=True, per_channel=True))
+"""Weights in 4 bits per channel, stored as int8; activations in int8."""
+
 DYNAMIC_W4 = Scheme(activation=TensorScheme(dynamic=True), weight=TensorScheme(bits=4, symmetric=True, group=32))
+"""Weights in 4 bits in groups of 32 inputs; activations in int8, with ranges taken at run time."""

@@ -1,4 +1,4 @@
-"""Which tensors lie on a grid centred on zero, because a reader knows no zero point."""
+"""Propagation of symmetric quantization from operators whose kernels have no zero point."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from quantizers.plan import Decision, Plan
 
 
 def symmetric_grids(plan: Plan, edges: Edges) -> frozenset[EdgeOrNode]:
-    """The edges that rules ask to be symmetric, and with them the tensors on whose grid they can lie.
+    """The edges that rules require to be symmetric, and the tensors that become symmetric with them.
 
-    A tensor goes along, with all that it shares a grid with, where that costs no other reader a bit: there is none, or the
-    layers that write it have outputs of either sign. Else the edge alone is symmetric, and the tensor requantized on it.
+    A tensor, with all tensors that share its quantization parameters, becomes symmetric if no other reader loses precision:
+    there is no other reader, or the outputs of the layers that produce it have both signs. Otherwise only the edge is
+    symmetric, and the tensor is requantized on it.
     """
     asked: set[EdgeOrNode] = set()
-    grids: defaultdict[Node, set[Node]] = defaultdict(set)  # from each tensor to those on its grid
+    grids: defaultdict[Node, set[Node]] = defaultdict(set)  # tensors that share their scale
     for decision in plan.integer:
         assert decision.rule is not None
         asked.update(edges[given, decision.node] for given in decision.operands(decision.rule.symmetric))
@@ -54,6 +55,6 @@ def _moves(decision: Decision) -> bool:
 
 
 def _signed(decision: Decision) -> bool:
-    """Whether ``decision`` is a layer with a weight and no clamp behind it, whose output is positive as often as negative."""
+    """Whether ``decision`` is a layer with a weight and without a clamp, whose output has both signs."""
     rule = decision.rule
     return rule is not None and rule.weight is not None and op(decision.tail) not in rule.clamps

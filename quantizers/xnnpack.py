@@ -1,6 +1,6 @@
-"""What XNNPACK runs in int8, as a table.
+"""The quantizer for XNNPACK: the table of operators that it runs in int8.
 
-Each refusal is a limit of executorch's XNNPACK delegate (1.5): a node it would not run, or run wrongly, in integers.
+Each refusal is a limit of executorch's XNNPACK delegate (1.5): it would not run the node in integers, or not correctly.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _strided(node: Node) -> str | None:
 
 
 def _flat(node: Node) -> str | None:
-    return None if _rank(node) == 4 else f"a tensor of rank {_rank(node)}, not 4"
+    return None if _rank(node) == 4 else f"its tensor has rank {_rank(node)}, not 4"
 
 
 def _scaled_elu(node: Node) -> str | None:
@@ -99,21 +99,21 @@ def _single(node: Node) -> str | None:
 
 
 def _volume(node: Node) -> str | None:
-    """What :mod:`quantflow.graph.rewrites.volumes` has left."""
+    """The reason for three-dimensional operators that :mod:`quantflow.graph.rewrites.volumes` can't rewrite."""
     return "XNNPACK has two dimensions, and images can't stand for this: its weight is shared or computed, or its size varies"
 
 
 def _scores(node: Node) -> str | None:
-    """Eight bits cost scores up to 10 dB (``benchmarks/attention.py``): a softmax weighs most what an observer cuts off."""
+    """Int8 attention scores lose up to 10 dB (``benchmarks/attention.py``): a softmax weights the values that ranges clip."""
     return (
         "a softmax reads it, which is float and amplifies rounding" if near_softmax(node, lambda n: n.users) else None
     )
 
 
 def _weights(node: Node) -> str | None:
-    """As :func:`_scores`: most weights are far below the greatest, and share its steps."""
+    """As :func:`_scores`: most attention weights are far below the largest one, which determines the scale."""
     reads = near_softmax(node, lambda n: n.all_input_nodes)
-    return "it reads the weights of a softmax, which is float and most of them small" if reads else None
+    return "it reads the weights of a softmax, which are float and mostly small" if reads else None
 
 
 _PERMUTATIONS = frozenset(
@@ -212,10 +212,26 @@ XNNPACK_RULES = (
     ),
     Rule("slice", frozenset({aten.slice.Tensor}), ("self",), output="shared", refusals=(_strided,)),
 )
+"""The operators that XNNPACK runs in int8, as rules; a quantizer for a similar backend can take some of them."""
 
 
 class XNNPACKQuantizer(RuleQuantizer):
-    """XNNPACK's int8: per-tensor affine activations, per-channel symmetric weights; dynamic int8 for linear layers."""
+    """Quantizes for XNNPACK: int8 activations per tensor, affine; int8 weights per channel, symmetric.
+
+    Linear layers also run with dynamic activations, and then with 4-bit weights in groups. The arguments are those of
+    :class:`RuleQuantizer`.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
+        >>> quantizer = XNNPACKQuantizer(overrides={torch.nn.Linear: DYNAMIC_INT8}, skip="head.*")
+        >>> model = torch.nn.Sequential()
+        >>> model.body, model.head = torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> plan = quantizer.plan(qf.export(model.eval(), (torch.randn(1, 8),)).module())
+        >>> [(operator.layer, operator.becomes) for operator in plan.operators]
+        [('body', 'dynamic int8'), ('head.0', 'float')]
+    """
 
     rules = XNNPACK_RULES
     rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
@@ -224,7 +240,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     lacks = XNNPACK_LACKS
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
-        """What XNNPACK would compute wrongly, or not load."""
+        """Tell why XNNPACK would compute wrongly in a scheme, or not load the program."""
         if not scheme.weight.symmetric:
             return "XNNPACK reads weights as symmetric, whatever their zero point"
         if scheme.activation.per_channel:
@@ -244,6 +260,6 @@ class XNNPACKQuantizer(RuleQuantizer):
         return None
 
     def refuse_node(self, node: Node) -> str | None:
-        """Only float32 has int8 twins."""
+        """Refuse nodes that do not compute in float32: XNNPACK has no int8 form of them."""
         val = value(node)
         return None if val is None or val.dtype == torch.float32 else f"computes in {val.dtype}, not float32"

@@ -1,7 +1,7 @@
-"""What XNNPACK runs in float, as a table.
+"""The table of operators that XNNPACK runs in float.
 
-Each check is that of executorch's XNNPACK partitioner (1.5); ``tests/test_forecast.py`` holds the two together. Batch norm is
-written as a convolution, or as a product and a sum, before.
+Each check is that of executorch's XNNPACK partitioner (1.5); ``tests/test_forecast.py`` compares the two. Batch norm is
+rewritten as a convolution, or as a product and a sum, before partitioning.
 """
 
 from __future__ import annotations

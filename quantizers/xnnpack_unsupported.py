@@ -1,6 +1,6 @@
-"""What XNNPACK lacks in int8, by operator: the reasons that a plan gives where there is no rule.
+"""The operators that XNNPACK does not run in int8, with the reasons that a plan shows.
 
-These are limits of executorch's XNNPACK delegate (1.5). Whether it has a node in float, the plan's forecast tells.
+These are limits of executorch's XNNPACK delegate (1.5). The plan's forecast shows which of them it runs in float.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from quantflow.graph.aten import aten
 _FLOAT = "XNNPACK has it in float only"
 _NONE = "XNNPACK has no kernel for it, in int8 or float"
 _SLOW = "XNNPACK's int8 kernel for it is many times slower than float"
-_STEEP = "eight bits are too few for a function so steep"
+_STEEP = "eight bits are too few for such a steep function"
 _SOFTMAX = "XNNPACK has softmax in float only, over the last dimension"
-_RECURRENT = "it is unrolled into its steps, in float"
+_RECURRENT = "it is unrolled into its time steps, in float"
 
 XNNPACK_LACKS: Mapping[Any, str] = {
     operator.getitem: "part of a result that stays in float",
     aten.upsample_bilinear2d.vec: "XNNPACK resizes bilinearly in float only",
     aten.avg_pool2d.default: "int8 averages are over images, with padding counted and without a ceiling",
-    aten.pow.Tensor_Scalar: "XNNPACK has squares in float only, other powers not at all",
+    aten.pow.Tensor_Scalar: "XNNPACK has squares in float only, and no other powers",
     aten.selu.default: "XNNPACK's elu has no scales",
     aten.einsum.default: "no rule for einsum; a matmul would have one",
     **dict.fromkeys((aten.softmax.int, aten._softmax.default), _SOFTMAX),

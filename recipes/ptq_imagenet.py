@@ -1,13 +1,13 @@
 """Post-training quantization of a torchvision classifier, calibrated and scored on folders of real images.
 
     python recipes/ptq_imagenet.py --model mobilenet_v2 --weights mobilenet_v2.pth --calibration calib/ --validation val/
-    python recipes/ptq_imagenet.py ... --resume --bits 4                     # go on from what was observed
-    torchrun --nproc-per-node 2 recipes/ptq_imagenet.py ...                  # several processes calibrate as one
+    python recipes/ptq_imagenet.py ... --resume --bits 4                     # continue from a saved calibration
+    torchrun --nproc-per-node 2 recipes/ptq_imagenet.py ...                  # calibrate in several processes
 
-A folder holds one folder of images a class, or images and a ``labels.csv`` (columns ``file,label``). Images that are larger
-than needed are centre-cropped (``--resize`` first scales the shorter side). Prints and writes the accuracy of float, of the
-converted graph and of the ``.pte`` on the ExecuTorch runtime, on the same images. What calibration observed, and the images
-that it drew for recovery, are saved beside the program; ``--resume`` takes them up.
+A folder holds one folder of images per class, or images and a ``labels.csv`` (columns ``file,label``). Larger images are
+center-cropped (``--resize`` first scales the shorter side). The recipe prints and writes the accuracy of the float graph, of
+the converted graph and of the ``.pte`` on the ExecuTorch runtime, on the same images. It saves the observed ranges and the
+sample for recovery next to the program; ``--resume`` loads them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True, help="images to calibrate on")
     parser.add_argument("--validation", type=Path, required=True, help="images to score on")
     parser.add_argument("--calibration-images", type=int, default=500)
-    parser.add_argument("--patience", type=int, help="end calibration when no range grew in so many batches")
-    parser.add_argument("--resume", action="store_true", help="from the calibration in the output folder")
-    parser.add_argument("--validation-images", type=int, help="score on the first so many (default: all)")
+    parser.add_argument("--patience", type=int, help="end calibration when no range grew in this many batches")
+    parser.add_argument("--resume", action="store_true", help="load the calibration in the output folder")
+    parser.add_argument("--validation-images", type=int, help="number of images to score on (default: all)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument(
         "--resize", action="store_true", help="scale the shorter side to 256/224 of the size, then crop"
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def save(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
-    """What calibration observed and drew."""
+    """Save the observed ranges and the sample."""
     observed = {f"graph.{name}": tensor.clone() for name, tensor in observations(prepared).items()}
     observed["weights"] = checksums(prepared)
     drawn = {f"sample.{name}": tensor.contiguous() for name, tensor in sample.state_dict().items()}
@@ -65,10 +65,10 @@ def save(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
 
 
 def resume(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
-    """Take up what :func:`save` wrote.
+    """Load the file that :func:`save` wrote.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, when it is not there or of another network.
+        QuantflowError: at stage ``"recipe"``, if the file is missing or belongs to another network.
     """
     try:
         state = safetensors.torch.load(path.read_bytes())
@@ -79,19 +79,19 @@ def resume(prepared: torch.nn.Module, sample: qf.Sample, path: Path) -> None:
             raise ValueError("it is of another network or observer")
         prepared.load_state_dict(found, strict=False)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason, remedy = f"no calibration to go on from: {error}", "run once without --resume"
+        reason, remedy = f"no calibration to resume from: {error}", "run once without --resume"
         raise qf.QuantflowError("recipe", reason, node=str(path), remedy=remedy) from error
     sample.load_state_dict({name.removeprefix("sample."): tensor for name, tensor in state.items()})
 
 
 def observations(prepared: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a prepared graph, but for its weights."""
+    """The state of a prepared graph without its weights."""
     weights = dict(prepared.named_parameters())
     return {name: tensor for name, tensor in prepared.state_dict().items() if name not in weights}
 
 
 def checksums(prepared: torch.nn.Module) -> torch.Tensor:
-    """A number for each parameter."""
+    """One checksum per parameter."""
     return torch.stack([parameter.detach().double().sum() for parameter in prepared.parameters()])
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     calibration = first(labelled_folder(options.calibration, transform), options.calibration_images)
     validation = first(labelled_folder(options.validation, transform), options.validation_images)
     model = classifier(options.model, None, options.weights).eval()
-    example = (calibration[0][0].unsqueeze(0),)  # the program is compared with the graph on it
+    example = (calibration[0][0].unsqueeze(0),)  # lowering compares the program with the graph on it
 
     scheme = Scheme(TensorScheme(observer=options.observer), W4A8.weight if options.bits == 4 else Scheme().weight)
     quantizer = XNNPACKQuantizer(scheme, skip=options.skip)
@@ -122,7 +122,7 @@ def main() -> None:
     first_process = rank() == 0
     if distributed:
         torch.distributed.destroy_process_group()
-    if not first_process:  # it has shown its share; the first has the statistics of all
+    if not first_process:  # only rank 0 continues: it has the statistics of all processes
         return
     save(prepared, sample, state)
     calibrated = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Post-training quantization outside vision: a small transformer that tells the language of a snippet, in dynamic int8.
+"""Dynamic int8 quantization of a small transformer that classifies text by language.
 
-    python recipes/ptq_text.py                                 # source code that installed packages ship, a minute or two
-    python recipes/ptq_text.py --data texts/ --length 240      # your own: one folder of text files a class
+    python recipes/ptq_text.py                                 # source code of installed packages, one or two minutes
+    python recipes/ptq_text.py --data texts/ --length 240      # your data: one folder of text files per class
 
-Trains in float, quantizes the linear layers (int8 weights per channel; the range of each input is taken at run time, as suits
-activations that differ from token to token), lowers to XNNPACK, and measures float, converted and ``.pte`` on snippets from
-files that training did not see.
+The recipe trains in float, quantizes the linear layers (int8 weights per channel; input ranges computed at run time, because
+activations differ from token to token), lowers to XNNPACK, and measures the float graph, the converted graph and the ``.pte``
+on snippets from held-out files.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ BYTES_A_TOKEN = 6
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", default="languages", help="languages, or a folder with one folder of text files a class"
+        "--data", default="languages", help="languages, or a folder with one folder of text files per class"
     )
-    parser.add_argument("--length", type=int, default=96, help=f"bytes of a snippet, a multiple of {BYTES_A_TOKEN}")
+    parser.add_argument("--length", type=int, default=96, help=f"bytes per snippet, a multiple of {BYTES_A_TOKEN}")
     parser.add_argument("--train-snippets", type=int, default=1500, help="of each class")
     parser.add_argument("--held-out-snippets", type=int, default=250, help="of each class")
     parser.add_argument("--width", type=int, default=96)
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """From bytes, int64 [batch, length], to class logits, [batch, classes]; a few neighbouring bytes make a token."""
+    """A classifier of bytes, int64 [batch, length], with logits [batch, classes]; a token is a few adjacent bytes."""
 
     def __init__(self, length: int, classes: int, width: int, depth: int) -> None:
         super().__init__()
@@ -106,9 +106,9 @@ def main() -> None:
     qf.train(graph, loader, epochs=options.epochs, optimizer=optimizer, scheduler=scheduler, seed=options.seed)
     graph.eval()
 
-    # Dynamic int8: weights become integers now, inputs when they come.
+    # Dynamic int8: weights are quantized now, inputs at run time.
     count = len(data.train)  # type: ignore[arg-type]
-    spread = range(0, count, max(count // options.calibration_snippets, 1))  # over all classes
+    spread = range(0, count, max(count // options.calibration_snippets, 1))  # indices spread over all classes
     calibration = Subset(data.train, spread)
     quantizer = XNNPACKQuantizer(DYNAMIC_INT8)
     result = qf.quantize(graph, example, DataLoader(calibration, options.batch_size), quantizer=quantizer)
@@ -116,7 +116,7 @@ def main() -> None:
     result.program.save(folder / "model.pte")
     float_program = qf.export(graph, example).to_core_aten().to_edge("xnnpack").to_executorch()
 
-    # All on the same held-out snippets; what is called .pte runs on the ExecuTorch runtime.
+    # All stages are measured on the same held-out snippets; the .pte stages run on the ExecuTorch runtime.
     stages = {"float": graph, "converted": result.graph, "pte": result.program, "float_pte": float_program}
     found = qf.verify(stages, DataLoader(data.held_out, options.batch_size))
     print(f"\n{found}")

@@ -1,12 +1,12 @@
-"""Quantization-aware training of an image classifier, from float weights to a program on the ExecuTorch runtime.
+"""Quantization-aware training of an image classifier, from float weights to an ExecuTorch program.
 
     python recipes/qat_mobilenet.py                                    # MobileNetV2 on handwritten digits, minutes on a CPU
     python recipes/qat_mobilenet.py --model resnet18 --weights DEFAULT --data CIFAR10 --image-size 224 --device cuda
-    python recipes/qat_mobilenet.py --resume                           # killed? go on where it was
-    torchrun --nproc-per-node 2 recipes/qat_mobilenet.py               # several processes train as one
+    python recipes/qat_mobilenet.py --resume                           # continue an interrupted run
+    torchrun --nproc-per-node 2 recipes/qat_mobilenet.py               # train in several processes
 
-Trains in float (from ``--weights`` or from scratch), then with fake quantization on the same graph, converts, lowers to
-XNNPACK, and measures float, fake-quantized, converted and ``.pte`` on the same held-out images, with PTQ beside it.
+The recipe trains in float (from ``--weights`` or from scratch), then with fake quantization on the same graph, converts, lowers
+to XNNPACK, and measures float, fake-quantized, converted, ``.pte`` and PTQ on the same held-out images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-images", type=int, default=256, help="training images that PTQ calibrates on")
     parser.add_argument("--distill", action="store_true", help="learn from the float model's outputs as well")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
-    parser.add_argument("--resume", action="store_true", help="continue what is in --output, or start there")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/qat_mobilenet"))
     return parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
         )
     float_graph.eval()
 
-    # QAT: the same graph with fake quantization, started from ranges that calibration found.
+    # QAT: the same graph with fake quantization, with initial ranges from calibration.
     calibration = DataLoader(first(data.train, options.calibration_images), options.batch_size)
     quantizer = XNNPACKQuantizer()
     print(f"quantization-aware training, {options.epochs} epochs")
@@ -118,22 +118,22 @@ def main() -> None:
     )
     if distributed:
         torch.distributed.destroy_process_group()
-        if os.environ["RANK"] != "0":  # one process measures and writes
+        if os.environ["RANK"] != "0":  # only rank 0 measures and writes
             return
     history.plot().savefig(folder / "history.png")
 
-    # Integers, and down to the runtime.
+    # Conversion to integers and lowering to a program.
     converted = qf.convert(qat_graph.cpu())
     print("lowering: QAT, PTQ and float")
     program = lower(converted, example)
     program.save(folder / "model.pte")
 
-    # PTQ and float beside it.
+    # PTQ and float, for comparison.
     ptq_graph = qf.calibrate(qf.prepare(float_graph.cpu(), quantizer), calibration)
     ptq_program = lower(qf.convert(ptq_graph), example)
     float_program = lower(float_graph, example)
 
-    # All on the same held-out images; what is called .pte runs on the ExecuTorch runtime.
+    # All stages are measured on the same held-out images; the .pte stages run on the ExecuTorch runtime.
     stages = {
         "float": float_graph,
         "fake_quant": qat_graph,

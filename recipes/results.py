@@ -1,4 +1,4 @@
-"""What the recipes write, and how they show it."""
+"""The output of the recipes: the folder, ``result.json`` and the printed table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from quantflow.files import write_atomically
 
 
 def output_folder(path: Path) -> Path:
-    """``path``, made if need be; checked before anything is computed.
+    """Create the folder ``path`` if it is missing, and check that it is writable.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, when nothing can be written there.
+        QuantflowError: at stage ``"recipe"``, if the folder is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".writable", b"", stage="recipe").unlink(missing_ok=True)  # another process may have
+        write_atomically(path / ".writable", b"", stage="recipe").unlink(missing_ok=True)  # or another process did
     except (OSError, QuantflowError) as error:
         remedy = "name a folder that you can write to"
         raise QuantflowError("recipe", f"can't write: {error}", node=f"--output {path}", remedy=remedy) from error
@@ -27,7 +27,7 @@ def output_folder(path: Path) -> Path:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``result.json`` and print the table of it, figures rounded."""
+    """Write ``result.json`` and print it as a table with rounded figures."""
     result = {name: round(value, 6) if isinstance(value, float) else value for name, value in result.items()}
     write_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode(), stage="recipe")
     print()
@@ -36,7 +36,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(rows: Iterable[tuple[str, Any]]) -> None:
-    """Names and figures, in two columns."""
+    """Print names and figures in two columns."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

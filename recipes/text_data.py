@@ -1,4 +1,4 @@
-"""Text for the recipes: source code that installed packages ship, or a folder with one folder of text files a class."""
+"""Text data for the recipes: source code of installed packages, or one folder of text files per class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from quantflow import QuantflowError
 
-# A language, and where there is much of it. Three of them look alike.
+# Languages, and the folders of installed packages with many files of each. Three of the languages are similar.
 LANGUAGES = {
     "Python": ("numpy", "py"),
     "Python stub": ("numpy", "pyi"),
@@ -21,12 +21,12 @@ LANGUAGES = {
     "CMake": ("torch", "cmake"),
     "YAML": ("executorch", "yaml"),
 }
-MOST_FILES, MOST_BYTES = 200, 20_000  # of a class, and of a file: none weighs too much
+MOST_FILES, MOST_BYTES = 200, 20_000  # limits per class and per file, so that none dominates
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Training and held-out snippets, the bytes of each as int64 [length], with an integer label."""
+    """Training and held-out snippets: bytes as int64 [length], each with an integer label."""
 
     train: Dataset
     held_out: Dataset
@@ -34,12 +34,12 @@ class TextData:
 
 
 def text_data(name: str, length: int, train_count: int, held_out_count: int, seed: int) -> TextData:
-    """Snippets of ``length`` bytes, so many of each class, from ``"languages"`` or from the folder ``name``.
+    """Snippets of ``length`` bytes, equally many of each class, from ``"languages"`` or from the folder ``name``.
 
-    A quarter of the files is held out whole, so that no held-out snippet comes from a file that was trained on.
+    A quarter of the files is held out, so that no held-out snippet comes from a training file.
 
     Raises:
-        QuantflowError: at stage ``"recipe"``, for a folder that is none and for a class with too little text.
+        QuantflowError: at stage ``"recipe"``, if ``name`` is not a folder or a class has too little text.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[torch.Tensor]] = {"train": [], "held out": []}

@@ -7,7 +7,7 @@ from networks import Concatenated, ConvNet, NoGradInside, Residual, SharedConv, 
 from torch import nn
 
 import quantflow as qf
-from quantflow.simulation.interpreter import steps
+from quantflow.simulation.interpreter import Interpreter
 from quantizers import W4A8, XNNPACKQuantizer
 
 
@@ -72,6 +72,6 @@ def calibrated(model, inputs, scheme=W4A8, sample=None):
 
 def values_of(graph, inputs, integers):
     found = {}
-    for _, values in steps(graph, inputs, integers=integers):
+    for _, values in Interpreter(graph, quantize=integers).run(inputs):
         found |= values
     return found

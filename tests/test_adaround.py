@@ -13,8 +13,9 @@ from quantflow.ptq import adaround, reconstruct_weights
 from quantflow.ptq.adaptive_rounding.learned_rounding import Rows, learn_rounding
 from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding
 from quantflow.simulation.float_weights import attribute, float_weight, with_float_weights
-from quantflow.simulation.interpreter import evaluate, outputs
-from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.simulation.interpreter import evaluate
+from quantflow.simulation.network import outputs
+from quantflow.simulation.paired_interpreter import run_paired
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import INT8, W4A8, Scheme, TensorScheme, XNNPACKQuantizer
 
@@ -28,7 +29,7 @@ def calibrated(model, data, scheme=W4A8):
 
 def layer_errors(graph, x):
     """The squared error of each output of the one layer, behind its clamp."""
-    stop = next(side_by_side(graph, [(x,)], quantized_layers(graph), title="", progress=False))
+    stop = next(run_paired(graph, [(x,)], quantized_layers(graph), title="", progress=False))
     node = stop.layer.node
     found, wanted = evaluate(node, stop.integers[0]), stop.floats[0][node]
     limits = clamp_limits(next(iter(node.users))) or (-torch.inf, torch.inf)

@@ -12,7 +12,7 @@ import quantflow as qf
 from quantflow.ptq import correct_bias
 from quantflow.ptq.bias_correction.clipped_normal import clipped_normal
 from quantflow.simulation.float_weights import with_float_weights
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantizers import W4A8, XNNPACKQuantizer
 
 

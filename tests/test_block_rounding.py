@@ -15,7 +15,7 @@ from quantflow.ptq import adaround, output_gradients
 from quantflow.ptq.adaptive_rounding import block
 from quantflow.ptq.adaptive_rounding.blocks import blocks
 from quantflow.simulation.float_weights import attribute, float_weight, with_float_weights
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, W4A8, Scheme, XNNPACKQuantizer
 

@@ -8,16 +8,17 @@ from block_networks import NETWORKS, calibrated, values_of
 
 from quantflow.observers.observation import observer_of
 from quantflow.ptq.adaptive_rounding.blocks import blocks
-from quantflow.simulation.interpreter import value_at
+from quantflow.simulation.interpreter import Interpreter
 from quantflow.simulation.quantized_layers import quantized_layers
 
 
 def block_after_block(graph, found, inputs, integers, same):
     """What ``graph`` returns where blocks hand on nothing but their ends."""
+    network = Interpreter(graph, quantize=integers)
     given, values, handed = iter(inputs), {}, set(same)
     for block in found:
         for node in block.nodes:
-            values[node] = value_at(graph, node, values, given, integers=integers)
+            values[node] = network.value(node, values, given)
         handed |= {*block.ends, *block.constants}
         handed |= {n for n in block.nodes if n.args and n.args[0] in handed and observer_of(n, graph) is not None}
         values = {node: x for node, x in values.items() if node in handed}

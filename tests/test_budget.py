@@ -14,7 +14,7 @@ import quantflow as qf
 from quantflow.analysis.accuracy_control import _fewest, keep_within
 from quantflow.analysis.evaluator import Evaluator
 from quantflow.analysis.layers import layers_of, observers_in, still_quantized
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantflow.simulation.partial import PartialNetwork
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 

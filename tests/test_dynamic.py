@@ -14,7 +14,7 @@ from quantflow.graph.parameters import is_constant
 from quantflow.metrics import signal_to_noise as sqnr
 from quantflow.observers import MinMaxObserver
 from quantflow.observers.observation import observer_of
-from quantflow.simulation.interpreter import Simulation
+from quantflow.simulation.network import Simulation
 from quantflow.simulation.partial import PartialNetwork
 from quantizers import DYNAMIC_INT8, DYNAMIC_W4, INT8, XNNPACKQuantizer
 

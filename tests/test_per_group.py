@@ -8,7 +8,7 @@ from torch import nn
 import quantflow as qf
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.ptq import correct_bias
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantizers import DYNAMIC_W4, Scheme, TensorScheme, XNNPACKQuantizer
 
 PER_CHANNEL = Scheme(

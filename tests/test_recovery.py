@@ -17,7 +17,7 @@ from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
 from quantflow.signature.signature import DynamicDim, Input, Signature
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantflow.simulation.output_gradients import output_gradients
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, W4A8, XNNPACKQuantizer

@@ -14,7 +14,7 @@ import quantflow as qf
 from quantflow.metrics import signal_to_noise as sqnr
 from quantflow.ptq import adaround, correct_bias, reconstruct_weights
 from quantflow.simulation.output_gradients import output_gradients
-from quantflow.simulation.paired_interpreter import side_by_side
+from quantflow.simulation.paired_interpreter import run_paired
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
@@ -412,7 +412,7 @@ def test_recovery_compares_with_the_float_network_where_both_share_what_is_writt
     expected = torch.cat([model(*x).detach() for x in data])
     layers = quantized_layers(prepared)
     (last,) = (node for node, layer in layers.items() if layer.weight.args[0].target.endswith("last.weight"))
-    for stop in side_by_side(prepared, data, layers, title="", progress=False):
+    for stop in run_paired(prepared, data, layers, title="", progress=False):
         if stop.layer.node is last:
             found = torch.cat([values[last] for values in stop.floats])
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,1 +1,1 @@
-"""A differential fuzzer: random networks, the four paths from each to a program, and verdicts by measurement."""
+"""A differential fuzzer: random networks, four paths from a network to a program, and measured outcomes."""

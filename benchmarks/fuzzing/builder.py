@@ -1,4 +1,4 @@
-"""Grows a network statement by statement; each is run as it is added, so that shapes are known and what fails is left out."""
+"""Construction of a network by statements. Each runs when it is added, which gives its shape and rejects it if it fails."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ T = TypeVar("T")
 _MOST_ELEMENTS = 20_000
 
 
-class Unfit(Exception):  # noqa: N818  it is no error: the operator does not fit the value
-    """This operator can't be added here."""
+class Unfit(Exception):  # noqa: N818  not an error: the operator does not fit the value
+    """An operator can't be applied to a value."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A way to go on from a value.
+    """An operator that can extend a network.
 
     Attributes:
-        name: What it is called in tables.
-        add: Adds it to a builder, behind the value of that name; raises :class:`Unfit` where it does not fit.
-        weight: How often it is drawn, beside the others.
-        ranks: Of the values that it takes.
-        kind: ``float``, ``int`` or ``bool``.
+        name: Its name in tables.
+        add: Applies it in a builder to the value of a name; raises :class:`Unfit` if it does not fit.
+        weight: The relative frequency with which it is drawn.
+        ranks: The ranks of values that it accepts.
+        kind: The kind of values that it accepts: ``float``, ``int`` or ``bool``.
     """
 
     name: str
@@ -55,11 +55,11 @@ def operator(weight: float = 1.0, ranks: Sequence[int] = (1, 2, 3, 4, 5), kind: 
 
 @dataclass
 class Builder:
-    """A network in the making.
+    """A network under construction.
 
     Attributes:
-        random: All choices are drawn from it.
-        values: What each name is in the run so far.
+        random: The generator of all choices.
+        values: The value of each name so far.
     """
 
     seed: int
@@ -81,73 +81,73 @@ class Builder:
         return self.random.choice(options)
 
     def chance(self, probability: float) -> bool:
-        """True so often."""
+        """True with this probability."""
         return self.random.random() < probability
 
     def number(self, low: float, high: float) -> float:
-        """A number of few digits."""
+        """A random number with few digits."""
         return round(self.random.uniform(low, high), 2)
 
     # Values
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a value."""
+        """The shape of the value ``name``."""
         return tuple(self.values[name].shape)
 
     def alike(self, name: str) -> list[str]:
-        """The other values of the shape and kind of ``name``."""
+        """The other values with the shape and kind of ``name``."""
         x = self.values[name]
         return [n for n, v in self.values.items() if n != name and v.shape == x.shape and v.dtype == x.dtype]
 
     def others(self, fits: Callable[[torch.Tensor], bool]) -> list[str]:
-        """The float values that fit."""
+        """The float values for which ``fits`` is true."""
         return [n for n, v in self.values.items() if v.is_floating_point() and fits(v)]
 
-    # Growing
+    # Construction
 
     def input(self, text: str, keyword: bool = False) -> str:
-        """A further input."""
+        """Add an input."""
         name = f"x{len(self.inputs)}"
         self.inputs.append(Input(name, text, keyword))
         self.values[name] = eval(text, self.names)
         return name
 
     def layer(self, kind: str, text: str) -> str:
-        """A layer made by the expression ``text``; returns ``self.name``."""
+        """Add a layer constructed by the expression ``text``; returns ``self.name``."""
         name = f"{kind}{len(self.layers)}"
         return self.lines(name, f"self.{name} = {text}")
 
     def parameter(self, text: str) -> str:
-        """A parameter of its own."""
+        """Add a parameter."""
         return self.layer("scale", f"nn.Parameter({text})")
 
     def buffer(self, text: str) -> str:
-        """A buffer."""
+        """Add a buffer."""
         name = f"state{len(self.layers)}"
         return self.lines(name, f'self.register_buffer("{name}", {text})')
 
     def lines(self, name: str, text: str) -> str:
-        """A layer made by lines of ``__init__``."""
+        """Add a layer constructed by lines of ``__init__``."""
         exec(text, self.names)
         self.layers[name] = text
         return f"self.{name}"
 
     def let(self, expression: str, prefix: str = "") -> str:
-        """A new value; ``prefix`` stands before the assignment, as ``with torch.no_grad():`` does."""
+        """Add a value; ``prefix`` precedes the assignment, as ``with torch.no_grad():``."""
         name = f"v{sum(len(s.makes) for s in self.statements)}"
         indented = f"{prefix}\n    " if prefix else ""
         self._run(Statement(f"{indented}{name} = {expression}", (name,)), (name,))
         return name
 
     def let_all(self, expression: str, count: int) -> list[str]:
-        """As many new values."""
+        """Add ``count`` values of one expression."""
         first = sum(len(s.makes) for s in self.statements)
         names = tuple(f"v{first + i}" for i in range(count))
         self._run(Statement(f"{', '.join(names)} = {expression}", names), names)
         return list(names)
 
     def do(self, text: str) -> None:
-        """A statement that writes in place."""
+        """Add a statement that writes in place."""
         self._run(Statement(text), ())
 
     def _run(self, statement: Statement, names: tuple[str, ...]) -> None:
@@ -167,7 +167,7 @@ class Builder:
         self.statements.append(statement)
 
     def attempt(self, chosen: Operator, name: str) -> bool:
-        """Add an operator, or leave all as it was."""
+        """Add an operator; if it does not fit, restore the previous state and return False."""
         kept = len(self.statements), dict(self.layers), dict(self.values)
         try:
             chosen.add(self, name)
@@ -178,6 +178,6 @@ class Builder:
         return True
 
     def network(self, outputs: Sequence[str], structure: str, channels_last: bool) -> Network:
-        """What has grown."""
+        """The constructed network."""
         parts = tuple(self.inputs), self.layers, tuple(self.statements)
         return Network(self.seed, *parts, tuple(outputs), structure, channels_last)

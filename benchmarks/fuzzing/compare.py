@@ -1,4 +1,4 @@
-"""Two networks' outputs side by side: equal, apart, or no further apart than rounding carries them."""
+"""Comparison of the outputs of two networks: equal, different, or within the effect of rounding errors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fuzzing.rounding import Outputs
 from quantflow.metrics import signal_to_noise
 
 RIGHT, AMPLIFIES, WRONG = "right", "amplifies", "wrong"
-EXACT = 999.0  # dB, for no difference at all; negative for nothing in common
+EXACT = 999.0  # dB, for equal outputs; its negative for outputs that can't be compared
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How near two networks are.
+    """The agreement of two networks.
 
     Attributes:
-        verdict: ``right``, ``amplifies`` (rounding alone carries the network as far) or ``wrong``.
-        db: Of the farthest output; for integers and booleans -10·log10 of the share that differs.
-        where: Of it, the call and the output.
+        verdict: ``right``, ``amplifies`` (rounding errors alone have this effect) or ``wrong``.
+        db: SQNR of the worst output; for integers and booleans -10·log10 of the share that differs.
+        where: The call and the index of the worst output.
     """
 
     verdict: str
@@ -42,13 +42,13 @@ def compare(
     """Compare every output of every call.
 
     Args:
-        expected: Of the reference.
-        found: Of the other.
-        least: What is asked for, dB.
-        noise: The reference with rounding errors planted, some draws; asked for only where an output is far.
-        margin: By how much more than the largest planted error a difference may be and still count as rounding, in amplitude.
-        integers: Whether outputs that are not float are compared, too: they must be equal.
-        tiny: A difference below it is none: where a network cancels to nothing, what is left is rounding.
+        expected: The outputs of the reference.
+        found: The outputs of the other network.
+        least: The required SQNR, dB.
+        noise: Draws of the reference with injected rounding errors; computed only if an output is below ``least``.
+        margin: The largest ratio, in amplitude, of a difference to the effect of injected errors that counts as rounding.
+        integers: Whether integer and boolean outputs are compared too: they must be equal.
+        tiny: Smaller differences count as none: after cancellation only rounding is left.
     """
     worst = Compared(RIGHT, EXACT)
     draws: list[Outputs] | None = None
@@ -75,7 +75,7 @@ def compare(
 
 
 def nearness(reference: torch.Tensor, found: torch.Tensor, tiny: float) -> float:
-    """How near, dB; of integers and booleans by the share that differs."""
+    """The SQNR, dB; for integers and booleans -10·log10 of the share that differs."""
     if not reference.is_floating_point():
         share = float((reference != found).double().mean())
         return -10 * math.log10(share) if share else EXACT

@@ -1,4 +1,4 @@
-"""From a seed to a network: its inputs, a dozen operators, and what it returns."""
+"""Generation of a network from a seed: inputs, about a dozen operators, outputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fuzzing.builder import OPERATORS, Builder
 from fuzzing.network import Network
 
 _ATTEMPTS = 60
-_SHRINKING = {"reduce", "part", "adaptive_pool", "integers", "softmax"}  # rare while a network is young
+_SHRINKING = {"reduce", "part", "adaptive_pool", "integers", "softmax"}  # rare among the first statements
 _FEWEST_ELEMENTS = 12
 _WEIGHTS = re.compile(r"self\.(conv|linear|embedding|attention|up|encoder)\d")
 
 
 def generate(seed: int) -> Network:
-    """The network of ``seed``: it runs, its outputs are finite, and it trains."""
+    """The network of ``seed``. It runs with finite outputs, and it trains."""
     for attempt in range(_ATTEMPTS):
         network = _grown(seed, random.Random(seed * 1_000 + attempt))
         if network is not None and runs(network):
@@ -29,7 +29,7 @@ def generate(seed: int) -> Network:
 
 
 def runs(network: Network, training: bool = True) -> bool:
-    """Whether the network runs three times in inference, with finite outputs of which one depends on an input, and trains."""
+    """Whether the network trains, and runs three times in inference with finite outputs, one of which depends on an input."""
     try:
         model, batches = network.build()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -45,7 +45,7 @@ def runs(network: Network, training: bool = True) -> bool:
                         loss.backward()
                         if not loss.isfinite():
                             return False
-    except Exception:  # whatever eager PyTorch refuses is no network
+    except Exception:  # eager PyTorch may raise any type
         return False
     return True
 
@@ -72,7 +72,7 @@ def _grown(seed: int, draw: random.Random) -> Network | None:
         outputs += draw.choices([*made, *(i.name for i in b.inputs)], k=b.pick(1, 1, 2))
     structure = b.pick("tuple", "dict", "nested", "list") if len(outputs) > 1 else b.pick(*["one"] * 8, "tuple", "dict")
     network = b.network(outputs, structure, channels_last)
-    # What is dead and draws random numbers would leave torch's random state elsewhere: no network does the same without it.
+    # Dead statements that draw random numbers change torch's random state, so removing them would change the network.
     dead = set(network.statements) - set(network.pruned().statements)
     random_layers = ("drop", "depth", "encoder")
     draws = any(part in s.text for s in dead for part in random_layers)
@@ -98,7 +98,7 @@ def _step(b: Builder, young: bool) -> None:
 
 
 def _inputs(b: Builder) -> bool:
-    """Draw the inputs; returns whether images and model lie in ``channels_last``."""
+    """Draw the inputs; returns whether images and model are in ``channels_last``."""
     form = b.random.choices(("image", "line", "volume", "rows", "sequence", "tokens"), (9, 3, 2, 3, 4, 2))[0]
     batch, channels = b.pick(1, 2, 2, 3), b.pick(1, 3, 4, 4, 8)
     size = b.pick(5, 6, 8, 8, 9, 12)
@@ -127,6 +127,6 @@ def _inputs(b: Builder) -> bool:
     elif more == "scalar":
         b.input("torch.rand(1)")
     first = next(iter(b.values))
-    if list(b.values)[-1] != first:  # the first is gone on from
+    if list(b.values)[-1] != first:  # the network continues from the first input
         b.values[first] = b.values.pop(first)
     return channels_last

@@ -1,4 +1,4 @@
-"""What people write: residuals, dropout, squeeze-and-excite, attention, state, in-place writes, computed constants."""
+"""Common patterns: residuals, dropout, squeeze-and-excite, attention, state, in-place writes, computed constants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dropped(b: Builder, x: str) -> str:
 
 
 def inner(b: Builder, x: str) -> str:
-    """The expression of a layer that keeps the shape of the value ``x``."""
+    """The expression of a layer that preserves the shape of the value ``x``."""
     rank = len(b.shape(x))
     if rank >= 3 and b.chance(0.7):
         return f"{b.layer('conv', convolution(b, x, same=True))}({x})"
@@ -133,7 +133,7 @@ def constant(b: Builder, x: str) -> None:
 
 @operator(1, ranks=(2, 3, 4))
 def computed_weight(b: Builder, x: str) -> None:
-    """A weight that is computed from parameters: standardised, normalised, in factors."""
+    """A weight that is computed from parameters: standardized, normalized or factorized."""
     rank = len(b.shape(x))
     if rank == 4 and b.chance(0.6):
         c = b.shape(x)[1]
@@ -173,7 +173,7 @@ def state(b: Builder, x: str) -> None:
 
 @operator(0.6, ranks=(3,))
 def cache(b: Builder, x: str) -> None:
-    """Values kept for later calls, written into a slice."""
+    """A cache of values for later calls, written into a slice."""
     batch, tokens, features = b.shape(x)
     kept = b.buffer(f"torch.zeros({batch}, {tokens + 2}, {features})")
     write = f"{kept}[:, 1:{tokens + 1}] = {x}.detach()"

@@ -1,4 +1,4 @@
-"""Functions in processes that may crash or hang: forked from this one, which outlives them."""
+"""Execution of functions in forked processes that may crash or hang."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Ended(Generic[T]):
-    """How one call ended.
+    """The outcome of one call.
 
     Attributes:
         task: The argument of the call.
         kind: ``returned``, ``raised``, ``crash`` or ``hang``.
-        value: What it returned.
-        text: The exception's traceback, or the signal and the last that the process printed.
-        seconds: How long it took.
+        value: The returned value.
+        text: The traceback of the exception, or the signal and the last output of the process.
+        seconds: The time of the call.
     """
 
     task: T
@@ -52,10 +52,10 @@ class _Running(Generic[T]):
 def isolated(
     function: Callable[[T], Any], tasks: Iterable[T], *, jobs: int = 1, seconds: float = 120.0
 ) -> Iterator[Ended[T]]:
-    """Call ``function`` on each task in a process of its own, ``jobs`` at a time; yields as they end.
+    """Call ``function`` on each task in a separate process, ``jobs`` at a time; yields outcomes in the order of completion.
 
-    A process is ended after ``seconds`` of work, or after :data:`_PATIENCE` times as many on the clock: the machine may be busy
-    with other things. What it prints is kept from the terminal.
+    A process is killed after ``seconds`` of CPU time, or after :data:`_PATIENCE` times as many of wall time, since the machine
+    may be busy. Its output does not reach the terminal.
     """
     context = multiprocessing.get_context("fork")
     running: dict[Connection, _Running[T]] = {}
@@ -123,7 +123,7 @@ def _call(function: Callable[[T], Any], task: T, sender: Connection, printed: Pa
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    # Makes torch's thread pool anew, which a fork leaves corrupt: autograd's threads would race to do it, and abort.
+    # Recreates torch's thread pool, which a fork corrupts: otherwise autograd's threads race to do it, and abort.
     torch.set_num_threads(1)
     try:
         answer = ("returned", function(task), "")
@@ -131,5 +131,5 @@ def _call(function: Callable[[T], Any], task: T, sender: Connection, printed: Pa
         answer = ("raised", None, traceback.format_exc())
     sender.send(answer)
     sender.close()
-    # The runtime's threads may not let the interpreter end.
+    # The runtime's threads can block a normal exit of the interpreter.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Operators with weights: convolutions, linear layers, norms, embeddings, and layers that are shared."""
+"""Operators with weights: convolutions, linear layers, norms, embeddings, and shared layers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fuzzing.builder import Builder, Unfit, operator
 
 
 def windows(b: Builder, x: str) -> tuple[int, int, list[int]]:
-    """The number of spatial dimensions of a batch of images, its channels and its sizes."""
+    """The number of spatial dimensions of a batch of images, its channels and its spatial sizes."""
     shape = b.shape(x)
     return len(shape) - 2, shape[1], list(shape[2:])
 
 
 def convolution(b: Builder, x: str, *, bias: bool | None = None, same: bool = False) -> str:
-    """The expression of a new convolution over ``x``; ``same`` keeps the shape."""
+    """The expression of a new convolution of ``x``; ``same`` preserves the shape."""
     spatial, channels, sizes = windows(b, x)
     out = channels if same else b.pick(1, 3, 4, 6, 8, 12, 16)
     kernel = b.pick(1, 3) if same else min(b.pick(1, 2, 3, 3, 5), *sizes)
@@ -43,12 +43,12 @@ def convolution(b: Builder, x: str, *, bias: bool | None = None, same: bool = Fa
 
 
 def written(options: dict[str, object]) -> str:
-    """Keyword arguments as they stand behind others."""
+    """Keyword arguments as source text after other arguments."""
     return "".join(f", {name}={value!r}" for name, value in options.items())
 
 
 def batch_norm(b: Builder, x: str) -> str:
-    """A new batch norm over ``x``, of whatever settings; returns ``self.name``."""
+    """A new batch norm of ``x`` with random settings; returns ``self.name``."""
     rank, channels = len(b.shape(x)), b.shape(x)[1]
     options: dict[str, object] = {}
     if b.chance(0.4):
@@ -64,7 +64,7 @@ def batch_norm(b: Builder, x: str) -> str:
 
 
 def activation(b: Builder, x: str) -> str:
-    """An expression that activates the expression ``x``."""
+    """The expression of an activation function of the expression ``x``."""
     return b.pick(f"F.relu({x})", f"F.relu6({x})", f"F.relu({x}, inplace=True)", f"F.hardswish({x})", f"F.silu({x})")
 
 
@@ -182,7 +182,7 @@ def tied_linear(b: Builder, x: str) -> None:
 
 @operator(0.6, ranks=(3, 4, 5))
 def dead_channels(b: Builder, x: str) -> None:
-    """A ReLU of which some or all channels never wake."""
+    """A ReLU with some or all channels always zero."""
     name = b.layer("conv", convolution(b, x, bias=True))
     text = b.layers[name.removeprefix("self.")]
     part = b.pick("", "[:1]")

@@ -1,4 +1,4 @@
-"""Makes a network that fails as small as it still fails alike."""
+"""Reduction of a failing network to a small one with the same failure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fuzzing.network import PRELUDE, Input, Network
 
 
 def minimised(network: Network, fails: Callable[[Network], bool], tries: int = 80) -> Network:
-    """The smallest network found that ``fails``, by leaving out outputs, statements, inputs and what lies before a value.
+    """The smallest network found that ``fails``, by removing outputs, statements, inputs and the predecessors of values.
 
     Args:
-        network: One that fails.
-        fails: Whether another one fails alike.
-        tries: How often to ask.
+        network: A failing network.
+        fails: Whether a network has the same failure.
+        tries: The largest number of calls of ``fails``.
     """
     found, asked = network, 0
     while asked < tries:
@@ -37,7 +37,7 @@ def minimised(network: Network, fails: Callable[[Network], bool], tries: int = 8
 
 
 def _smaller(network: Network) -> Iterator[Network]:
-    """Networks with less in them, the smallest first."""
+    """Reduced networks, the smallest first."""
     if network.structure != "one" or len(network.outputs) > 1:
         for name in network.outputs:
             yield replace(network, outputs=(name,), structure="one").pruned()
@@ -49,12 +49,12 @@ def _smaller(network: Network) -> Iterator[Network]:
         yield replace(network, inputs=inputs, channels_last=False)
     values = _values(network)
     names = [name for s in network.statements for name in s.makes if name in values]
-    for name in reversed(names):  # what comes before a value becomes an input
+    for name in reversed(names):  # replace the predecessors of a value by an input
         if network.structure == "one" and name in network.outputs:
             continue
         yield _from(network, name, values[name])
     if network.structure == "one":
-        for name in names:  # what comes behind a value is left out
+        for name in names:  # remove the successors of a value
             if name not in network.outputs:
                 yield replace(network, outputs=(name,)).pruned()
     for index in reversed(range(len(network.statements))):
@@ -62,7 +62,7 @@ def _smaller(network: Network) -> Iterator[Network]:
 
 
 def _from(network: Network, name: str, value: torch.Tensor) -> Network:
-    """``network`` with an input in place of ``name`` and of all that only it is made of."""
+    """``network`` with an input in place of ``name`` and of the statements that only it needs."""
     index = next(i for i, s in enumerate(network.statements) if name in s.makes)
     shape = ", ".join(map(str, value.shape))
     text = f"torch.randn({shape})" if value.is_floating_point() else f"torch.randint(0, 2, ({shape},))"
@@ -75,7 +75,7 @@ def _from(network: Network, name: str, value: torch.Tensor) -> Network:
 
 
 def _bypassed(network: Network, index: int, values: dict[str, torch.Tensor]) -> Iterator[Network]:
-    """``network`` without a statement, its readers reading what it read, where that has the same shape."""
+    """Networks without a statement, whose readers read one of its operands of the same shape."""
     statement = network.statements[index]
     less = network.without([index])
     if not statement.makes:
@@ -98,7 +98,7 @@ def _renamed(text: str, old: str, new: str) -> str:
 
 
 def _values(network: Network) -> dict[str, torch.Tensor]:
-    """What each name is, in inference."""
+    """The value of each name in inference."""
     space: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         exec(PRELUDE, space)

@@ -1,4 +1,4 @@
-"""A network as source: its inputs, layers and statements, which print as a script and are run from that very text."""
+"""A network as source code: inputs, layers and statements, printed as a script and run from the same text."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Statement:
     """Lines of ``forward``.
 
     Attributes:
-        text: What stands there; later lines carry their own indentation.
-        makes: The names that it binds.
+        text: The source text; lines after the first contain their indentation.
+        makes: The names that the lines assign.
     """
 
     text: str
@@ -48,13 +48,13 @@ class Statement:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The names of values that it needs."""
+        """The names of the values that the lines read."""
         return frozenset(_NAMES.findall(self.text)) - frozenset(self.makes)
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input: its name, the expression that draws it, and whether it is passed by name."""
+    """An input: its name, the expression that generates it, and whether it is a keyword input."""
 
     name: str
     text: str
@@ -63,16 +63,16 @@ class Input:
 
 @dataclass(frozen=True)
 class Network:
-    """A network that anyone can read and run.
+    """A network that is a readable script.
 
     Attributes:
-        seed: Of weights and inputs.
-        inputs: In order, keyword inputs last.
-        layers: By name, the lines of ``__init__`` that make it.
+        seed: The seed of weights and inputs.
+        inputs: The inputs in order, keyword inputs last.
+        layers: The lines of ``__init__`` that construct each layer, by its name.
         statements: The lines of ``forward``.
-        outputs: The names returned.
+        outputs: The names of the returned values.
         structure: ``one``, ``tuple``, ``list``, ``dict`` or ``nested``.
-        channels_last: Whether model and images lie in ``torch.channels_last``.
+        channels_last: Whether model and images are in ``torch.channels_last``.
     """
 
     seed: int
@@ -84,7 +84,7 @@ class Network:
     channels_last: bool = False
 
     def used_layers(self) -> dict[str, str]:
-        """The layers that statements call, and those that these need, in the order in which they are made."""
+        """The layers that statements use, directly or through other layers, in the order of construction."""
         wanted = {name for s in self.statements for name in _LAYERS.findall(s.text)}
         for name in reversed(self.layers):
             if name in wanted:
@@ -103,7 +103,7 @@ class Network:
         return f"({o[0]},)" if self.structure == "tuple" and len(o) == 1 else ", ".join(o)
 
     def source(self) -> str:
-        """The script: ``Net``, and ``inputs()``, which draws the inputs of one call, positional and by name."""
+        """The script: ``Net``, and ``inputs()``, which returns the positional and keyword inputs of one call."""
         first = [i.name for i in self.inputs if not i.keyword]
         named = [i.name for i in self.inputs if i.keyword]
         taken = ", ".join(["self", *first, *(["*", *named] if named else [])])
@@ -136,7 +136,7 @@ class Network:
         return "\n".join(lines) + "\n"
 
     def build(self, batches: int = 3) -> tuple[nn.Module, list[tuple[tuple, dict[str, Any]]]]:
-        """The model in inference mode, and the inputs of so many calls. torch's random state is left as it was."""
+        """The model in inference mode, and the inputs of ``batches`` calls. Torch's random state is preserved."""
         filename = f"<fuzz {self.seed}.{next(_counter)}>"
         source = self.source()
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -146,12 +146,12 @@ class Network:
             return space["model"], [space["inputs"]() for _ in range(batches)]
 
     def without(self, dropped: Iterable[int]) -> Network:
-        """This network without the statements of those numbers."""
+        """This network without the statements of these indices."""
         gone = set(dropped)
         return replace(self, statements=tuple(s for i, s in enumerate(self.statements) if i not in gone))
 
     def pruned(self) -> Network:
-        """Without the statements and inputs that nothing returned depends on; what writes in place stays."""
+        """This network without statements and inputs that no output depends on; in-place writes are kept."""
         wanted = set(self.outputs)
         kept: list[Statement] = []
         for statement in reversed(self.statements):

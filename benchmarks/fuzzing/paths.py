@@ -1,4 +1,4 @@
-"""The four paths from a network to a program, each with its laws."""
+"""The four paths from a network to a program, and the checks of each."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _STEP_MARGIN = 2.0
 
 @dataclass
 class Held:
-    """What a path found: each law by name, and the warnings that quantflow gave."""
+    """The result of a path: the comparison of each check by name, and the warnings of quantflow."""
 
     laws: dict[str, Compared] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
 
 
 def walk(network: Network, path: str) -> Held:
-    """Put ``network`` through ``path`` and hold it to its laws.
+    """Run ``network`` through ``path`` and measure its checks.
 
     Raises:
-        Exception: what quantflow raises, and what it lets through.
+        Exception: any exception of quantflow or below it.
     """
     model, calls = network.build()
     held = Held()
@@ -115,7 +115,7 @@ def _lower(converted: GraphModule, calls: Sequence[Call], laws: dict[str, Compar
 def _keeps(
     model: nn.Module, expected: Outputs, calls: Sequence[Call], laws: dict[str, Compared], converted: GraphModule
 ) -> None:
-    """The integers are those of this model: it is no further from them than rounding everywhere carries them."""
+    """Check that the converted graph differs from the model by no more than rounding of all activations explains."""
     noise = functools.cache(lambda: one_step_noise(converted, calls, share=1.0, draws=4))
     eager = outputs_of(copy.deepcopy(model), calls)
     laws["converted"] = compare(expected, eager, KEPT_DB, noise, integers=False)
@@ -126,7 +126,7 @@ def _steps(converted: GraphModule, calls: Sequence[Call]) -> Callable[[], Any]:
 
 
 def data_of(calls: Sequence[Call]) -> list[Any]:
-    """The calls as calibration batches."""
+    """The inputs of the calls as calibration batches."""
     batches: list[Any] = []
     for args, kwargs in copy.deepcopy(list(calls)):
         batches.append({**{f"x{i}": a for i, a in enumerate(args)}, **kwargs} if kwargs else args)

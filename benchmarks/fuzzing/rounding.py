@@ -1,4 +1,4 @@
-"""How far rounding alone carries a network: the measure by which one that amplifies it is told from one that is wrong."""
+"""The effect of rounding errors on outputs, which distinguishes amplified rounding from wrong results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 from torch.fx import GraphModule
 
 Call = tuple[tuple, dict[str, Any]]
-Outputs = list[list[torch.Tensor]]  # by call, by output
+Outputs = list[list[torch.Tensor]]  # [call][output]
 
 _QUANTIZE = ("quantize_per_tensor", "quantize_per_channel")
-_RELATIVE = 4e-7  # some units in the last place of float32
+_RELATIVE = 4e-7  # a few units in the last place of float32
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of an output, as they are now."""
+    """Copies of the tensors of an output."""
     return [t.detach().clone() for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
 
 
 def outputs_of(model: Callable[..., Any], calls: Sequence[Call]) -> Outputs:
-    """What ``model`` returns, call after call. Each call has inputs of its own, which it may write to."""
+    """The outputs of ``model`` for consecutive calls. Each call gets copies of its inputs, because it may write to them."""
     found = []
     for args, kwargs in calls:
         own_args, own_kwargs = copy.deepcopy((args, kwargs))
@@ -34,7 +34,7 @@ def outputs_of(model: Callable[..., Any], calls: Sequence[Call]) -> Outputs:
 
 
 def moved(model: nn.Module, calls: Sequence[Call], draw: int) -> tuple[nn.Module, list[Call]]:
-    """A copy of ``model`` and of the inputs with weights, buffers and inputs off by some units in the last place."""
+    """A copy of ``model`` and of the inputs, with weights, buffers and inputs changed by a few units in the last place."""
     generator = torch.Generator().manual_seed(draw)
 
     def off(t: Any) -> Any:
@@ -50,14 +50,14 @@ def moved(model: nn.Module, calls: Sequence[Call], draw: int) -> tuple[nn.Module
 
 
 def float_noise(model: nn.Module, calls: Sequence[Call], draws: int = 4) -> list[Outputs]:
-    """The outputs of ``model``, :func:`moved` so often."""
+    """The outputs of ``draws`` :func:`moved` copies of ``model``."""
     return [outputs_of(*moved(model, calls, draw)) for draw in range(draws)]
 
 
 def one_step_noise(
     converted: GraphModule, calls: Sequence[Call], share: float = 1 / 16, draws: int = 8
 ) -> list[Outputs]:
-    """The outputs of a converted graph in which that share of the integers of each activation are off by one step."""
+    """The outputs of a converted graph in which a share of the integers of each activation is changed by one."""
     found = []
     for draw in range(draws):
         near = copy.deepcopy(converted)

@@ -1,4 +1,4 @@
-"""Operators without weights: activations, pools, pads, shapes, joins and parts, reductions, comparisons, arithmetic."""
+"""Operators without weights: activations, pools, pads, shapes, concatenations, slices, reductions, comparisons, arithmetic."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def arithmetic(b: Builder, x: str) -> None:
 
 
 def _expands(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a value of ``shape`` can stand beside one of shape ``to``."""
+    """Whether ``shape`` broadcasts to ``to``."""
     return len(shape) <= len(to) and all(s in (1, t) for s, t in zip(shape[::-1], to[::-1], strict=False))
 
 
@@ -222,7 +222,7 @@ def masked(b: Builder, x: str) -> None:
 
 @operator(0.8)
 def integers(b: Builder, x: str) -> None:
-    """A value that is not float, which may be an output."""
+    """An integer or boolean value, which may be an output."""
     dim = b.random.randrange(len(b.shape(x)))
     b.let(
         b.pick(

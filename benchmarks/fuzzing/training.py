@@ -1,4 +1,4 @@
-"""Training steps: a graph with rounding off beside the eager model, and a few steps with rounding on."""
+"""Training steps: a graph with fake quantization off compared with the eager model, and steps with it on."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _PARTS = ("outputs", "gradients", "buffers", "draws")
 def compare_training(
     model: nn.Module, graph: TrainableGraphModule, calls: Sequence[Call], seed: int
 ) -> dict[str, Compared]:
-    """Two steps in training mode, forward and backward: outputs, gradients, buffers and random draws of ``graph`` beside those
-    of the eager ``model``. Layers that quantflow names as captured in inference mode are in that mode in the ``model`` too.
+    """Compare outputs, gradients, buffers and random states of ``graph`` and the eager ``model`` over two training steps.
+
+    Layers that quantflow reports as captured in inference mode are in that mode in the ``model`` too.
     """
     calls = calls[:2]
     told = [layer.split(" (")[0] for layer in graph.meta.get(INFERENCE_ONLY, ()) if " (" in layer]
@@ -34,7 +35,7 @@ def compare_training(
     for name in told:
         model.get_submodule(name).eval()
     graph.train()
-    # A tensor of another form has the same elements: a rewrite may lay out a weight anew.
+    # A rewrite may change the shape of a weight; its elements are the same.
     pairs = {name: (like, _found(graph, model, name)) for name, like in _named(model)}
     names = {name: own.shape != like.shape for name, (like, own) in pairs.items() if own is not None}
     expected = _steps(copy.deepcopy(model), model, calls, seed, names)
@@ -63,7 +64,7 @@ def train(graph: TrainableGraphModule, calls: Sequence[Call]) -> None:
 
 
 def _loss(output: Any) -> torch.Tensor:
-    """A scalar that depends on every element of every float output, each in its own way."""
+    """A scalar that depends on every element of every float output, with different weights."""
     total = torch.zeros((), requires_grad=True)
     for t in pytree.tree_leaves(output):
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad:
@@ -75,7 +76,7 @@ def _loss(output: Any) -> torch.Tensor:
 def _steps(
     network: nn.Module, model: nn.Module, calls: Sequence[Call], seed: int, names: dict[str, bool]
 ) -> dict[str, Outputs]:
-    """What a network leaves after each step, by part; of the tensors of these names in the eager ``model``, sorted if True."""
+    """The tensors after each training step, by kind, for the names of the eager ``model``; sorted if the flag is True."""
     found: dict[str, Outputs] = {part: [] for part in _PARTS}
     with torch.random.fork_rng(devices=[]), _DrawsByElement():
         for step, (args, kwargs) in enumerate(copy.deepcopy(list(calls))):
@@ -100,7 +101,7 @@ def _steps(
 
 
 class _DrawsByElement(TorchDispatchMode):
-    """Random masks filled element by element, not as memory lies: of two layouts of a tensor neither is the right one."""
+    """Fill random masks element by element instead of in memory order, so that they do not depend on the memory layout."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten.bernoulli_.float and not args[0].is_contiguous():
@@ -114,7 +115,7 @@ def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _found(network: nn.Module, model: nn.Module, name: str) -> torch.Tensor | None:
-    """The tensor of that name, or of another name that the ``model`` has for it; None for one that nothing reads."""
+    """The tensor ``name``, also under another name that the ``model`` has for it; None if the network does not read it."""
     own = dict((*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)))
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     tensor = dict(every)[name]

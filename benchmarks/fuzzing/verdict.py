@@ -1,4 +1,4 @@
-"""From how a case ended to one word for it, and the reasons."""
+"""Classification of the outcome of a case."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SAYS_WRONG = re.compile(r"agrees with the graph to|has shape .* not|not proven"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended.
+    """The outcome of a case.
 
     Attributes:
         ending: One of :data:`VERDICTS`.
-        reason: The law that is broken, the error, the signal.
-        db: Of each law.
-        warned: What quantflow warned of.
-        text: The traceback, or what the process printed last.
+        reason: The failed check, the error or the signal.
+        db: The SQNR of each check, dB.
+        warned: The warnings of quantflow.
+        text: The traceback, or the last output of the process.
     """
 
     ending: str
@@ -43,18 +43,18 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether quantflow may end so."""
+        """Whether the outcome is acceptable."""
         return self.ending in GOOD
 
     @property
     def kind(self) -> str:
-        """Ending and reason without numbers and names: equal for cases that fail alike."""
+        """Ending and reason without numbers and names: equal for cases with the same failure."""
         text = re.sub(r"\([^()]*\)|\d+(\.\d+)?|-?inf", "", self.reason)
         return f"{self.ending}: {text}"[:160]
 
 
 def answer(case: tuple[Network, str]) -> dict[str, Any]:
-    """Walk a network along a path, in this process; what :func:`judge` makes its verdict from."""
+    """Run a network through a path in this process; returns the data that :func:`judge` classifies."""
     network, path = case
     if not runs(network):
         return {"invalid": True}
@@ -66,7 +66,7 @@ def answer(case: tuple[Network, str]) -> dict[str, Any]:
 
 
 def judge(ended: Ended[tuple[Network, str]]) -> Verdict:
-    """The verdict of a case that ended so."""
+    """Classify the outcome of a case."""
     if ended.kind in (CRASH, HANG):
         lines = ended.text.splitlines() or [""]
         return Verdict(ended.kind, lines[0][:200], text=ended.text, seconds=ended.seconds)

@@ -1,4 +1,4 @@
-"""Pays once, before processes part, for what torch and executorch make at first use."""
+"""Warm-up of torch and executorch before processes fork, so that initialization at first use happens once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantizers import XNNPACKQuantizer
 def warm_up() -> None:
     """Export, quantize and lower a small network, in float and in integers.
 
-    The runtime and backward passes are left out: their threads do not survive a fork.
+    It does not use the runtime and backward passes: their threads do not survive a fork.
     """
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
@@ -27,4 +27,4 @@ def warm_up() -> None:
             program.to_core_aten().to_edge("xnnpack").manager.to_executorch()
         qf.prepare(exported.module(), XNNPACKQuantizer(), qat=True).train()(x)
     gc.collect()
-    gc.freeze()  # a collection in the child would touch, and so copy, all that is here
+    gc.freeze()  # garbage collection in a child would write to, and so copy, all shared pages

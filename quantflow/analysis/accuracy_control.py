@@ -47,11 +47,21 @@ class AccuracyControl:
     """How an accuracy budget was met, or was not.
 
     Attributes:
-        max_drop: The share of examples that may be lost.
-        drop: The share that was lost, on the runtime: accuracy where there are targets, else agreement with float.
+        max_drop: The share of examples that may be lost, 0 to 1.
+        drop: The share that was lost, on the runtime: of accuracy where there are targets, else of agreement with float.
         labelled: Whether there were targets.
-        reverted: The layers left in float, the costliest first.
+        reverted: The layers left in float, each with ``layer`` and ``reason``: those chosen in simulation, then those that
+            the runtime needed besides, the costliest first in either part.
         tried: Every program that was measured: how many layers it left in float, and its drop.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> x, data = torch.randn(1, 3, 8, 8), [torch.randn(8, 3, 8, 8)]
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+        >>> result = qf.quantize(model.eval(), (x,), data, max_drop=0.9, recover=False, progress=False)
+        >>> result.report.accuracy_control.holds, result.report.accuracy_control.reverted
+        (True, ())
     """
 
     max_drop: float
@@ -66,7 +76,7 @@ class AccuracyControl:
         return self.drop <= self.max_drop
 
     def to_json(self) -> str:
-        """All of it, as a JSON object."""
+        """Return all figures as a JSON object."""
         return json.dumps({"holds": self.holds, **asdict(self)}, indent=2)
 
     def __str__(self) -> str:

@@ -19,8 +19,8 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import overwritten, written_by
-from quantflow.simulation.float_weights import attribute, given_input
-from quantflow.simulation.interpreter import Values, evaluate
+from quantflow.simulation.float_weights import attribute
+from quantflow.simulation.interpreter import Interpreter, Values, evaluate
 
 _WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
@@ -100,7 +100,9 @@ class LayerComparison:
         """Take in one batch of flat inputs."""
         floats, gradients, returned = reference_values(self.reference, flat)
         self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
-        running = self._run(flat)
+        running = Values()  # the quantized network's own
+        for _ in Interpreter(self.converted).run(flat, values=running, keep=True):
+            pass
         exact, local, honest = self._locally(floats, running)
         ranges = self._ranges(exact)
         for tail in self.tails:
@@ -118,21 +120,6 @@ class LayerComparison:
             tail.sums.add(y, found, floor, running[tail.end], gradient)
             if tail.grid is not None and tail.grid.scale is not None:
                 tail.sums.place(y, tail.grid.ends, tail.grid.scale)
-
-    def _run(self, flat: Sequence[Any]) -> Values:
-        """The quantized network's own values."""
-        given, values = iter(flat), Values()
-        for node in self.converted.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = given_input(node, next(given))
-            elif node.op == "get_attr":
-                values[node] = attribute(self.converted, node)
-            elif node.op == "call_module":
-                called = self.converted.get_submodule(str(node.target))
-                values[node] = called(*(values[n] for n in node.all_input_nodes))
-            elif node.op == "call_function":
-                values[node] = evaluate(node, values)
-        return values
 
     def _locally(self, floats: Values, running: Values) -> tuple[Values, Values, Values]:
         """By node: its float value; its value from float inputs, then on its grid; and the same with weights on a grid of

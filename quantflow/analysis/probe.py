@@ -30,8 +30,7 @@ from quantflow.graph.state import overwritten
 from quantflow.lowering.program import Program
 from quantflow.metrics import decibels, squares
 from quantflow.signature.signature import Signature
-from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import Values, evaluate, steps
+from quantflow.simulation.interpreter import Interpreter
 
 
 def probe(
@@ -44,7 +43,7 @@ def probe(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> ProbeResult:
-    """Run a quantized network on the ExecuTorch runtime and compare what it has there with the graph, tensor by tensor.
+    """Run a quantized network on the ExecuTorch runtime and compare its tensors there with the graph's, one by one.
 
     The network is lowered with all its activations as further outputs, those within delegates too. Each operator is computed
     in PyTorch as well, from the very tensors that the runtime gave it: where both differ by more than a rounding, the
@@ -54,14 +53,28 @@ def probe(
         quantized_graph: A converted graph, of :func:`quantflow.convert` or another tool, or a prepared and calibrated one.
         data: Batches, as for :func:`quantflow.calibrate`; targets are not used.
         float_graph: What ``Exported.module()`` returned, to compare with it too.
-        delegate: What to lower to, as ``CoreAten.to_edge`` takes it.
-        calls: Stop after so many calls of the program: of one example each where the batch size is dynamic, else of a batch.
+        delegate: The delegate to lower to, as in ``CoreAten.to_edge``.
+        calls: The most calls of the program: of one example each where the batch size is dynamic, else of a batch.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show a progress bar.
 
+    Returns:
+        The comparison of each tensor; ``print`` shows a table.
+
     Raises:
         QuantflowError: at stage ``"probe"``, when the graph is not quantized or keeps state, a batch does not fit it or the
-            float graph, or there is none; as lowering raises.
+            float graph, ``calls`` is not positive, or there is no data; as lowering raises.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.probe(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> [tensor.node for tensor in found.tensors]
+        ['input_1', 'conv2d']
     """
     if not isinstance(calls, int) or calls < 1:
         raise QuantflowError("probe", f"{calls} calls show nothing", node="calls", remedy="8, say")
@@ -164,15 +177,9 @@ def _compare(
     """Compute ``graph`` twice: from the inputs alone, and each operator from what the runtime has before it."""
     there = {sums.intermediate.end: (sums, value) for sums, value in zip(intermediates, found, strict=True)}
     dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
-    given, own, device = iter(flat), Values(), Values()
-    written = overwritten(graph.graph)
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            own[node] = device[node] = next(given)
-        elif node.op == "get_attr":
-            own[node] = device[node] = attribute(graph, node)
-        elif node.op == "call_function":
-            own[node], device[node] = evaluate(node, own), evaluate(node, device)
+    written, network = overwritten(graph.graph), Interpreter(graph)
+    runs = (network.run(flat, keep=True) for _ in range(2))
+    for (node, own), (_, device) in zip(*runs, strict=True):
         if node in there:
             sums, value = there[node]
             sums.add(value, device[node], own[node], exact.get(sums.intermediate.node))
@@ -193,5 +200,5 @@ def _float_values(
     args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
     given = Signature.of_graph(reference).flatten(args, kwargs, stage="probe")
     wanted = set(pairs.values())
-    floats = {node: values[node] for node, values in steps(reference, tuple(given)) if node in wanted}
+    floats = {node: values[node] for node, values in Interpreter(reference).run(given) if node in wanted}
     return {node: floats[match] for node, match in pairs.items() if match in floats}

@@ -14,20 +14,31 @@ from quantflow.text_table import aligned
 
 @dataclass(frozen=True)
 class Probed:
-    """One tensor within a program.
+    """One tensor within a program, as the runtime has it.
 
     Attributes:
         node: The name of its node in the quantized graph.
         layer: The module that it was traced from; ``""`` for the model itself.
-        operator: What computes it.
-        step: The step of its grid; None in float.
+        operator: The name of the operator that computes it; ``"input"`` for an input.
+        step: Its scale, the difference of two neighbouring quantized values; None in float.
         local: Signal to noise of what the operator computes on the runtime against what it computes in the graph from the very
             same inputs, those of the runtime, dB; infinite where all is equal.
-        most_steps: By how many steps of its grid an element differs there, at most; None in float.
-        changed: The share of elements that differ there.
+        most_steps: By how many steps an element differs there, at most; None in float.
+        changed: The share of elements that differ there, 0 to 1.
         accumulated: Signal to noise of the runtime's tensor against the graph's own, dB.
         against_float: Signal to noise of the runtime's tensor against the float network's, dB; None without a float network, or
             where that has no such tensor.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.probe(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> found.tensors[0].operator, found.tensors[0].changed
+        ('input', 0.0)
     """
 
     node: str
@@ -43,12 +54,23 @@ class Probed:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Where a program on the runtime departs from its graph. ``print`` shows the table, what differs most first.
+    """Where a program on the runtime departs from its graph; ``print`` shows the table, what differs most first.
 
     Attributes:
-        tensors: In the order of the graph.
-        delegate_calls: In how many calls of the delegate they were computed.
-        calls: How many calls of the program were compared.
+        tensors: The tensors, in the order of the graph.
+        delegate_calls: The number of calls of the delegate in which they were computed.
+        calls: The number of calls of the program that were compared.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.probe(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> found.calls, found.delegate_calls, len(found.ranked())
+        (1, 1, 2)
     """
 
     tensors: tuple[Probed, ...]
@@ -56,16 +78,22 @@ class ProbeResult:
     calls: int
 
     def ranked(self) -> tuple[Probed, ...]:
-        """The tensors, first those whose operators compute something else than the graph says."""
+        """Return the tensors, those first whose operators differ most from what the graph says."""
         return tuple(sorted(self.tensors, key=lambda t: -math.inf if math.isnan(t.local) else t.local))
 
     def to_json(self) -> str:
-        """All figures; an infinite signal to noise as null, one that is no number or minus infinity as text."""
+        """Return all figures as a JSON object; an infinite signal to noise is null, NaN and minus infinity are text."""
         rows = [{name: _written(figure) for name, figure in asdict(t).items()} for t in self.tensors]
         return json.dumps({"delegate_calls": self.delegate_calls, "calls": self.calls, "tensors": rows}, indent=2)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the signal to noise of each tensor, in the order of the graph, to an image file; the ending says which kind.
+        """Draw the signal to noise of each tensor, in the order of the graph.
+
+        Args:
+            path: The image file; its extension says which format.
+
+        Returns:
+            The path of the file.
 
         Raises:
             QuantflowError: at stage ``"probe"``, without matplotlib, or where the file can't be written.

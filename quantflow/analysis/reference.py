@@ -13,8 +13,8 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers.observation import is_converted, observers_of
-from quantflow.simulation.interpreter import Values, float_outputs
-from quantflow.simulation.output_gradients import float_value, random_signs
+from quantflow.simulation.interpreter import Interpreter, Values, float_tensors, returned
+from quantflow.simulation.output_gradients import random_signs
 
 
 def reference_graph(graph: Any, stage: str) -> TrainableGraphModule:
@@ -55,10 +55,15 @@ def reference_values(graph: GraphModule, flat: Sequence[Any]) -> tuple[Values, V
     ``(gradient · error)²`` is the error's power at the outputs, to first order (Hutchinson's estimator). There are no
     gradients where an operator has none.
     """
+    values, returned_floats = Values(), list[torch.Tensor]()
     with torch.enable_grad():
-        values = _forward(graph, flat)
-        returned = values.pop(next(n for n in graph.graph.nodes if n.op == "output"))
-        moved = [y for y in returned if y.requires_grad]
+        for node, _ in Interpreter(graph, gradients=True).run(flat, values=values, keep=True):
+            if node.op == "output":
+                returned_floats = float_tensors(returned(node, values))
+            elif node.op != "get_attr" and isinstance(values[node], torch.Tensor) and values[node].requires_grad:
+                # A tensor of its own: what passes unchanged through an operator belongs to two nodes.
+                values[node] = values[node].view_as(values[node])
+        moved = [y for y in returned_floats if y.requires_grad]
         wanted = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and v.requires_grad}
         random = torch.Generator().manual_seed(0)
         signs = [random_signs(y, random) for y in moved]
@@ -68,16 +73,4 @@ def reference_values(graph: GraphModule, flat: Sequence[Any]) -> tuple[Values, V
             found = ()
     gradients: Values = {n: g for n, g in zip(wanted, found, strict=False) if g is not None}
     plain = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-    return plain, gradients, [y.detach() for y in returned]
-
-
-def _forward(graph: GraphModule, flat: Sequence[Any]) -> Values:
-    given, values = iter(flat), Values()
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            values[node] = float_outputs(node, values)
-            continue
-        values[node] = x = float_value(graph, node, values, given)
-        if node.op != "get_attr" and isinstance(x, torch.Tensor) and x.requires_grad:
-            values[node] = x.view_as(x)  # a tensor of its own: what passes unchanged through an operator has two nodes
-    return values
+    return plain, gradients, [y.detach() for y in returned_floats]

@@ -32,6 +32,17 @@ class LayerCost:
         layer: The name of the module, or of the node where there is no module.
         to_integers: Signal to noise of the outputs with this layer alone quantized, dB.
         to_float: Signal to noise of the outputs with all layers but this one quantized, dB.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(8, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.sensitivity(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> found.layers[0].to_integers <= found.layers[-1].to_integers
+        True
     """
 
     layer: str
@@ -41,23 +52,34 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Of every quantized layer. ``print`` shows the table.
+    """The cost of every quantized layer; ``print`` shows the table.
 
     Attributes:
         all_integers: Signal to noise of the outputs with every layer quantized, dB.
         layers: The layers, the one first that costs most alone.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(8, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.sensitivity(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> found.table()[0]
+        ('layer', 'to integers dB', 'to float dB', 'gain dB')
     """
 
     all_integers: float
     layers: tuple[LayerCost, ...]
 
     def to_json(self) -> str:
-        """All figures; a signal to noise of infinity as null."""
+        """Return all figures as a JSON object; a figure that is not finite is null."""
         rows = [{name: finite(figure) for name, figure in asdict(found).items()} for found in self.layers]
         return json.dumps({"all_integers": finite(self.all_integers), "layers": rows}, indent=2)
 
     def table(self) -> list[tuple[str, ...]]:
-        """The figures as they are shown: a row of headings, then one for each layer."""
+        """Return the figures as they are shown: a row of headings, then a row for each layer."""
         rows: list[tuple[str, ...]] = [("layer", "to integers dB", "to float dB", "gain dB")]
         for found in self.layers:
             figures = (found.to_integers, found.to_float, found.to_float - self.all_integers)
@@ -85,11 +107,26 @@ def sensitivity(
         prepared: A prepared and calibrated graph (PTQ), before :func:`quantflow.recover`, which writes rounded weights.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
-        batches: On how many batches, of at most 8 examples each, to measure.
+        batches: The most batches, of at most 8 examples each, to measure on.
         progress: Show a progress bar.
 
+    Returns:
+        The signal to noise of the outputs for each layer; ``print`` shows a table.
+
     Raises:
-        QuantflowError: at stage ``"sensitivity"``, when the graph is not prepared or not calibrated, or there is no data.
+        QuantflowError: at stage ``"sensitivity"``, when the graph is not prepared for PTQ or not calibrated, a batch does not
+            fit it, or there is no data.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(8, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+        >>> prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> found = qf.sensitivity(qf.calibrate(prepared, [x], progress=False), [x], progress=False)
+        >>> sorted(cost.layer for cost in found.layers)
+        ['0', '2']
     """
     check_calibrated(prepared, "sensitivity")
     drawn = draw(prepared, data, stage="sensitivity", inputs=inputs)[:batches]

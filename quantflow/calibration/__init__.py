@@ -1,1 +1,1 @@
-"""Calibration: observers see data."""
+"""Calibration: runs data through a prepared graph, so that its observers measure ranges."""

@@ -1,4 +1,4 @@
-"""The verb that shows a prepared graph data, so that its observers learn their ranges (PTQ)."""
+"""``calibrate``: runs data through a prepared graph, so that its observers measure ranges (PTQ)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quantflow.observers.synchronization import begin_together, check_synchroniz
 from quantflow.signature.signature import Signature
 
 G = TypeVar("G", bound=GraphModule)
-_SETTLED = 0.01  # growth of a range that does not count
+_SETTLED = 0.01  # relative growth of a range below which it counts as converged
 
 
 def calibrate(
@@ -38,33 +38,44 @@ def calibrate(
     sample: Sample | None = None,
     progress: bool = True,
 ) -> G:
-    """Run ``data`` through the prepared ``graph`` in inference mode, without gradients, observing.
-
-    Args:
-        graph: A prepared graph. Its observers are updated in place; its mode is left as it was.
-        data: An iterable of batches: tensors, tuples or dicts of inputs, or ``(inputs, target)`` as a DataLoader gives.
-        inputs: Picks the inputs out of a batch, where that is ambiguous.
-        max_batches: Stop after so many.
-        patience: Stop when, for so many batches in a row, no activation's range grew by more than 1 %. Of several processes
-            each stops by itself.
-        device: Where to run; by default where the graph's parameters are.
-        sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
-        progress: Show a progress bar.
+    """Run ``data`` through the prepared ``graph`` in inference mode, without gradients, and let its observers record ranges.
 
     State that the graph writes (a counter, a cache) goes on from batch to batch, and is given back as it was at the end; inputs
     that it writes are copied first.
 
     Under ``torchrun`` each process takes its own share of the data, of any number of batches; at the end all hold the same
     statistics, with the extremes of all data to the bit. A process that fails, is killed or hangs ends the others in an
-    error that names it. What was observed is in ``state_dict()``, from which a calibration goes on.
+    error that names it. The statistics are in ``state_dict()``, from which a calibration goes on.
+
+    Args:
+        graph: A prepared graph. Its observers are updated in place; its mode is left as it was.
+        data: An iterable of batches: tensors, tuples or dicts of inputs, or ``(inputs, target)`` as a DataLoader gives.
+        inputs: Picks the inputs out of a batch, where that is ambiguous: returns a tensor, a tuple of positional inputs or a
+            dict of keyword inputs.
+        max_batches: The most batches to run; None for all.
+        patience: Stop when, for so many batches in a row, no range grew by more than 1 %. Each of several processes stops by
+            its own data.
+        device: The device to move the graph and the batches to; by default that of the graph's parameters.
+        sample: Also draw examples from the data as they pass, for :func:`quantflow.recover`.
+        progress: Show a progress bar.
 
     Returns:
         ``graph``.
 
     Raises:
         QuantflowError: at stage ``"calibrate"``, when the graph is not prepared, there is no data, or a batch does not fit
-            what the graph takes; a batch that comes before the faulty one has been observed. The scales that training uses
-            are what they were.
+            what the graph takes; the batches before the faulty one have been observed then. The scales that training uses
+            stay as they were.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> graph = qf.export(model, (torch.randn(1, 3, 8, 8),), dynamic_batch=True).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())
+        >>> qf.calibrate(prepared, [torch.randn(4, 3, 8, 8) for _ in range(2)], progress=False) is prepared
+        True
     """
     with Peers("calibrate") as peers:
         if not isinstance(graph, GraphModule) or not observers_of(graph):
@@ -104,7 +115,7 @@ def calibrate(
 
 
 def _check_seen(counts: list[int]) -> None:
-    """Refuse to go on where a process had no data."""
+    """Raise if a process had no data."""
     if all(counts):
         return
     empty = ", ".join(f"rank {rank}" for rank, count in enumerate(counts) if not count)
@@ -115,7 +126,7 @@ def _check_seen(counts: list[int]) -> None:
 
 
 class _Converged:
-    """Whether ranges have stopped growing."""
+    """A stopping criterion: whether ranges have stopped growing."""
 
     def __init__(self, graph: GraphModule, patience: int | None) -> None:
         self.watching = [watching(o) for o in observers_of(graph).values() if not getattr(o, "is_dynamic", False)]
@@ -125,7 +136,7 @@ class _Converged:
     def __call__(self) -> bool:
         if self.patience is None:
             return False
-        # An observer of torchao may have no range (fixed parameters), or none of its own shape before any data.
+        # A torchao observer may have no range (fixed parameters), or one of another shape before the first data.
         ranged = [o for o in self.watching if isinstance(getattr(o, "min_val", None), torch.Tensor)]
         now = torch.cat([torch.empty(0), *((o.max_val - o.min_val).flatten().float().cpu() for o in ranged)])
         grew = self.widths is None or len(now) != len(self.widths) or bool((now > self.widths * (1 + _SETTLED)).any())
@@ -152,6 +163,6 @@ def _calibrating(graph: GraphModule) -> Iterator[None]:
 
 
 def _set_mode(graph: GraphModule, training: bool) -> None:
-    # A graph that stock torchao prepared refuses train() and eval(); it holds its mode on its nodes.
+    # A graph that stock torchao prepared raises in train() and eval(); its mode is stored on its nodes.
     with contextlib.suppress(NotImplementedError):
         graph.train(training)

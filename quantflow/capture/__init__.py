@@ -1,1 +1,1 @@
-"""Stage 1: a model is captured as a pre-dispatch ATen program."""
+"""Stage 1: capture of a model as a pre-dispatch ATen program."""

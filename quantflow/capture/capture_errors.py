@@ -1,4 +1,4 @@
-"""Why a model can't be captured, told with the line of the model."""
+"""Error messages for models that can't be captured, with the source line of the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PACKAGES = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __
 
 
 def why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Exception) -> QuantflowError:
-    """The error of a model that can't be traced, or of one that does not even run on the example inputs.
+    """Return the error for a model that can't be traced or that does not run on the example inputs.
 
     Args:
         model: The model.
         given: The example inputs, positional and keyword.
-        widened: Those that a dynamic batch was captured with, a batch of one doubled; None without one.
-        error: What the capture raised.
+        widened: The inputs used to capture a dynamic batch, with a batch of one doubled; None without a dynamic batch.
+        error: The exception that the capture raised.
     """
     name = type(model).__name__
     if (eager := _eager_error(model, given)) is not None:
@@ -35,12 +35,12 @@ def why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Except
     doubled = None if widened is None else _eager_error(model, widened)
     specialized = "marked batch as dynamic" in str(error)
     if doubled is not None or specialized:
-        remedy = "dynamic_batch=False, where dimension 0 is no batch or its size is fixed (by a state, say)"
+        remedy = "pass dynamic_batch=False if dimension 0 is not a batch or has a fixed size (by a state)"
     if doubled is not None:
-        reason = f"{name} runs on the example inputs and not on a batch of two: {_first_lines(doubled)}"
+        reason = f"{name} runs on the example inputs but not on a batch of two: {_first_lines(doubled)}"
         return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     if "specialized it to be a constant (1)" in str(error):
-        remedy = "an example with two or more there, or dynamic_batch=N: torch.export takes a size of one as fixed"
+        remedy = "pass an example of size two or more, or dynamic_batch=N: torch.export fixes a size of one"
     return QuantflowError(
         "export",
         f"torch.export could not trace {name}{_place(error)}: {_first_lines(error)}",
@@ -50,7 +50,7 @@ def why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Except
 
 
 def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
-    """What ``model`` raises on ``inputs``, positional and keyword, None where it runs. Its state is left as it was."""
+    """The exception that ``model`` raises on ``inputs``, or None if it runs. The model's state does not change."""
     try:
         with torch.no_grad(), state_kept(model):
             args, kwargs = pytree.tree_map(_own, inputs)
@@ -61,14 +61,14 @@ def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
 
 
 def _own(leaf: Any) -> Any:
-    """A copy of one input. A tensor that was computed from others can't be copied deeply."""
+    """A copy of one input. ``copy.deepcopy`` fails on a tensor that was computed from others."""
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
     return copy.deepcopy(leaf)
 
 
 def _place(error: Exception) -> str:
-    """The line of the model at which a trace ended, `` at FILE:LINE``: the last one outside of torch and of this package."""
+    """The line of the model where the trace failed, as `` at FILE:LINE``: the last one outside torch and this package."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     frames += re.findall(r'File "([^"]+)", line (\d+)', str(error))  # dynamo's frames are in its message
     own = [(file, line) for file, line in frames if not file.startswith((*_PACKAGES, "<"))]

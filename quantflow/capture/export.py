@@ -1,4 +1,4 @@
-"""The verb of stage 1: capture a model, or take in what was captured elsewhere."""
+"""The ``export`` function of stage 1: it captures a model or accepts a program captured elsewhere."""
 
 from __future__ import annotations
 
@@ -42,22 +42,35 @@ def export(
     inference on the nodes. Layers that ``model.train()`` itself leaves in inference mode stay in it.
 
     Args:
-        model: An ``nn.Module`` (eager, a captured graph, a converted graph) or an ``ExportedProgram`` from elsewhere.
-        args: Example positional inputs, a tuple.
+        model: An ``nn.Module`` (eager, a captured graph, a converted graph) or an ``ExportedProgram`` from elsewhere. Of an
+            ``ExportedProgram`` the other arguments are not used.
+        args: Example positional inputs, a tuple. Their dtypes are those of the program, and their shapes where static.
         kwargs: Example keyword inputs.
         dynamic_shapes: Which dimensions vary, as in ``torch.export.export``. Shapes are static unless asked.
         dynamic_batch: True makes dimension 0 of every tensor input one dynamic batch dimension, also when the example
-            has a batch of one; an int bounds it, which lowering needs.
+            has a batch of one; an int bounds it, which lowering needs. Not together with ``dynamic_shapes``.
         strict: As in ``torch.export.export``.
 
+    Returns:
+        The captured program.
+
     Raises:
-        QuantflowError: at stage ``"export"``, when the model can't be captured.
+        QuantflowError: at stage ``"export"``, when the model can't be captured, is prepared but not converted, or the
+            arguments do not fit together.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4))
+        >>> exported = qf.export(model, (torch.randn(1, 3, 4, 4),), dynamic_batch=True)
+        >>> tuple(exported.module()(torch.randn(5, 3, 4, 4)).shape)
+        (5, 4)
     """
     if isinstance(model, ExportedProgram):
         return _take_in(model)
     if not isinstance(model, nn.Module):
         raise QuantflowError(
-            "export", f"{type(model).__name__} is no nn.Module", node="model", remedy="pass a module or ExportedProgram"
+            "export", f"{type(model).__name__} is not a module", node="model", remedy="pass a module or ExportedProgram"
         )
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
         raise QuantflowError("export", "example inputs are no tuple", node="args", remedy="pass (x,) for one input x")
@@ -69,8 +82,8 @@ def export(
             remedy="call qf.convert(graph) first",
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        reason = f"{type(kwargs).__name__} given as keyword inputs"
-        raise QuantflowError("export", reason, node="kwargs", remedy="a dict; pass other arguments by their names")
+        reason = f"the keyword inputs are a {type(kwargs).__name__}"
+        raise QuantflowError("export", reason, node="kwargs", remedy="pass a dict; pass other arguments by name")
     positional, keyword = given = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
     if dynamic_batch:
         if dynamic_shapes is not None:
@@ -78,7 +91,7 @@ def export(
             raise QuantflowError("export", reason, node="dynamic_batch", remedy="give one of them")
         positional, keyword, dynamic_shapes = _with_dynamic_batch(model, positional, keyword, dynamic_batch)
     training = model.training
-    # Captured under no_grad, the whole program would be one opaque region.
+    # A capture under no_grad would wrap the whole program in one opaque region.
     with inference_mode(model), torch.enable_grad():
         try:
             with DistinctDropouts():
@@ -90,7 +103,7 @@ def export(
         except Exception as error:
             raise why_not(model, given, (positional, keyword) if dynamic_batch else None, error) from error
         if isinstance(model, GraphModule) and not isinstance(model, TrainableGraphModule):
-            return _take_in(program)  # its mode is what its nodes say
+            return _take_in(program)  # the nodes of the graph hold its mode
         unclear = mark_modes(model, program, lambda: _captured(model, positional, keyword, strict))
     unclear += freeze_unswitched(program)
     provenance.shorten(program.graph)
@@ -99,7 +112,7 @@ def export(
 
 
 def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
-    """The program of ``model`` in the mode that it is in. Batch norm may not train on a batch of one: then on two rows."""
+    """The program of ``model`` in its current mode. Batch norm can fail to train on a batch of one; two rows are used then."""
     try:
         return torch.export.export(model, args, kwargs, strict=strict)
     except Exception:
@@ -108,7 +121,7 @@ def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: boo
 
 
 def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The inputs with a tensor that stands there twice cloned: the tracer would take both for one input."""
+    """The inputs with repeated tensors cloned. The tracer would merge two uses of one tensor into one input."""
     seen: set[int] = set()
 
     def own(leaf: Any) -> Any:
@@ -128,7 +141,7 @@ def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _take_in(program: ExportedProgram) -> Exported:
-    """A program exported elsewhere; one captured in training mode is captured again in inference mode."""
+    """Accept a program exported elsewhere. A program captured in training mode is captured again in inference mode."""
     program = make_contiguous(program)
     captured_in_training = modes.training_literals(nodes_of(program.graph_module))
     if not captured_in_training:
@@ -166,7 +179,7 @@ def _take_in(program: ExportedProgram) -> Exported:
 def _with_dynamic_batch(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], bound: bool | int
 ) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
-    """The example inputs and the dynamic shapes that make dimension 0 of every tensor the batch."""
+    """The example inputs, and the dynamic shapes that make dimension 0 of every tensor the batch."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
     if not tensors:
         raise QuantflowError("export", "no input has a batch dimension", node="args", remedy="drop dynamic_batch")
@@ -180,7 +193,7 @@ def _with_dynamic_batch(
         return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
     def widen(leaf: Any) -> Any:
-        # A size of one is a constant to the tracer; two rows stand for any number.
+        # The tracer treats a size of one as a constant, so the example gets two rows.
         return torch.cat([leaf, leaf]) if batch == 1 and batched(leaf) else leaf
 
     def dims(leaf: Any) -> Any:

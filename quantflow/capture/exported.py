@@ -1,4 +1,4 @@
-"""Stage 1: the pre-dispatch ATen program, autograd-safe."""
+"""The result of stage 1: a pre-dispatch ATen program that is safe for autograd."""
 
 from __future__ import annotations
 
@@ -19,10 +19,22 @@ class Exported:
 
     Attributes:
         program: The ``torch.export.ExportedProgram``, in inference mode.
-        training: The mode that the model was in when it was captured, and that :meth:`module` starts in.
-        inference_only: Layers that behave otherwise in training in ways that no node shows (stochastic depth, auxiliary
-            heads, weights merged by ``train()``): the graph has them as in inference, in both modes. So it has dropout and
-            batch norm in branches. A call ``in an unknown mode`` follows the mode. :func:`quantflow.train` warns of all.
+        training: The mode that the model was in when it was captured, and that the graph of :meth:`module` starts in.
+        inference_only: Names of layers and nodes whose behaviour in training is not, or not for certain, in the graph.
+            Stochastic depth, auxiliary heads, weights merged by ``train()``, and dropout and batch norm inside branches
+            behave as in inference, in both modes. A name that ends in ``in an unknown mode`` is of a node of which the
+            capture could not tell whether it follows the mode; that node follows it. :func:`quantflow.train` warns of all.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> exported = qf.export(model, (torch.randn(1, 3, 8, 8),))
+        >>> exported
+        Exported(pre-dispatch ATen, 2 calls; inputs: input float32[1, 3, 8, 8])
+        >>> graph = exported.module()
+        >>> tuple(graph(torch.randn(1, 3, 8, 8)).shape)
+        (1, 8, 6, 6)
     """
 
     program: ExportedProgram
@@ -31,18 +43,18 @@ class Exported:
 
     @property
     def signature(self) -> Signature:
-        """What the program takes and returns."""
+        """The names, dtypes, shapes and structure of the program's inputs and outputs."""
         return Signature.of_program(self.program)
 
     def module(self) -> TrainableGraphModule:
-        """The graph as a module of its own: to call, to train, to quantize. Its parameters are copies."""
+        """Return the graph as a module of its own: to call, to train, to quantize. Its parameters are copies."""
         module = TrainableGraphModule.from_program(self.program)
         module.meta["quantflow_signature"] = self.signature
         module.meta[INFERENCE_ONLY] = self.inference_only
         return module.train(self.training)
 
     def to_core_aten(self) -> CoreAten:
-        """Stage 2: decompose to the core ATen operator set, for inference.
+        """Decompose the program to the core ATen operator set, for inference (stage 2).
 
         Raises:
             QuantflowError: at stage ``"core-aten"``, naming the operator that has no core form.

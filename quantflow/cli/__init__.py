@@ -1,4 +1,4 @@
-"""The command line ``quantflow``. Nothing here imports torch before a command needs it: ``--help`` answers at once."""
+"""The command line ``quantflow``. Commands import torch only when they run, so that ``--help`` is fast."""
 
 from quantflow.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``python -m quantflow.cli``, for an environment whose scripts are not on the path."""
+"""``python -m quantflow.cli``, for environments whose scripts are not on the path."""
 
 from quantflow.cli import main
 

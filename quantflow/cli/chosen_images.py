@@ -1,4 +1,4 @@
-"""The images that a command was told to learn from, to calibrate on and to score on."""
+"""The images of a command: for training, for calibration and for scoring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantflow.vision import images
 
 @dataclass(frozen=True)
 class ChosenImages:
-    """The image options of the command line, by their names."""
+    """The image options of the command line."""
 
     data: str | None
     data_root: Path
@@ -31,18 +31,18 @@ class ChosenImages:
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """Height and width in pixels."""
         return self.image_size or (64 if self.data else 224)
 
     def fitting(self, signature: Signature) -> ChosenImages:
-        """These, of the size that a program takes, unless another was asked for."""
+        """These images in the size of a program's input, unless ``--image-size`` was given."""
         shape = signature.inputs[0].shape if signature.inputs else ()
         width = shape[3] if len(shape) == 4 else None
         return self if self.image_size or not isinstance(width, int) else replace(self, image_size=width)
 
     @cached_property
     def to_learn(self) -> images.ImageData | None:
-        """The images of ``--data``."""
+        """The images of ``--data``, for training."""
         if self.data is None:
             return None
         return images.image_data(self.data, Path(self.data_root), self.size, self.seed)
@@ -53,10 +53,10 @@ class ChosenImages:
         return images.labelled_folder(path, images.preprocessing(self.size, resize=self.resize, mean=mean, std=std))
 
     def to_calibrate(self, folder: Path | None) -> Dataset:
-        """The images in ``folder``, or those of ``--data`` that are not held out.
+        """The calibration images: those in ``folder``, or the training part of ``--data``.
 
         Raises:
-            QuantflowError: at stage ``"data"``, where neither is named.
+            QuantflowError: at stage ``"data"``, if neither is given.
         """
         if folder is not None:
             return self.folder(folder)
@@ -66,15 +66,15 @@ class ChosenImages:
         return self.to_learn.train
 
     def to_score(self) -> DataLoader | None:
-        """The images of ``--validation``, or those held out of ``--data``; None where neither is named."""
+        """The images of ``--validation``, or the held-out part of ``--data``; None if neither is given."""
         labelled = self._labelled()
         return None if labelled is None else DataLoader(labelled, self.batch_size)
 
     def to_choose_and_score(self) -> tuple[DataLoader, DataLoader] | None:
-        """Those of :meth:`to_score` in two random halves: what is chosen by its figures is not scored on it.
+        """The images of :meth:`to_score` in two random halves: layers are chosen by the first and scored on the second.
 
         Raises:
-            QuantflowError: at stage ``"data"``, where there is a single image.
+            QuantflowError: at stage ``"data"``, for a single image.
         """
         labelled = self._labelled()
         if labelled is None:

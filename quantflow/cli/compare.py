@@ -1,4 +1,4 @@
-"""``quantflow compare``: two programs side by side."""
+"""``quantflow compare``: the differences of two programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Differences:
-    """How two programs differ.
+    """The differences of two programs.
 
     Attributes:
-        figures: The second beside the first, on noise.
-        calls: Calls of delegates and kernels whose number differs, by name: in the first, in the second.
+        figures: The second program compared with the first, on noise.
+        calls: Numbers of calls of delegates and kernels that differ, by name: (first, second).
     """
 
     figures: Verification
@@ -48,14 +48,14 @@ class Differences:
 @click.command()
 @click.argument("first", type=PATH)
 @click.argument("second", type=PATH)
-@click.option("--batches", type=COUNT, default=16, show_default=True, help="Of noise, in the shapes that FIRST takes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@click.option("--min-sqnr", type=float, metavar="DB", help="Exit code 1 where an output agrees less.")
+@click.option("--batches", type=COUNT, default=16, show_default=True, help="Batches of noise, shaped for FIRST.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Exit code 1 if the SQNR of an output is lower.")
 @json_option
 def compare(first: Path, second: Path, batches: int, seed: int, min_sqnr: float | None, as_json: bool) -> None:
-    """What two .pte files, from anywhere, have different: outputs on noise, size, latency, memory, calls.
+    """Compare two .pte files from any source: outputs on noise, size, latency, memory, calls.
 
-    For accuracy on images see `quantflow verify`. Each file is tried in a process of its own first.
+    For accuracy on images see `quantflow verify`. Each file first runs in a separate process.
     """
     from quantflow import verify
     from quantflow.cli.random_inputs import random_batches
@@ -66,5 +66,5 @@ def compare(first: Path, second: Path, batches: int, seed: int, min_sqnr: float 
     show(Differences.of(figures), as_json)
     ratios = [output.sqnr_db for output in figures["second"].outputs]
     if min_sqnr is not None and any(ratio is None or not ratio >= min_sqnr for ratio in ratios):
-        click.echo(f"failed: an output agrees to less than {min_sqnr:g} dB", err=True)
+        click.echo(f"failed: the SQNR of an output is below {min_sqnr:g} dB", err=True)
         raise SystemExit(CHECK_FAILED)

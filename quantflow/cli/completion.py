@@ -1,4 +1,4 @@
-"""``quantflow completion``: what a shell needs to complete its commands and options."""
+"""``quantflow completion``: shell completion of commands and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``quantflow doctor``: whether this environment can do what quantflow does, and what to install."""
+"""``quantflow doctor``: checks the environment, and names the packages to install."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantflow.cli.output import json_option, show
 @click.option("--runtime/--no-runtime", default=True, help="Also start the ExecuTorch runtime.")
 @json_option
 def doctor(runtime: bool, as_json: bool) -> None:
-    """Versions that work together, backends and kernels of the runtime, and what to install. Exit code 1: something lacks."""
+    """Check package versions, and backends and kernels of the runtime; list what to install. Exit code 1: one is missing."""
     from quantflow.inspection.environment import examine
 
     found = examine(runtime=runtime)

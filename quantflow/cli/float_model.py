@@ -1,4 +1,4 @@
-"""The float model that a command starts from: with weights, from a file, or trained here."""
+"""The float model of a command: with given weights, from a file, or trained by the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantflow.signature.signature import DynamicDim, Signature
 from quantflow.vision import images, models
 
 Network: TypeAlias = nn.Module | ExportedProgram
-_EPOCHS = 9  # of training from scratch, unless told otherwise
+_EPOCHS = 9  # the default for training from scratch
 
 
 def is_program(model: str) -> bool:
@@ -44,12 +44,12 @@ def read(model: str, weights: str | None, classes: int | None, *, trust: bool) -
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A float model and what it takes.
+    """A float model and its inputs.
 
     Attributes:
         network: The model.
-        example: Zeros, one image, or as many as an exported program of a fixed batch size was made for.
-        rows: The batch size that it is held to, None for any.
+        example: Zeros, for one image or for the fixed batch size of an exported program.
+        rows: The fixed batch size; None for any.
     """
 
     network: Network
@@ -58,10 +58,10 @@ class FloatModel:
 
     @classmethod
     def of(cls, network: Network, size: int) -> FloatModel:
-        """``network`` for images of ``size`` pixels a side.
+        """``network`` with an example of ``size`` × ``size`` pixels.
 
         Raises:
-            QuantflowError: at stage ``"model"``, for a program that takes no batch of images, or those of another size.
+            QuantflowError: at stage ``"model"``, for a program whose input is not a batch of images of this size.
         """
         if not isinstance(network, ExportedProgram):
             return cls(network, (torch.zeros(1, 3, size, size),))
@@ -77,7 +77,7 @@ class FloatModel:
         return cls(network, (torch.zeros(rows or 1, 3, size, size),), rows)
 
     def calibration(self, dataset: Dataset, most: int | None, batch_size: int) -> DataLoader:
-        """The first ``most`` images of ``dataset``, or all, in batches that it takes."""
+        """The first ``most`` images of ``dataset``, or all, in batches that fit the model."""
         return DataLoader(images.first(dataset, most), self.rows or batch_size, drop_last=self.rows is not None)
 
 
@@ -91,10 +91,10 @@ def float_model(
     lr: float,
     save_float: Path | None,
 ) -> FloatModel:
-    """The model of the command line, trained in float on ``--data`` where that is asked for, or where it has no weights.
+    """The model of ``--model``, trained in float on ``--data`` if requested or if it has no weights.
 
     Raises:
-        QuantflowError: at stage ``"model"`` where it can't be had; at ``"data"`` where there is nothing to train it on.
+        QuantflowError: at stage ``"model"`` if it can't be read; at ``"data"`` if there are no data to train it on.
     """
     fresh = weights is None and not is_program(model)
     epochs = float_epochs if float_epochs is not None else _EPOCHS if fresh else 0
@@ -115,7 +115,7 @@ def float_model(
 
 
 def loader_of(dataset: Dataset, batch_size: int) -> DataLoader:
-    """Shuffled batches to train on, in an order that the training loop's seed gives."""
+    """Shuffled training batches, in an order that the seed of the training loop determines."""
     return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, generator=torch.Generator())
 
 
@@ -129,7 +129,7 @@ def _trained(start: FloatModel, loader: DataLoader, epochs: int, lr: float, seed
 
 
 def _save_weights(network: Network, path: Path) -> None:
-    """As safetensors, which whoever reads them need not trust."""
+    """Write safetensors, which are safe to read from untrusted sources."""
     from safetensors.torch import save
 
     state = network.state_dict if isinstance(network, ExportedProgram) else network.state_dict()

@@ -1,4 +1,4 @@
-"""``quantflow inspect``: what a ``.pte`` holds."""
+"""``quantflow inspect``: the contents of a ``.pte`` file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from quantflow.cli.output import json_option, show
 
 @click.command()
 @click.argument("program", type=click.Path(path_type=Path))
-@click.option("--load/--no-load", default=True, help="Load it and run it on zeros, in a process of its own.")
+@click.option("--load/--no-load", default=True, help="Load the program and run it on zeros, in a separate process.")
 @json_option
 def inspect(program: Path, load: bool, as_json: bool) -> None:
-    """Methods, inputs, delegates, kernels and memory of the .pte file PROGRAM, from anywhere.
+    """Methods, inputs, delegates, kernels and memory of the .pte file PROGRAM, from any source.
 
-    The file is not trusted: it is read in plain Python and loaded in a process of its own. Exit code 1: the runtime does not
-    take it.
+    The file is not trusted: it is parsed in plain Python and loaded in a separate process. Exit code 1: the runtime rejects
+    it.
     """
     from quantflow.inspection.inspect import inspect as look
 

@@ -1,4 +1,4 @@
-"""The command group, its exit codes, and how errors are shown."""
+"""The command group: subcommands, exit codes and the display of errors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from quantflow.malloc import keep_freed_memory
 
 
 class _Commands(click.Group):
-    """A group that shows a :class:`QuantflowError` as a message, or as JSON where JSON was asked for."""
+    """A group that prints a :class:`QuantflowError` as a message, or as JSON with ``--json``."""
 
     def invoke(self, context: click.Context) -> Any:
         as_json = "--json" in context.args
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of other packages
+                warnings.simplefilter("ignore")  # warnings of other packages
                 warnings.simplefilter("always", QuantflowWarning)
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
@@ -46,7 +46,7 @@ class _Commands(click.Group):
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """To the error stream, as errors are; the file and line would be those of this package."""
+    """Print warnings to stderr without file and line, which would be those of this package."""
     click.echo(f"warning: {message}", err=True)
 
 
@@ -55,7 +55,7 @@ def _show_warning(
 def main() -> None:
     """From PyTorch to a quantized ExecuTorch program, proven on the runtime.
 
-    Exit codes: 0 well; 1 a check failed; 2 the command was not understood; 3 it can't be done (the message says why).
+    Exit codes: 0 success; 1 a check failed; 2 invalid usage; 3 an error (the message states the cause).
     """
     keep_freed_memory()
 

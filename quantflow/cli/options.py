@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 
 
-class writable(click.Path):  # noqa: N801  reads as a kind of argument
-    """A file to write, checked before anything is computed: its ending, and that its folder is there."""
+class writable(click.Path):  # noqa: N801  named like click's argument types
+    """A file to write. Its suffix and folder are checked before anything is computed."""
 
     def __init__(self, ending: str) -> None:
         super().__init__(path_type=Path, dir_okay=False, writable=True)
@@ -32,7 +32,7 @@ class writable(click.Path):  # noqa: N801  reads as a kind of argument
 
 
 def options(*several: Callable[[C], C]) -> Callable[[C], C]:
-    """All of ``several`` as one decorator, in this order in the help."""
+    """One decorator for ``several`` options, in this order in the help."""
 
     def decorate(command: C) -> C:
         for option in reversed(several):
@@ -43,11 +43,11 @@ def options(*several: Callable[[C], C]) -> Callable[[C], C]:
 
 
 def model_options(*, required: bool) -> Callable[[C], C]:
-    """Where the float model comes from."""
+    """The options of the float model."""
     return options(
         click.option("--model", required=required, help="A torchvision classifier by name, or a .pt2 file."),
         click.option("--weights", help="A .pth or .safetensors file, or torchvision weights by name."),
-        click.option("--trust", is_flag=True, help="Open a .pt2 file, which can run code that is in it."),
+        click.option("--trust", is_flag=True, help="Open a .pt2 file, which can run code."),
     )
 
 
@@ -63,17 +63,17 @@ skip_option: Callable[..., Any] = click.option(
 image_options = options(
     click.option("--data", help="digits, an image folder, or a torchvision data set by name."),
     click.option("--data-root", type=PATH, default="data", help="Where torchvision data sets are kept."),
-    click.option("--validation", type=PATH, help="A folder to score on, one folder a class or with a labels.csv."),
+    click.option("--validation", type=PATH, help="A folder to score on: one folder per class, or a labels.csv."),
     click.option(
         "--image-size", type=COUNT, help="Pixels a side. [default: a given program's; else 64 with --data, 224]"
     ),
     click.option("--resize", is_flag=True, help="Images of --validation and --calibration: scale, then crop."),
-    click.option("--mean", type=float, nargs=3, help="Of each channel, for these folders. [default: ImageNet's]"),
+    click.option("--mean", type=float, nargs=3, help="Channel means for these folders. [default: ImageNet's]"),
     click.option("--std", type=float, nargs=3, help="Likewise."),
-    click.option("--images", "most", type=COUNT, help="Score on so many. [default: all]"),
+    click.option("--images", "most", type=COUNT, help="Number of images to score on. [default: all]"),
     click.option("--batch-size", type=COUNT, default=32, show_default=True),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of what is held out of --data, and of training."
+        "--seed", type=int, default=0, show_default=True, help="Seed of the held-out part of --data and of training."
     ),
 )
 

@@ -1,4 +1,4 @@
-"""How commands show a result: as a table for people, or as JSON."""
+"""The output of commands: a table or JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ output_option: Callable[..., Any] = click.option(
 
 
 def _can_draw(context: click.Context, parameter: click.Parameter, page: Path | None) -> Path | None:
-    """Before anything is computed: a page without its pictures is none."""
+    """Check for matplotlib, which the page needs, before anything is computed."""
     if page is not None and find_spec("matplotlib") is None:
         remedy = "pip install 'quantflow[plots]'"
         raise QuantflowError("report", "its pictures need matplotlib", node=f"--report {page}", remedy=remedy)
@@ -29,7 +29,7 @@ def _can_draw(context: click.Context, parameter: click.Parameter, page: Path | N
 
 
 report_option: Callable[..., Any] = click.option(
-    "--report", "page", type=writable(".html"), callback=_can_draw, help="Also a page of results, .json beside it."
+    "--report", "page", type=writable(".html"), callback=_can_draw, help="Also write an HTML report, with .json."
 )
 
 
@@ -38,5 +38,5 @@ class _Result(Protocol):
 
 
 def show(result: _Result, as_json: bool) -> None:
-    """Print ``result``."""
+    """Print ``result`` as text or JSON."""
     click.echo(result.to_json() if as_json else str(result))

@@ -23,7 +23,7 @@ _EXAMPLES = (
 @image_options
 @float_options
 @skip_option
-@click.option("--recover/--no-recover", default=True, help="Win back accuracy after calibration.")
+@click.option("--recover/--no-recover", default=True, help="Recover accuracy after calibration.")
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 100),
@@ -51,7 +51,7 @@ def ptq(
     as_json: bool,
     **images: Any,
 ) -> None:
-    """Quantize an image classifier after training, lower it to XNNPACK, and score the .pte beside the float model."""
+    """Quantize a trained image classifier, lower it to XNNPACK, and compare the .pte with the float model."""
     from quantflow import quantize, verify
     from quantflow import report as write_report
     from quantflow.cli.chosen_images import ChosenImages

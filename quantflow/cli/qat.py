@@ -23,10 +23,10 @@ _EXAMPLES = (
 @model_options(required=True)
 @image_options
 @float_options
-@click.option("--epochs", type=COUNT, default=3, show_default=True, help="Of quantization-aware training.")
-@click.option("--qat-lr", type=float, help="Its peak learning rate. [default: a tenth of --lr]")
-@click.option("--distill", is_flag=True, help="Learn from the float model's outputs as well.")
-@click.option("--calibration-images", type=COUNT, default=256, show_default=True, help="For the first ranges.")
+@click.option("--epochs", type=COUNT, default=3, show_default=True, help="Epochs of quantization-aware training.")
+@click.option("--qat-lr", type=float, help="Peak learning rate of QAT. [default: a tenth of --lr]")
+@click.option("--distill", is_flag=True, help="Also learn from the float model's outputs.")
+@click.option("--calibration-images", type=COUNT, default=256, show_default=True, help="Images for the initial ranges.")
 @skip_option
 @output_option
 @json_option
@@ -46,7 +46,7 @@ def qat(
     as_json: bool,
     **images: Any,
 ) -> None:
-    """Train an image classifier with quantization, lower it to XNNPACK, and score the .pte beside the float model."""
+    """Train an image classifier with QAT, lower it to XNNPACK, and compare the .pte with the float model."""
     import quantflow as qf
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model, loader_of

@@ -1,4 +1,4 @@
-"""Inputs to compare programs on where there are no data: seeded noise in the shapes that they take."""
+"""Seeded random inputs in the shapes of a signature, to compare programs without data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_batches(signature: Signature, count: int, seed: int) -> list[Any]:
     """``count`` batches for ``signature``: floats from a normal distribution, integers 0 and 1.
 
     Raises:
-        QuantflowError: at stage ``"data"``, for a program that takes constants, or structures that only data of its own have.
+        QuantflowError: at stage ``"data"``, for a program whose inputs are not all tensors.
     """
     if any(given.dtype is None for given in signature.inputs):
         raise QuantflowError("data", "it takes more than tensors", node="inputs", remedy="qf.verify, with data")

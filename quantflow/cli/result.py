@@ -1,4 +1,4 @@
-"""What the commands that write a ``.pte`` have to say of it."""
+"""The result of commands that write a ``.pte``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Made:
     """A program that was written.
 
     Attributes:
-        output: The file.
-        report: What quantization did, layer by layer.
-        seconds: How long each stage took.
-        delegated_fraction: Share of its operators that delegates run.
-        verification: Beside the float model, where there was something to score on.
-        chosen_by: On how many other images it was chosen which layers stay in float; None where it was not.
+        output: The path of the file.
+        report: The report of quantization, by layer.
+        seconds: The time of each stage.
+        delegated_fraction: The share of operators that delegates run.
+        verification: The comparison with the float model, if there were images to score on.
+        chosen_by: The number of other images by which the layers in float were chosen; None if none were.
     """
 
     output: str
@@ -37,7 +37,5 @@ class Made:
     def __str__(self) -> str:
         figures = "" if self.verification is None else f"\n\n{self.verification}"
         if self.verification is not None and self.chosen_by is not None:
-            figures += (
-                f"\n(of images that had no say in it: the layers in float were chosen on {self.chosen_by} others)"
-            )
+            figures += f"\n(scored on other images: the layers in float were chosen by {self.chosen_by} images)"
         return f"{self.report}{figures}\n\nwritten: {self.output}"

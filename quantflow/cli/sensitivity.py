@@ -1,4 +1,4 @@
-"""``quantflow sensitivity``: what each layer of an image classifier costs in integers."""
+"""``quantflow sensitivity``: the quantization noise that each layer of an image classifier causes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXAMPLES = (
 @image_options
 @float_options
 @skip_option
-@click.option("--batches", type=COUNT, default=4, show_default=True, help="Of at most 8 images, to measure on.")
+@click.option("--batches", type=COUNT, default=4, show_default=True, help="Batches of at most 8 images to measure on.")
 @json_option
 def sensitivity(
     model: str,
@@ -39,10 +39,10 @@ def sensitivity(
     as_json: bool,
     **images: Any,
 ) -> None:
-    """Signal to noise of the outputs with one layer at a time in integers, and with all but one; the costliest layer first.
+    """SQNR of the outputs with one layer at a time in integers, and with all but one; the most sensitive layer first.
 
-    In simulation, on a sample of the images of --validation or held out of --data, else of those to calibrate on. What heads
-    the table is what --skip of `quantflow ptq` should name.
+    Measured in simulation on a sample of the images of --validation, of the held-out part of --data, or of the calibration
+    images. Pass the first layers of the table to --skip of `quantflow ptq`.
     """
     import quantflow as qf
     from quantflow.cli.chosen_images import ChosenImages

@@ -1,4 +1,4 @@
-"""``quantflow verify``: programs beside the float model, on the runtime."""
+"""``quantflow verify``: compares programs on the runtime with the float model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantflow.cli.options import PATH, image_options, model_options
 from quantflow.cli.output import json_option, report_option, show
 from quantflow.errors import QuantflowError
 
-_NOISE = 16  # batches
+_NOISE = 16  # batches of noise
 _EXAMPLES = (
     "\b\nExamples:\n"
     "  quantflow verify model.pte --model mobilenet_v2 --weights w.pth --validation val/ --max-drop 0.5\n"
@@ -26,9 +26,9 @@ _EXAMPLES = (
 @image_options
 @click.option("--runs", type=click.IntRange(0), default=30, show_default=True, help="Timed calls; 0 for no latency.")
 @click.option(
-    "--max-drop", type=float, metavar="POINTS", help="Exit code 1 where a program loses more points of accuracy."
+    "--max-drop", type=float, metavar="POINTS", help="Exit code 1 if a program loses more points of accuracy."
 )
-@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit code 1 where one agrees on less.")
+@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit code 1 if a program agrees on less.")
 @report_option
 @json_option
 def verify(
@@ -43,10 +43,10 @@ def verify(
     as_json: bool,
     **images: Any,
 ) -> None:
-    """Accuracy, agreement, SQNR, size, latency, memory and delegation of PROGRAMS, .pte files from anywhere.
+    """Accuracy, agreement, SQNR, size, latency, memory and delegation of PROGRAMS, .pte files from any source.
 
-    They are compared with the float --model, or with the first program. Without images they run on noise, which tells
-    agreement and SQNR but no accuracy. Each file is tried in a process of its own first.
+    They are compared with the float --model, or with the first program. Without images they run on noise, which gives
+    agreement and SQNR but no accuracy. Each file first runs in a separate process.
     """
     import quantflow as qf
     from quantflow.cli import float_model
@@ -63,7 +63,7 @@ def verify(
     first = {} if model is None else {"float": float_model.read(model, weights, None, trust=trust)}
     scored = chosen.to_score()
     if scored is None:
-        click.echo("no --data or --validation: noise, which tells no accuracy", err=True)
+        click.echo("no --data or --validation: the inputs are noise, which gives no accuracy", err=True)
     data = random_batches(signature, _NOISE, chosen.seed) if scored is None else scored
     found = qf.verify({**first, **loaded}, data, latency_runs=runs)
     if page is not None:

@@ -1,1 +1,1 @@
-"""Conversion: observed and trained ranges become integers."""
+"""Conversion: replaces observers and fake quantizers by integer weights and quantize / dequantize pairs."""

@@ -1,7 +1,8 @@
-"""Biases as the device holds them: int32, in steps of the input's scale times the weight's.
+"""Rounding of biases as devices do: int32, with the scale ``input scale · weight scale``.
 
-A converted graph computes with floats. With the very bias of the device its roundings fall as they do there; without, one in a
-few thousand does not, and in a deep network such differences grow to a good part of the quantization noise.
+A converted graph computes in float. With the rounded bias its outputs round as they do on the device. Without it, about one
+value in a few thousand rounds differently, and in a deep network these differences grow to a large part of the quantization
+noise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ decomposed = torch.ops.quantized_decomposed
 
 
 def separate_biases(module: GraphModule) -> None:
-    """Give each layer a bias of its own, in place: no two have the same steps."""
+    """Copy shared biases, in place, so that each layer has its own: the scale differs by layer."""
     reads = reads_of(module.graph)
     for node, bias in _biases(module):
         if reads[str(bias.target)] > 1:
@@ -36,7 +37,7 @@ def separate_biases(module: GraphModule) -> None:
 
 
 def round_biases(module: GraphModule) -> None:
-    """Round the bias of every layer of a converted graph whose input and weight are integers, in place."""
+    """Round, in place, the bias of each layer of a converted graph whose input and weight are quantized."""
     for node, bias in _biases(module):
         step, exact = _step(module, node), tensor_of(module, bias).detach()
         if step is not None and _fits(node, step, exact):
@@ -44,12 +45,12 @@ def round_biases(module: GraphModule) -> None:
 
 
 def on_grid(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """``bias``, [outputs], in whole numbers of ``step``, one or one an output; float64."""
+    """``bias`` [outputs] rounded to multiples of ``step`` (a scalar or one per output), float64."""
     return (bias.double() / step).round() * step
 
 
 def as_converted(module: GraphModule) -> dict[Node, torch.Tensor]:
-    """For what reads a bias in a prepared graph, the bias that the converted graph will have, where that is rounded."""
+    """The rounded biases of a prepared graph, as conversion will make them, by the node that reads the bias."""
     found = {}
     for node, bias in _biases(module):
         step, exact = _observed_step(module, node), tensor_of(module, bias).detach()
@@ -59,13 +60,13 @@ def as_converted(module: GraphModule) -> dict[Node, torch.Tensor]:
 
 
 def _fits(layer: Node, step: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether there is a step for each output (a transposed convolution in groups has scales of another kind)."""
+    """Whether ``step`` is one per output; for a grouped transposed convolution it is not."""
     grouped = op(layer) in TRANSPOSED_CONVOLUTIONS and argument(layer, "groups") != 1
     return not step.ndim or (step.numel() == bias.numel() and not grouped)
 
 
 def _biases(module: GraphModule) -> list[tuple[Node, Node]]:
-    """Layers, and what reads their constant bias."""
+    """Layers with a constant bias, and the node that reads it."""
     layers = [n for n in module.graph.nodes if op(n) in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS]
     return [(layer, bias) for layer in layers if is_constant(bias := argument(layer, "bias"))]
 

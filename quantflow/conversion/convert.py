@@ -1,4 +1,4 @@
-"""The verb that turns observed and trained ranges into integers."""
+"""``convert``: replaces observers and fake quantizers by quantize / dequantize pairs, and weights by integers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,19 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
         The quantized graph, for inference: export it again to lower it.
 
     Raises:
-        QuantflowError: at stage ``"convert"``; at ``"calibrate"`` where an observer saw no data, naming the nodes.
+        QuantflowError: at stage ``"convert"``, when the graph is not prepared or an observed tensor is written in place and
+            read elsewhere; at ``"calibrate"``, naming the nodes, where an observer saw no data or a range is not finite.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> graph = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer())
+        >>> converted = qf.convert(qf.calibrate(graph, [x], progress=False))
+        >>> [(name, tensor.dtype) for name, tensor in converted.named_buffers() if name.endswith("quantized")]
+        [('0.weight_quantized', torch.int8)]
     """
     if not isinstance(graph, GraphModule) or not observers_of(graph):
         raise QuantflowError(
@@ -79,7 +91,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
     with torch.no_grad():
         limit_resolution(converted, {pair.layer: pair for pair in normed_layers(converted.graph)})
         _convert_constants(converted)
-        fold_batch_norm(converted)  # of the layers that stay in float
+        fold_batch_norm(converted)  # for the layers that stay in float
         separate_biases(converted)
         for node in list(converted.graph.nodes):
             observer = observer_of(node, converted)
@@ -133,7 +145,7 @@ def _convert_constants(module: GraphModule) -> None:
     """Write every observed constant as integers, and fold the batch norm of its layer."""
     norms = {pair.layer: pair for pair in normed_layers(module.graph)}
     _separate_by_norm(module, norms)
-    # All first, then the writing: a bias is fitted to the observer of its layer's input.
+    # All constants are computed before any is written: fitting a bias reads the observer of the layer's input.
     found: list[tuple[Node, nn.Module, IntegerTensor, list[NormedLayer]]] = []
     for node in module.graph.nodes:
         observer = _constant_observer(module, node)
@@ -149,7 +161,7 @@ def _convert_constants(module: GraphModule) -> None:
 
 
 def _constant_observer(module: GraphModule, node: Node) -> nn.Module | None:
-    """The observer that ``node`` calls on a constant that is to become integers here."""
+    """The observer that ``node`` calls on a constant to quantize; None if there is none."""
     if node.op != "call_module" or not is_constant(node.args[0]):
         return None
     called = module.get_submodule(str(node.target))
@@ -160,7 +172,7 @@ def _constant_observer(module: GraphModule, node: Node) -> nn.Module | None:
 
 
 def _separate_by_norm(module: GraphModule, norms: dict[Node, NormedLayer]) -> None:
-    """Give each use of a shared weight that another batch norm is folded into an observer call of its own."""
+    """Duplicate the observer call of a shared weight, so that each batch norm is folded into its own copy."""
     for node in list(module.graph.nodes):
         if _constant_observer(module, node) is None:
             continue
@@ -207,17 +219,17 @@ def _add_qparams(module: GraphModule, base: str, scale: torch.Tensor, zero_point
 
 def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> None:
     """Replace the observer call ``node`` by quantize and, for each user, dequantize."""
-    if hasattr(observer, "convert"):  # an observer that knows its own operators, as torchao's affine ones
+    if hasattr(observer, "convert"):  # the observer writes its own operators, as torchao's affine observers do
         observer.convert(module, node)
         return
     x = node.args[0]
-    if getattr(observer, "dtype", torch.float32).is_floating_point:  # a placeholder
+    if getattr(observer, "dtype", torch.float32).is_floating_point:  # a placeholder observer
         node.replace_all_uses_with(x)  # type: ignore[arg-type]
         module.graph.erase_node(node)
         return
     limits = (observer.quant_min, observer.quant_max, _storage_dtype(observer))
     qparams: tuple
-    made: tuple = ()  # what a dequantize also takes
+    made: tuple = ()  # further arguments of dequantize
     if is_per_token(observer, node.users):
         quantize_op, dequantize_op = decomposed.quantize_per_token.default, decomposed.dequantize_per_token.default
         choose = decomposed.choose_qparams_per_token_asymmetric.default
@@ -244,22 +256,22 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
         user.replace_input_with(node, dequantized)
     clamp = node.args[0]
     module.graph.erase_node(node)
-    if clamp is not x:  # it may write in place, and no sweep would take it then
+    if clamp is not x:  # an in-place clamp is not removed by dead code elimination
         module.graph.erase_node(clamp)  # type: ignore[arg-type]
 
 
 def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Node:
-    """What a clamp before quantizing takes, where the end of the grid clamps to the very same integers."""
+    """The input of a clamp before quantize, if the integer range saturates at the same values; else ``x``."""
     limits = clamp_limits(x)
     if limits is None or only_user(x) is not reader or writes_for_others(x):
         return x
     low, high = ((q - zero_point) * scale for q in (quant_min, quant_max))
-    # What lies half a step beyond the grid is rounded into it.
+    # Values within half a step outside the integer range round into it.
     return x.args[0] if limits[0] <= low + scale / 2 and limits[1] >= high - scale / 2 else x  # type: ignore[return-value]
 
 
 def _choose_at_run_time(module: GraphModule, node: Node, choose: object, settings: tuple) -> tuple[Node, Node]:
-    """Scale and zero point of the dynamically quantized tensor that ``node`` observes, as nodes."""
+    """The nodes that compute scale and zero point of the dynamically quantized tensor that ``node`` observes."""
     chosen = _call(module, node, choose, (node.args[0], *settings), like=node)
     with module.graph.inserting_before(node):
         scale, zero_point = (module.graph.call_function(operator.getitem, (chosen, i)) for i in range(2))

@@ -1,4 +1,4 @@
-"""Quantized constants: each weight on its grid, with batch norm folded into it."""
+"""Quantized constants: weights as integers, with batch norm folded into them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
 from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
 
-# The device holds a bias as int32, with scale s_in·s_w, and adds products to it: half the range is left to them.
+# Devices store a bias as int32 with scale s_in·s_w and accumulate products on it: half the range is left for these.
 _LARGEST_BIAS = 2**30
 
 
 @dataclass
 class IntegerTensor:
-    """A constant on its grid.
+    """A quantized constant.
 
     Attributes:
-        integers: The values, as floats, in the shape of the constant.
-        scale: float32, a scalar or one a channel.
+        integers: The integer values, stored as float, in the shape of the constant.
+        scale: float32, a scalar or one per channel.
         zero_point: int32, same shape as ``scale``.
         axis: The channel dimension.
     """
@@ -37,7 +37,7 @@ class IntegerTensor:
 
 
 def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair: NormedLayer | None) -> IntegerTensor:
-    """The constant that ``node`` observes, on the grid of ``observer``, with the batch norm of ``pair`` folded in."""
+    """The constant that ``node`` observes, quantized by ``observer``, with the batch norm of ``pair`` folded into it."""
     weight = tensor_of(module, node.args[0]).detach()  # type: ignore[arg-type]
     if not has_seen_data(observer):
         observer(weight)
@@ -54,7 +54,7 @@ def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair:
             weight = (weight.double() * pair.per_weight(norm_scale, module)).to(weight.dtype)
             integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
         else:
-            # Trained unfolded: the same integers, the sign of each channel in them and its size in the scale.
+            # Trained unfolded: the integers stay; the sign of each channel's factor goes into them, its size into the scale.
             integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
             integers = integers * broadcast(norm_scale.sign().to(integers.dtype), weight.ndim, axis)
             scale = (scale.double() * norm_scale.abs()).float()
@@ -67,7 +67,7 @@ def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair:
 
 
 def is_weight(node: Node, user: Node) -> bool:
-    """Whether ``user`` is a layer that takes ``node`` as its weight."""
+    """Whether ``user`` is a layer whose weight is ``node``."""
     return (
         isinstance(user.target, torch._ops.OpOverload)
         and has_argument(user, "weight")
@@ -77,7 +77,7 @@ def is_weight(node: Node, user: Node) -> bool:
 
 
 def _fit_bias(module: GraphModule, layer: Node, weight: IntegerTensor, pair: NormedLayer | None) -> None:
-    """Widen the scale of channels so small that their bias would overflow the int32 it becomes on the device."""
+    """Increase the scale of channels whose bias would overflow int32 on the device."""
     source, bias_node = layer.args[0], argument(layer, "bias")
     observer = observer_of(source, module) if isinstance(source, Node) else None
     if observer is None or getattr(observer, "is_dynamic", False):

@@ -1,8 +1,8 @@
-"""Activations whose grid is finer than what they are computed from can fill.
+"""Limits on the requantization ratio: the scale of an integer kernel's sums divided by the scale of its output.
 
-A kernel in integers multiplies its sums by the ratio of their step to the output's. A dead layer, which calibration data never
-wake, has a range of zero and a step so small that the ratio exceeds what backends take. An output that has 256 steps for each
-step of its sums loses nothing by a coarser grid, so its step is widened to that.
+An integer kernel multiplies its sums by this ratio. The output of a dead layer is zero for all calibration data: its scale is
+so small that the ratio exceeds what backends accept. An output with 256 steps for each step of its sums loses nothing with a
+larger scale, so its scale is increased to that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from quantflow.observers.fixed import FixedQParamsObserver
 from quantflow.observers.observation import has_seen_data, observer_of, qparams_of, watching
 from quantflow.qparams.qparams import PER_CHANNEL
 
-_MOST_STEPS = 255.0  # of the output for each step of the sums; XNNPACK takes less than 256
+_MOST_STEPS = 255.0  # largest ratio; XNNPACK accepts less than 256
 _LAYERS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _PRODUCTS = {aten.mul.Tensor, aten.bmm.default, aten.matmul.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.mean.dim, aten.adaptive_avg_pool2d.default}
@@ -41,11 +41,11 @@ _NAMED = 5
 
 
 def limit_resolution(module: GraphModule, norms: dict[Node, NormedLayer]) -> None:
-    """Widen each activation's step to 1/255 of that of the sums it is computed from, where it is finer, in place.
+    """Increase, in place, the scale of each activation to at least 1/255 of the scale of the sums it is computed from.
 
     Args:
         module: A calibrated or trained graph.
-        norms: The batch norms that will be folded, by layer.
+        norms: The batch norms that conversion folds, by layer.
     """
     for node in module.graph.nodes:
         observer = _static(module, node)
@@ -62,7 +62,7 @@ def limit_resolution(module: GraphModule, norms: dict[Node, NormedLayer]) -> Non
 
 
 def warn_of_dead_activations(module: GraphModule) -> None:
-    """Name the layers whose output was zero for all data: their integers hold nothing."""
+    """Warn of the layers whose output was zero for all calibration data."""
     dead = []
     for node in module.graph.nodes:
         observer = _static(module, node)
@@ -76,13 +76,13 @@ def warn_of_dead_activations(module: GraphModule) -> None:
     if not dead:
         return
     names = ", ".join(dead[:_NAMED]) + (f" and {len(dead) - _NAMED} more" if len(dead) > _NAMED else "")
-    reason = "its values were zero for all data, so its integers can tell nothing else apart"
+    reason = "its values were zero for all data, so its integers can represent no other value"
     remedy = "calibrate with data that reach it; or the layer is dead, and can be left out of the network"
     warnings.warn(QuantflowWarning("calibrate", reason, node=names, remedy=remedy), stacklevel=3)
 
 
 def _static(module: GraphModule, node: Node) -> nn.Module | None:
-    """The observer that ``node`` calls, where it has one range for the whole tensor, found ahead of time."""
+    """The observer that ``node`` calls, if it is static and per tensor; else None."""
     observer = observer_of(node, module)
     if observer is None or getattr(observer, "is_dynamic", False) or hasattr(observer, "convert"):
         return None
@@ -92,7 +92,7 @@ def _static(module: GraphModule, node: Node) -> nn.Module | None:
 
 
 def _step_of_sums(module: GraphModule, node: Node, norms: dict[Node, NormedLayer]) -> float | None:
-    """The step of the integer sums from which the kernel makes what the observer ``node`` sees; None where there is none."""
+    """The scale of the integer sums from which the kernel computes the tensor that ``node`` observes; None if unknown."""
     source = _computed_by(node)
     if op(source) in _LAYERS:
         given, weight = _scale(module, source.args[0]), _weight_scale(module, source, norms)
@@ -106,7 +106,7 @@ def _step_of_sums(module: GraphModule, node: Node, norms: dict[Node, NormedLayer
 
 
 def _computed_by(node: Node) -> Node:
-    """The operator whose result the observer ``node`` sees, behind clamps and batch norm."""
+    """The operator whose result the observer call ``node`` reads, with clamps and batch norm between them."""
     source = node.args[0]
     while clamp_limits(source) is not None or op(source) in INFERENCE_IDENTITIES or op(source) is BATCH_NORM:  # type: ignore[arg-type]
         source = source.args[0]  # type: ignore[union-attr]
@@ -121,7 +121,7 @@ def _scale(module: GraphModule, node: Node) -> float | None:
 
 
 def _weight_scale(module: GraphModule, layer: Node, norms: dict[Node, NormedLayer]) -> float | None:
-    """The largest step of the layer's weight, batch norm folded in."""
+    """The largest scale of the layer's weight after batch norm folding."""
     node = argument(layer, "weight")
     if node.op != "call_module":
         return None

@@ -1,1 +1,1 @@
-"""Data: batches as models take them, and the sample of them that is kept."""
+"""Data: conversion of batches to model inputs, and the random sample of examples."""

@@ -1,4 +1,4 @@
-"""From what a loader gives to what a model takes."""
+"""Conversion of the batches of a data loader to model inputs and targets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.fx import GraphModule
 from quantflow.errors import QuantflowError
 from quantflow.signature.signature import Signature
 
-# Picks the model's inputs out of a batch: returns a tensor, a tuple of positional or a dict of keyword inputs.
+# Extracts the model's inputs from a batch: a tensor, a tuple of positional inputs or a dict of keyword inputs.
 PickInputs = Callable[[Any], Any]
 
 
 class Batch(NamedTuple):
-    """One batch, taken apart: positional and keyword inputs of the model, and the target if there is one."""
+    """One batch: the positional and keyword inputs of the model, and the target if there is one."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -33,17 +33,17 @@ def batches(
     inputs: PickInputs | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """The batches of ``data``, checked against what ``graph`` takes and moved to ``device``.
+    """The batches of ``data``, checked against the signature of ``graph`` and moved to ``device``.
 
     Args:
         data: An iterable of batches: a tensor, a tuple or dict of inputs, or ``(inputs, target)``.
-        graph: The captured graph that they are for.
+        graph: The captured graph that receives the inputs.
         stage: The stage to name in errors.
-        inputs: Picks the inputs where that is ambiguous.
-        device: Where the tensors go.
+        inputs: Extracts the inputs of a batch if its structure is ambiguous.
+        device: The device of the yielded tensors.
 
     Raises:
-        QuantflowError: at ``stage``, naming the batch, when it does not fit the graph.
+        QuantflowError: at ``stage``, naming the batch that does not fit the graph.
     """
     signature = Signature.of_graph(graph)
     for index, batch in enumerate(taken_apart(data, signature, stage=stage, inputs=inputs)):
@@ -58,10 +58,10 @@ def batches(
 
 
 def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
-    """How many batches ``data`` give, of which ``most`` are wanted; None where they do not say.
+    """The number of batches of ``data``, at most ``most``; ``most`` if the length is unknown.
 
     Raises:
-        QuantflowError: at ``stage``, for a limit that is no number of batches.
+        QuantflowError: at ``stage``, if ``most`` is not a positive integer.
     """
     if most is not None and (not isinstance(most, Integral) or most < 1):
         raise QuantflowError(
@@ -69,7 +69,7 @@ def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
         )
     try:
         count = len(data)
-    except TypeError:  # a DataLoader has a length, over an IterableDataset that has none it raises
+    except TypeError:  # len of a DataLoader over an IterableDataset without a length raises
         return most
     return count if most is None else min(most, count)
 
@@ -77,7 +77,7 @@ def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
 def taken_apart(
     data: Iterable[Any], signature: Signature, *, stage: str, inputs: PickInputs | None = None
 ) -> Iterator[Batch]:
-    """The batches of ``data`` as inputs of what has ``signature``, and targets; nothing else is checked."""
+    """The batches of ``data``, split into inputs by ``signature`` and targets, without further checks."""
     if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
         remedy = "pass a DataLoader or a list of batches, as [x]"
         raise QuantflowError(stage, f"{type(data).__name__} is no iterable of batches", node="data", remedy=remedy)
@@ -122,7 +122,7 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
 
 
 def _by_name(given: Mapping[str, Any], signature: Signature) -> tuple[tuple, dict[str, Any]] | None:
-    """Positional and keyword inputs out of ``given``, None where one is missing or made of several."""
+    """Positional and keyword inputs from ``given``; None if one is missing or is a nested structure."""
     positional, keyword = _expected(signature)
     names = [i.name for i in signature.inputs]
     if len(names) != positional + len(keyword) or not all(n in given for n in (*names[:positional], *keyword)):
@@ -131,7 +131,7 @@ def _by_name(given: Mapping[str, Any], signature: Signature) -> tuple[tuple, dic
 
 
 def _readings(raw: Any) -> Iterator[Batch]:
-    """What a batch may mean, where the structure of the inputs tells: inputs alone first."""
+    """The possible ways to split a batch into inputs and target; inputs alone come first."""
     if isinstance(raw, (tuple, list)):
         yield Batch(tuple(raw), {}, None)
     if isinstance(raw, (tuple, list, Mapping)):
@@ -143,14 +143,14 @@ def _readings(raw: Any) -> Iterator[Batch]:
 
 
 def _fits(batch: Batch, signature: Signature) -> bool:
-    """Whether the inputs are structured as the model takes them, of whatever shapes."""
+    """Whether the inputs have the structure of the model's inputs; shapes are not compared."""
     if signature.in_spec is None:
         return len(batch.args) == len(signature.inputs) and all(isinstance(a, torch.Tensor) for a in batch.args)
     return pytree.tree_structure((batch.args, batch.kwargs)) == signature.in_spec
 
 
 def _left(raw: Any, picked: Any) -> Any:
-    """The target of a batch whose inputs were ``picked``: its labels, or its last element where that is none of them."""
+    """The target of a batch whose inputs were ``picked``: its labels, or its last element if that is not an input."""
     if isinstance(raw, Mapping):
         return raw.get("labels")
     if not isinstance(raw, (tuple, list)) or len(raw) < 2:
@@ -159,20 +159,20 @@ def _left(raw: Any, picked: Any) -> Any:
     for leaf in pytree.tree_leaves(raw[-1]):
         if sum(_same(leaf, other) for other in inputs) >= sum(_same(leaf, other) for other in every):
             return None
-    # All of them may have been picked, though converted.
+    # All leaves may have been picked and converted, which their shapes show.
     shapes = [[getattr(leaf, "shape", None) for leaf in leaves] for leaves in (inputs, every)]
     return None if shapes[0] == shapes[1] else raw[-1]
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether both are one object, or one view of the same memory."""
+    """Whether both are the same object, or equal views of the same memory."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return a is b
     return a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _expected(signature: Signature) -> tuple[int, list[str]]:
-    """How many positional inputs, and which keyword inputs."""
+    """The number of positional inputs and the names of the keyword inputs."""
     if signature.in_spec is None:
         return len(signature.inputs), []
     args, kwargs = signature.in_spec.children()

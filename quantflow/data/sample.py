@@ -1,4 +1,4 @@
-"""The examples that recovery works on: a random sample of the calibration data, in small batches."""
+"""``Sample``: a random sample of the calibration data, which PTQ algorithms use in small batches."""
 
 from __future__ import annotations
 
@@ -15,29 +15,45 @@ from quantflow.signature.signature import DynamicDim, Signature
 
 Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
 
-_BATCH = 8  # what lives at once in a backward pass
+_BATCH = 8  # bounds the memory of a backward pass
 
 
 class Sample:
-    """A random sample of the data that pass (reservoir sampling, seeded), whatever their number and order.
+    """A random sample of the batches that pass (reservoir sampling, seeded); its size does not grow with the data.
 
     Fill it by ``qf.calibrate(graph, data, sample=sample)``.
 
     Args:
-        examples: How many to keep. A batch of fixed size counts as one.
+        examples: How many examples to keep. A batch of fixed size counts as one.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> graph = qf.export(torch.nn.Linear(8, 4).eval(), (torch.randn(1, 8),), dynamic_batch=True).module()
+        >>> sample = qf.Sample(examples=16)
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())
+        >>> _ = qf.calibrate(prepared, [torch.randn(32, 8)], sample=sample, progress=False)
+        >>> len(sample), [tuple(x.shape) for x, in sample.batches()]
+        (16, [(8, 8), (8, 8)])
     """
 
     def __init__(self, examples: int = 128) -> None:
         self.examples = examples
         self._kept: list[Inputs] = []
         self._seen = 0
-        self._cut: list[bool] = []  # which inputs hold one row for each example
-        self._last: dict[int, torch.Tensor] = {}  # what was kept last of each input that is not cut
-        self._common: tuple[list[Inputs], int] = [], 0  # what all processes hold, of how many seen
+        self._cut: list[bool] = []  # for each input, whether it has one row per example
+        self._last: dict[int, torch.Tensor] = {}  # the last copy of each input without rows per example
+        self._common: tuple[list[Inputs], int] = [], 0  # common to all processes, of how many seen
         self._random = torch.Generator().manual_seed(0)
 
     def add(self, flat: Sequence[Any], signature: Signature) -> None:
-        """Draw from a batch of flat inputs of a graph with ``signature``."""
+        """Draw from a batch.
+
+        Args:
+            flat: The flat inputs of one call of a graph.
+            signature: The signature of that graph, which says which inputs have a batch dimension.
+        """
         self._cut = cut_inputs(signature)
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
@@ -48,7 +64,7 @@ class Sample:
             self._kept[place : place + 1] = [kept]
 
     def _whole(self, place: int, given: Any) -> Any:
-        """A copy of an input that is not cut, one for all examples that have the same: a loader may write into its own."""
+        """A copy of an input without rows per example, shared by examples with equal values: a loader may reuse its memory."""
         if not _is(given):
             return given
         last = self._last.get(place)
@@ -58,7 +74,7 @@ class Sample:
         return last
 
     def _draw(self, size: int) -> list[tuple[int, int]]:
-        """Where in the reservoir each of ``size`` examples goes that goes there."""
+        """The examples among ``size`` that enter the reservoir, and their places in it."""
         drawn = []
         for example in range(size):
             place = self._seen
@@ -70,13 +86,16 @@ class Sample:
         return drawn
 
     def synchronize(self) -> None:
-        """Take equal shares of what all processes drew, the same in each; what they held in common before counts once."""
+        """Take equal shares of the samples of all processes, the same sample in each.
+
+        What all processes held in common before counts once.
+        """
         if world_size() == 1:
             return
         held, before = self._common
         held_by = gathered({"digest": torch.tensor(list(digest(_named(held)).encode()))})
         if not all(torch.equal(theirs["digest"], held_by[0]["digest"]) for theirs in held_by):
-            held, before = [], 0  # each took up a state of its own
+            held, before = [], 0  # the processes loaded different states
         own = [flat for flat in self._kept if all(flat is not known for known in held)]
         everyone = gathered({**_named(own), "seen": torch.tensor(self._seen)})
         seen = before + sum(int(theirs.pop("seen")) - before for theirs in everyone)
@@ -85,7 +104,7 @@ class Sample:
         self._common = list(self._kept), seen
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was drawn so far, by name, and where the drawing stands: a sample that loads it goes on alike.
+        """Return the examples by name and the state of the random generator: a sample that loads them draws on alike.
 
         Raises:
             QuantflowError: at stage ``"calibrate"``, for inputs that are no tensors.
@@ -103,6 +122,9 @@ class Sample:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take up what :meth:`state_dict` gave.
 
+        Args:
+            state: What :meth:`state_dict` returned.
+
         Raises:
             QuantflowError: at stage ``"calibrate"``, for a state that is not a sample's.
         """
@@ -119,11 +141,18 @@ class Sample:
         self._common = list(kept), seen
 
     def batches(self, most: int | None = None) -> tuple[Inputs, ...]:
-        """At most ``most`` of the examples kept, shuffled, in batches of at most 8 that can run together."""
+        """Return the examples in shuffled batches of at most 8; inputs of other shapes form other batches.
+
+        Args:
+            most: The most examples to take; None for all.
+
+        Returns:
+            The batches; each is a tuple of the flat inputs of one call.
+        """
         order = torch.randperm(len(self._kept), generator=torch.Generator().manual_seed(0)).tolist()
         alike: dict[tuple, list[Inputs]] = {}
         for flat in (self._kept[i] for i in order[:most]):
-            # Those of one shape, and of the same inputs where these are not cut, form batches.
+            # Examples form a batch if their shapes agree and they share the inputs without rows per example.
             key = tuple(t.shape if by_example else id(t) for t, by_example in zip(flat, self._cut, strict=True))
             alike.setdefault(key, []).append(flat)
         size = _BATCH if any(self._cut) else 1
@@ -141,9 +170,9 @@ class Sample:
 
 
 def cut_inputs(signature: Signature) -> list[bool]:
-    """Which inputs are cut along dimension 0: all of dynamic batch size, where that size stands nowhere else.
+    """For each input, whether it has one row per example in dimension 0: its size there is dynamic, and used nowhere else.
 
-    None is where one example alone is no batch that the signature takes.
+    All are False if the signature does not accept a batch of one example.
     """
     dims = [[(p, d.name) for p, d in enumerate(i.shape) if isinstance(d, DynamicDim)] for i in signature.inputs]
     batch = {name for found in dims for p, name in found if p == 0}
@@ -155,12 +184,12 @@ def cut_inputs(signature: Signature) -> list[bool]:
 
 
 def _named(examples: Sequence[Inputs]) -> dict[str, torch.Tensor]:
-    """Their tensors, by number and place."""
+    """The tensors of ``examples``, by the number of the example and the place of the input."""
     return {f"{i}.{j}": t for i, flat in enumerate(examples) for j, t in enumerate(flat) if _is(t)}
 
 
 def _examples(named: Mapping[str, torch.Tensor], like: Inputs) -> list[Inputs]:
-    """The examples of which :func:`_named` gave the tensors, with what is no tensor as in ``like``."""
+    """The examples with the tensors that :func:`_named` returned; other inputs are taken from ``like``."""
     count = len({name.split(".")[0] for name in named})
     places = list(enumerate(like))
     return [tuple(named[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in places) for i in range(count)]

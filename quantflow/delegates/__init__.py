@@ -1,6 +1,6 @@
-"""Lowering to a backend: what a delegate's name stands for, and what was handed over.
+"""Backends that programs are lowered to, and the lookup of a delegate by name.
 
-This room knows the edge dialect and nothing of quantizers.
+The package knows the edge dialect and nothing of quantizers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DELEGATES: dict[str, type[Delegate]] = {"xnnpack": Xnnpack}
 
 
 def resolve(delegate: Any) -> Delegate:
-    """The delegate for a name, an executorch partitioner, a list of them, or None for none."""
+    """Return the delegate for a name, an executorch partitioner, a list of partitioners, or None for no delegate."""
     if isinstance(delegate, Delegate):
         return delegate
     if isinstance(delegate, str):

@@ -1,4 +1,4 @@
-"""What a delegate's compiler was given when it raised."""
+"""The operators that a delegate's compiler was compiling when it raised an error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from quantflow.delegates.delegation import computes
 
 
 def being_compiled(error: BaseException) -> list[Node]:
-    """The operators of the program that a delegate's ``preprocess`` was given when it raised ``error``, or what caused it.
+    """Return the operators of the program that a delegate's ``preprocess`` compiled when it raised ``error`` or its cause.
 
-    executorch's own message may name none of them. Empty for an error that no delegate raised.
+    executorch's own message may name none of them. The list is empty for an error that no delegate raised.
     """
     link: BaseException | None = error
     while link is not None:

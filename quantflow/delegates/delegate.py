@@ -1,4 +1,4 @@
-"""What lowering asks of a delegate."""
+"""The interface of a delegate that lowering uses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from quantflow.graph.rewrites import rewrite
 
 
 class Delegate:
-    """A backend, as partitioners that claim nodes of the edge program for it. This one is any executorch partitioners."""
+    """A backend given by partitioners that claim edge nodes for it. The base class holds any executorch partitioners."""
 
     def __init__(self, partitioners: Sequence[Any] = ()) -> None:
         self._partitioners = list(partitioners)
 
     def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Any]:
-        """The partitioners. Our own leave out the edge nodes named in ``refused``; others can not."""
+        """Return the partitioners. quantflow's own leave out the edge nodes named in ``refused``; others can't."""
         return self._partitioners
 
     def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
-        """As :meth:`partitioners`, calling the delegate for each operator alone, to find one at fault; none if unknown."""
+        """Return partitioners that delegate each operator in a call of its own, to find a faulty one; empty if unknown."""
         return []
 
     def rewrite(self, graph: GraphModule) -> None:
-        """Write what the backend lacks, or computes wrongly, as what it has, in place and exact in float, for inference.
+        """Replace operators that the backend lacks or computes wrongly, in place and exact in float, for inference.
 
-        What foreign partitioners take is not known here: for them a graph is left as it is.
+        The base class changes nothing if it has partitioners, because the operators that they take are unknown.
         """
         if not self._partitioners:
             rewrite(graph, PORTABLE_LACKS)
 
     def passes(self) -> list[Any]:
-        """Passes over the edge program, before it is partitioned."""
+        """Return the passes that run on the edge program before it is partitioned."""
         return []

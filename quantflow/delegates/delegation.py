@@ -1,4 +1,4 @@
-"""What of a program its delegates run."""
+"""Counts of the operators that delegates run and of those that stay outside."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch.fx import GraphModule, Node
 
 @dataclass(frozen=True)
 class Delegation:
-    """Who runs the operators of a program.
+    """The operators of a program, counted by whether a delegate runs them.
 
     Attributes:
         calls: How many times the program calls a delegate.
         delegated: Operators inside the delegates, by name.
-        portable: Operators outside, run by executorch's own kernels, by name.
-        floating: Operators inside the delegates that do not stand between integers, by name: those run in float.
-        quantized_outside: The nodes outside that convert to or from integers: what was quantized around them is not delegated.
+        portable: Operators outside the delegates, which executorch's own kernels run, by name.
+        floating: Operators inside the delegates that run in float, by name.
+        quantized_outside: The quantize and dequantize nodes outside the delegates. A quantized operator beside them is not
+            delegated.
     """
 
     calls: int
@@ -33,7 +34,7 @@ class Delegation:
 
     @property
     def fraction(self) -> float:
-        """The share of operators that delegates run, 0 to 1; 1 for a program without operators."""
+        """The fraction of operators that delegates run, 0 to 1; 1 for a program without operators."""
         inside, outside = self.delegated.total(), self.portable.total()
         return inside / (inside + outside) if inside + outside else 1.0
 
@@ -56,7 +57,7 @@ class Delegation:
         return cls(calls, delegated, portable, floating, outside)
 
     def to_json(self) -> str:
-        """All of it, as a JSON object."""
+        """Return all counts as a JSON object."""
         counts = {name: dict(getattr(self, name)) for name in ("delegated", "portable", "floating")}
         held = {"calls": self.calls, "fraction": self.fraction, **counts}
         return json.dumps({**held, "quantized_outside": list(self.quantized_outside)}, indent=2)
@@ -68,7 +69,7 @@ class Delegation:
 
 
 class _Inside:
-    """The program that a delegate was handed."""
+    """The program that a delegate compiles."""
 
     def __init__(self, lowered: Any) -> None:
         self.graph = lowered.original_module.graph
@@ -76,8 +77,8 @@ class _Inside:
         self.tagged = lowered.backend_id == "XnnpackBackend"
 
     def in_integers(self, node: Node) -> bool:
-        """Whether integers go in and come out: what ``node`` reads is dequantized, and what comes out (clamped) is quantized,
-        unless its input has a range of its own at run time.
+        """Whether ``node`` runs in integers: its inputs are dequantized and its (clamped) output is quantized, or its input is
+        quantized dynamically.
         """
         reads = [n for n in node.all_input_nodes if n.op == "call_function" or n.name in self.given]
         if any(_name(n) in _DYNAMIC for n in reads):
@@ -93,8 +94,8 @@ class _Inside:
         return computes(node) and self.in_integers(node)
 
     def _fused(self, node: Node, how: str) -> bool:
-        """Whether ``node`` converts within the kernel beside it. XNNPACK's partitioner tags those; the others run on their own,
-        around a float kernel.
+        """Whether ``node`` is a conversion that an adjacent kernel includes. XNNPACK's partitioner tags these conversions.
+        All others run on their own, around a float kernel.
         """
         return _converts(node, how) and (not self.tagged or bool(node.meta.get("IS_IMPLICIT_Q_DQ_TAG")))
 
@@ -104,7 +105,7 @@ _DYNAMIC = {"quantized_decomposed::dequantize_per_token", "quantized_decomposed:
 
 
 def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[Node]]]:
-    """Each program handed to a delegate by a partitioned edge graph, with the nodes that compute in it."""
+    """Yield each program that a partitioned edge graph delegates, with the nodes that compute in it."""
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
             lowered: Any = getattr(edge, node.args[0].target)
@@ -116,13 +117,13 @@ def _calls(node: Node) -> bool:
 
 
 def computes(node: Node) -> bool:
-    """Whether ``node`` is an operator, not a conversion to or from integers."""
+    """Whether ``node`` is an operator and not a conversion to or from integers."""
     return _calls(node) and not _converts(node)
 
 
 def _converts(node: Node, how: str = "") -> bool:
-    """Whether ``node`` converts to or from integers, or finds their range; ``how`` is ``"quantize"`` or ``"dequantize"`` for
-    these alone.
+    """Whether ``node`` converts to or from integers, or computes quantization parameters. ``how`` restricts the answer to
+    ``"quantize"`` or ``"dequantize"``.
     """
     namespace, _, name = _name(node).partition("::")
     return node.op == "call_function" and namespace in _CONVERSIONS and name.startswith(how)

@@ -1,18 +1,18 @@
-"""Lowering through executorch in a quarter to half of its time, to the very same bytes.
+"""Lowering through executorch in a quarter to half of its time, to the same bytes.
 
-The only room (with ``fast_retraces.py`` beside it) that touches executorch's inner names. While :func:`fast_lowering` is
-active some of them are replaced, each by what gives the same result with less work:
+Only this module and ``fast_retraces.py`` use executorch's private names. While :func:`fast_lowering` is active, some of these
+names are replaced by functions that give the same result with less work:
 
-- generated code of graphs is written when it is called, not after each edit;
+- the code of a graph is generated when it is called, not after each edit;
 - patterns that the graph can't match (bilinear, attention) are not traced;
-- a program is not decomposed again where nothing is left to decompose, and decomposed fast where something is;
+- a program is decomposed only if something is left to decompose, and then by a faster method;
 - the verifier takes the operators' results from the graph instead of running it again;
-- a pass that retraces a graph without changing it copies it instead, and operators are run on fake tensors only for inputs
-  that they have not seen (of 25 retraces of MobileNetV2, 23 change nothing);
-- what a delegate returns is read from its graph, not traced through all of it.
+- a pass that would retrace a graph without changing it copies the graph instead, and operators run on fake tensors only for
+  new inputs (23 of the 25 retraces of MobileNetV2 change nothing);
+- the outputs of a delegate are read from its graph, not traced through the whole graph.
 
-With other versions than those it was measured with, or where a name is missing, it does nothing. The names it replaces are
-global: one lowering at a time is fast, others in the meantime wait.
+Nothing is replaced for versions that were not measured, or if a name is missing. The replaced names are global, so one lowering
+at a time is fast and others wait for it.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from quantflow.upstream.versions import supported
 T = TypeVar("T")
 
 _FILES = frozenset({__file__, fast_retraces.__file__})
-# What of these files only hands on to what it replaces.
+# Functions of these modules that only call the function that they replace.
 _PASSING = frozenset({"run_fast", "call", "call_if_possible", "run_decompositions", "forward"})
 
 
 @contextlib.contextmanager
 def fast_lowering() -> Iterator[bool]:
-    """Make executorch's lowering fast for a while; gives whether it is."""
+    """Make executorch's lowering fast within the context; yields whether it is fast."""
     with exclusively(), contextlib.ExitStack() as stack:
         yield supported() and _enter(stack)
 
 
 def run_fast(lower: Callable[[], T]) -> T:
-    """``lower()``, fast. What executorch refuses stays refused; any other failure is tried as executorch has it, and told.
+    """Run ``lower()`` fast. A failure that executorch did not report itself is retried without the replacements and warned of.
 
     Raises:
-        Exception: as executorch has it, so that no fault and no message is of our making.
+        Exception: the same exception as executorch without the replacements.
     """
     with fast_lowering() as fast:
         try:
@@ -67,21 +67,21 @@ def run_fast(lower: Callable[[], T]) -> T:
                 raise
             failure = f"{type(error).__name__}: {str(error)[:300]}"
     made = lower()
-    reason = f"lowered as executorch has it, which takes two to four times as long: the fast way failed ({failure})"
-    remedy = "nothing, the program is the same; the message and the model make a report to quantflow"
+    reason = f"fast lowering failed, so executorch's own ran, which takes two to four times as long ({failure})"
+    remedy = "the program is the same; report the message and the model to quantflow"
     warnings.warn(QuantflowWarning("edge", reason, node="fast lowering", remedy=remedy), stacklevel=3)
     return made
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether executorch says no in words of its own, and nothing of these files had a hand in it."""
+    """Whether executorch raised ``error`` itself, with no function of these modules involved."""
     links = [error]
     while (below := links[-1].__cause__ or links[-1].__context__) is not None:
         links.append(below)
     frames = [[frame for frame, _ in traceback.walk_tb(link.__traceback__)] for link in links]
     ours = {frame.f_code.co_name for walked in frames for frame in walked if frame.f_code.co_filename in _FILES}
     said_by = frames[-1][-1].f_globals.get("__name__", "") if frames[-1] else ""
-    slips = (LookupError, AttributeError, TypeError, AssertionError, NameError)  # of a graph that is not as expected
+    slips = (LookupError, AttributeError, TypeError, AssertionError, NameError)  # raised for an unexpected graph
     return ours <= _PASSING and said_by.startswith("executorch.") and not isinstance(links[-1], slips)
 
 
@@ -98,7 +98,7 @@ def _enter(stack: contextlib.ExitStack) -> bool:
 
 @contextlib.contextmanager
 def _code_when_called() -> Iterator[None]:
-    """``GraphModule.recompile`` leaves a stub; the code is written when it is called or read, and at the end."""
+    """``GraphModule.recompile`` leaves a stub. The code is generated when it is called or read, or at the end."""
     write, code = fx.GraphModule.recompile, fx.GraphModule.code
     pending: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
@@ -111,7 +111,7 @@ def _code_when_called() -> Iterator[None]:
         return type(self).forward(self, *args, **kwargs)
 
     class Later:
-        """Stands for the ``PythonCode`` that recompile returns."""
+        """A substitute for the ``PythonCode`` that ``recompile`` returns."""
 
         def __init__(self, module: fx.GraphModule) -> None:
             self._module = module
@@ -151,14 +151,14 @@ def _code_when_called() -> Iterator[None]:
 
 
 def _no_bilinear_patterns() -> contextlib.AbstractContextManager:
-    """Each pattern is the operator itself, undecomposed, for which the replacement returns at once."""
+    """No bilinear pattern is traced: each pattern is the undecomposed operator itself, which needs no replacement."""
     from executorch.backends.xnnpack.partition.graphs import bilinear_2d
 
     return replaced(bilinear_2d, "get_graphs_dict", dict)
 
 
 def _attention_patterns() -> contextlib.AbstractContextManager:
-    """Both patterns hold a softmax of a sum (the mask): without one there is nothing to match."""
+    """Both attention patterns contain a softmax of a sum (the mask). A graph without this softmax can't match."""
     from executorch.backends.xnnpack._passes import convert_to_sdpa
     from executorch.exir.dialects._ops import ops
 
@@ -181,7 +181,7 @@ def _attention_patterns() -> contextlib.AbstractContextManager:
 
 
 def _decompose_once() -> contextlib.AbstractContextManager:
-    """What ``run_decompositions`` made is functional: it returns as it is where no operator of the table is in it."""
+    """A program from ``run_decompositions`` is functional, so it is returned unchanged if no operator of the table is in it."""
     run = torch.export.ExportedProgram.run_decompositions
     functional: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
@@ -198,7 +198,7 @@ def _decompose_once() -> contextlib.AbstractContextManager:
 
 
 def _verify_by_values() -> contextlib.AbstractContextManager:
-    """The dtype check looks at the values on the nodes."""
+    """The dtype check reads the values recorded on the nodes."""
     from executorch.exir.verification import verifier
     from executorch.exir.verification.arg_validator import EdgeOpArgValidator
 
@@ -213,12 +213,12 @@ def _verify_by_values() -> contextlib.AbstractContextManager:
 
 
 def _delegates_by_values() -> contextlib.AbstractContextManager:
-    """What a delegate returns for fake tensors of its own shapes is what stands in its graph: it need not be traced again."""
+    """A delegate called with fake tensors of its own shapes returns the outputs recorded in its graph, without a trace."""
     calls = importlib.import_module("torch._higher_order_ops.executorch_call_delegate")  # an operator has this name too
     trace = calls.call_delegate_cpu
 
     def same(given: Any, seen: Any) -> bool:
-        """Whether they are fake tensors of one layout; symbols among its sizes belong to the graph that they are in."""
+        """Whether both are fake tensors of one layout. Symbolic sizes never match, because they belong to their own graph."""
         if not isinstance(given, FakeTensor) or not isinstance(seen, FakeTensor):
             return False
         if any(type(size) is not int for t in (given, seen) for size in (*t.shape, *t.stride())):

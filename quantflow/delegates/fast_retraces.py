@@ -1,6 +1,6 @@
-"""Retraces of graphs by executorch's passes, of which most change nothing: those are copied instead.
+"""Graph copies in place of the retraces by executorch's passes that change nothing.
 
-A part of :mod:`quantflow.delegates.fast_lowering`, under its rules.
+The module is a part of :mod:`quantflow.delegates.fast_lowering`, which states the conditions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quantflow.upstream.replaced import replaced
 
 
 class _Memory:
-    """What operators gave for inputs that were the same tensors and the same numbers."""
+    """A cache of operator results, keyed by the operator and the identity of its input tensors and numbers."""
 
     _UNSURE = frozenset(
         {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}
@@ -32,7 +32,7 @@ class _Memory:
         self._found: dict[Any, tuple[Any, list[FakeTensor]]] = {}
 
     def run(self, target: Any, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
-        """``compute()``, or what it gave before."""
+        """Return ``compute()``, or its cached result."""
         overload = getattr(target, "_op", target)  # below an edge operator
         if not isinstance(overload, torch._ops.OpOverload) or overload._schema.is_mutable:
             return compute()
@@ -44,7 +44,7 @@ class _Memory:
             return self._found[overload, key][0]
         result = compute()
         if all(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(result)):
-            self._found[overload, key] = result, held  # holding them keeps their identities theirs
+            self._found[overload, key] = result, held  # references keep the ids of the inputs unique
         return result
 
     def _key(self, given: Any, held: list[FakeTensor]) -> Any:
@@ -57,7 +57,7 @@ class _Memory:
         return (type(given), repr(given)) if isinstance(given, self._PLAIN) else None
 
 
-# What a pass may override to change nodes as it retraces.
+# The methods that a pass may override to change nodes during a retrace.
 _HOOKS = (
     *("call_operator", "call_sym", "call_cond", "call_while", "call_map", "call_scan", "call_getitem", "call_delegate"),
     *("call_submodule", "placeholder", "output", "on_attr", "_fx", "inputs", "ExportTracer", "ExportInterpreter"),
@@ -66,7 +66,7 @@ _HOOKS = (
 
 
 def _changes() -> dict[type, Callable[[fx.Node], bool]]:
-    """For passes that override ``call_operator``: whether they would do anything at this node."""
+    """For each pass that overrides ``call_operator``: a predicate that tells whether the pass changes a node."""
     from executorch.backends.xnnpack._passes import ConstPropPass
     from executorch.exir import passes
     from executorch.exir.dialects.edge._ops import EdgeOpOverload
@@ -114,7 +114,7 @@ def _changes() -> dict[type, Callable[[fx.Node], bool]]:
 
 
 def _renames() -> dict[type, Callable[[Any], Any]]:
-    """For passes that only put one operator in the place of another: which."""
+    """For each pass that only replaces operators: the function from the old operator to the new one."""
     from executorch.exir.passes.replace_aten_with_edge_pass import OpReplacePass, aten_to_edge, should_lower_to_edge
     from torch._export.passes import replace_view_ops_with_view_copy_ops_pass as views
 
@@ -132,7 +132,7 @@ def _renames() -> dict[type, Callable[[Any], Any]]:
 
 @contextlib.contextmanager
 def copied_retraces() -> Iterator[None]:
-    """Passes that change no node copy the graph; all others run operators only for inputs that are new."""
+    """Make passes that change no node copy the graph, and make other passes run operators only for new inputs."""
     from executorch.exir import pass_base
     from executorch.exir.dialects.edge._ops import EdgeOpOverload
     from torch._export import pass_base as torch_pass_base
@@ -142,7 +142,7 @@ def copied_retraces() -> Iterator[None]:
     operators = (torch._ops.OpOverload, EdgeOpOverload)
 
     def plain(node: fx.Node, changed: Callable[[fx.Node], bool] | None) -> bool:
-        """Whether this kind of node is understood here, and left alone by the pass."""
+        """Whether this kind of node is supported here and the pass does not change it."""
         if node.op == "placeholder":
             val = node.meta.get("val")
             return isinstance(val, FakeTensor) and val.constant is None
@@ -173,7 +173,7 @@ def copied_retraces() -> Iterator[None]:
 
 
 def _copy(module: fx.GraphModule, rename: Callable | None, memory: _Memory, operators: tuple) -> fx.GraphModule:
-    """What a retrace gives: the same nodes, the same names, and values that follow from those of the inputs."""
+    """The result of a retrace: the same nodes and names, with values computed from the input values."""
     from torch._dispatch.python import enable_python_dispatcher
 
     graph = fx.Graph()

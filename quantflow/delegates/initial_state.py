@@ -1,4 +1,4 @@
-"""Lowering of what writes its buffers: the values that state begins with in a program, zeros unless executorch is told."""
+"""Initial values of the buffers that a program writes. executorch starts them at zero unless a node asks for their value."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _INITIALISED = "et_init_buffer"  # node.meta of a placeholder: executorch's emit
 
 @contextlib.contextmanager
 def lowering_state(manager: Any) -> Iterator[None]:
-    """For ``to_executorch`` of an ``executorch.exir.EdgeProgramManager``: each buffer that a method writes, and that holds
-    anything but zeros, begins with what it holds.
+    """Make ``to_executorch`` of an ``executorch.exir.EdgeProgramManager`` keep the initial values of each nonzero buffer that a
+    method writes.
     """
     for name in manager.methods:
         program = manager.exported_program(name)
@@ -25,7 +25,7 @@ def lowering_state(manager: Any) -> Iterator[None]:
             buffer = signature.inputs_to_buffers.get(node.name)
             if buffer in written and _holds_anything(_buffer(program, buffer)):
                 node.meta[_INITIALISED] = True
-    # State is copied into the buffers, which autograd takes for parameters.
+    # State is copied into the buffers, which autograd treats as parameters.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mutation on a buffer", category=UserWarning)
         yield

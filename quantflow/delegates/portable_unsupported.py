@@ -1,6 +1,6 @@
-"""What executorch's portable kernels lack and can be written in those that they have, as a table of rewrites.
+"""A table of rewrites for operators that executorch's portable kernels lack.
 
-Whatever a delegate leaves outside runs in these kernels, so every delegate of quantflow's own needs it.
+Operators outside a delegate run in portable kernels, so every delegate of quantflow needs this table.
 """
 
 from __future__ import annotations

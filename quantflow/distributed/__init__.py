@@ -1,6 +1,6 @@
-"""Several processes as one: what they agree on, in torch.distributed's default group.
+"""Collective operations, synchronized batch norm and error reports for the default group of torch.distributed.
 
-Alone, each of these does nothing and costs nothing.
+In a single process, each of these does nothing and costs nothing.
 """
 
 from quantflow.distributed.batch_norm import SynchronizedBatchNorm

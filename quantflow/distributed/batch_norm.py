@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of all processes' batches."""
+"""Batch norm with statistics over the batches of all processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from quantflow.graph.modes import BATCH_NORM
 
 
 class SynchronizedBatchNorm(TorchFunctionMode):
-    """While active, batch norm in training mode takes its statistics over the batches of all processes.
+    """A context in which batch norm in training mode computes its statistics over the batches of all processes.
 
-    Works on any device and backend (``torch.nn.SyncBatchNorm`` needs a GPU), on the graph as it is.
+    The context works on any device and backend (``torch.nn.SyncBatchNorm`` needs a GPU) and does not change the graph.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -38,7 +38,7 @@ def _batch_norm(
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     count = torch.tensor([x.numel() / x.shape[1]], dtype=wide, device=x.device)
-    # Two rounds, since the variance about the common mean is exact where the difference of squares is not.
+    # Two reductions: the variance about the common mean is more exact than the difference of squares.
     total = _sum(torch.cat([x.sum(dims), count]))
     average, count = total[:-1] / total[-1], total[-1].detach()
     centred = x - average.reshape(shape)

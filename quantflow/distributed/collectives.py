@@ -1,4 +1,4 @@
-"""What all processes compute together: each tensor goes to a device that the group's backend takes."""
+"""Reductions over all processes, on a device that the group's backend supports."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from quantflow.distributed.group import carried, grouped
 
 
 def widest(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least of all processes' ``low`` and the greatest of their ``high``, elementwise, the same bits everywhere.
+    """Return the minimum of all processes' ``low`` and the maximum of their ``high``, elementwise and equal in all processes.
 
-    What is no number in one of them is infinite in the result: a maximum over processes may forget it.
+    A NaN in any process becomes infinite in the result, because a maximum over processes may ignore NaN.
     """
     if not grouped():
         return low, high
@@ -23,12 +23,12 @@ def widest(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' ``tensor``, elementwise."""
+    """Return the elementwise sum of all processes' ``tensor``."""
     return _reduced(tensor.clone(), dist.ReduceOp.SUM) if grouped() else tensor
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Every process's ``tensors``, on the CPU, by rank."""
+    """Return the ``tensors`` of every process, on the CPU, in the order of the ranks."""
     if not grouped():
         return [tensors]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -37,7 +37,7 @@ def gathered(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def _reduced(own: torch.Tensor, how: Any) -> torch.Tensor:
-    """``own``, which nothing else holds, reduced over all processes and back on its device."""
+    """``own`` reduced over all processes, on its original device. The reduction may overwrite ``own``."""
     sent = carried(own)
     dist.all_reduce(sent, how)
     return sent.to(own.device)

@@ -1,4 +1,4 @@
-"""The group of processes: who is in it, and of which devices its backend takes tensors."""
+"""The process group: its size and ranks, and the devices that its backend supports."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from quantflow.errors import QuantflowError
 
 
 def grouped() -> bool:
-    """Whether there is a group of processes, if only of one."""
+    """Whether a process group is initialized, also one of a single process."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """How many processes work together; 1 alone."""
+    """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if grouped() else 1
 
 
 def rank() -> int:
-    """Which of them this is; 0 alone, and 0 writes the files."""
+    """Return the rank of this process; 0 without a group. Rank 0 writes the files."""
     return dist.get_rank() if grouped() else 0
 
 
@@ -34,7 +34,7 @@ def init_process_group(*, timeout: float | None = None) -> torch.device:
             torch's own, 30 minutes.
 
     Returns:
-        The device of this process: a GPU of its own where there are GPUs, else the CPU.
+        The device of this process: a separate GPU if there are GPUs, else the CPU.
 
     Raises:
         QuantflowError: at stage ``"distributed"``, when ``torchrun`` did not start this process or there are too few GPUs.
@@ -50,22 +50,22 @@ def init_process_group(*, timeout: float | None = None) -> torch.device:
         return torch.device("cpu")
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
-        reason, remedy = f"there are {gpus} GPUs for more processes", f"--nproc-per-node {gpus}, or hide the GPUs"
+        reason, remedy = f"there are more processes than {gpus} GPUs", f"--nproc-per-node {gpus}, or hide the GPUs"
         raise QuantflowError("distributed", reason, node=f"LOCAL_RANK {local}", remedy=remedy)
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
-    # Observers and figures may lie on either.
+    # Observers and metrics may be on either device.
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=bound)
     return device
 
 
 def carried_devices() -> tuple[str, ...]:
-    """The types of the devices whose tensors the group's backend takes: ``("cuda",)`` with NCCL alone."""
+    """Return the device types that the group's backend supports: ``("cuda",)`` with NCCL alone."""
     return tuple(pair.partition(":")[0] for pair in dist.get_backend_config().split(","))
 
 
 def carried(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` where the group's backend takes it: as it is, or moved to the first device that will do."""
+    """Return ``tensor`` on a device that the group's backend supports: unchanged, or moved to the first such device."""
     kinds = carried_devices()
     if tensor.device.type in kinds:
         return tensor
@@ -73,12 +73,12 @@ def carried(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_carries(device: torch.device, stage: str) -> None:
-    """Refuse to work on ``device`` where the group's backend takes none of its tensors.
+    """Check that the group's backend supports tensors on ``device``.
 
     Raises:
-        QuantflowError: at ``stage``.
+        QuantflowError: at ``stage``, when it does not.
     """
     if grouped() and device.type not in carried_devices():
         reason = f"the group's backend ({dist.get_backend_config()}) takes no tensors of this device"
-        remedy = "quantflow.distributed.init_process_group(), which takes both, or pass device="
+        remedy = "call quantflow.distributed.init_process_group(), which supports both, or pass device="
         raise QuantflowError(stage, reason, node=str(device), remedy=remedy)

@@ -1,7 +1,7 @@
-"""The processes of a group through one verb: what each says, and which of them is gone.
+"""Messages between the processes of a group, and errors that name a process that fails, dies or hangs.
 
-They talk through the store of the group (``torch.distributed.Store``), which every backend has and which waits no longer
-than it is told to: a collective of a dead process hangs, or fails without naming it.
+The processes communicate through the store of the group (``torch.distributed.Store``), which every backend has and whose
+timeout can be set. A collective with a dead process hangs, or fails without naming the process.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import torch.distributed as dist
 from quantflow.distributed.group import grouped
 from quantflow.errors import QuantflowError
 
-_BEAT = 1.0  # seconds between two signs of life
-_SILENCE = 30.0  # after so many seconds without one, a process is dead
-_LONGEST_PAUSE = 0.1  # seconds between two looks at the store
+_BEAT = 1.0  # seconds between two heartbeats
+_SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
+_LONGEST_PAUSE = 0.1  # seconds between two reads of the store
 
-_verbs = itertools.count()  # the same in each process, since all call the same verbs
+_verbs = itertools.count()  # equal in all processes, since all make the same calls
 
 
 class Peers:
-    """A context in which a process that fails, dies or hangs ends all others in an error that names it.
+    """A context in which all processes raise an error that names a process that fails, dies or hangs.
 
-    One that is killed is named after 30 seconds; one that hangs, after the timeout of the group (that of
-    ``init_process_group``; torch's default is 10 minutes with NCCL, else 30). All processes enter it, and ask the same
-    questions in the same order. Without a group it does nothing.
+    A killed process is named after 30 seconds, and a hanging process after the timeout of the group (that of
+    ``init_process_group``; torch's default is 10 minutes with NCCL, else 30). All processes enter the context and make the same
+    calls in the same order. Without a group the context does nothing.
 
     Args:
-        stage: The stage to name in errors.
+        stage: The stage named in errors.
     """
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self._store: Any = None
         self._step = 0
-        self._told: QuantflowError | None = None  # what this process knows of another
+        self._told: QuantflowError | None = None  # the error that names another process
 
     def __enter__(self) -> Self:
         if not grouped():
@@ -60,7 +60,7 @@ class Peers:
         return self
 
     def answers(self, word: Any) -> list[Any]:
-        """What every process says at this point (JSON data), by rank.
+        """Exchange ``word`` (JSON data) with all processes at this point, and return the words in the order of the ranks.
 
         Raises:
             QuantflowError: when another process has failed, was killed, or does not answer within the timeout.
@@ -73,7 +73,7 @@ class Peers:
             self._store.set(keys[self._rank], json.dumps(word))
             self._wait(keys)
             words = self._store.multi_get(keys)
-            if step > 1:  # all have read it, since all are here
+            if step > 1:  # all processes have reached this step, so all have read that key
                 self._store.delete_key(f"{step - 2}/{self._rank}")
         return [json.loads(word) for word in words]
 
@@ -97,14 +97,14 @@ class Peers:
             self._life.join(_BEAT)
 
     def _leave(self) -> None:
-        """Rank 0, which may hold the store, leaves last."""
+        """Leave the context. Rank 0 leaves last, because it may hold the store."""
         keys = [f"left/{rank}" for rank in self._ranks]
         self._store.set(keys[self._rank], "")
         if self._rank == 0:
             self._wait(keys)
 
     def _wait(self, keys: list[str]) -> None:
-        """Until all ``keys`` are there, one of each rank."""
+        """Wait until the store has all ``keys``, one of each rank."""
         start, pause = time.monotonic(), 1e-4
         while not self._store.check(keys):
             if pause >= _LONGEST_PAUSE:
@@ -116,7 +116,7 @@ class Peers:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _culprit(self, error: BaseException) -> QuantflowError:
-        """The error that says why the connection was lost in ``error``."""
+        """The error that explains the lost connection of ``error``."""
         keys = [f"lost/{rank}" for rank in self._ranks]
         start = time.monotonic()
         with self._reaching_the_store():
@@ -131,7 +131,7 @@ class Peers:
         return self._tell([], f"the processes lost the connection between them: {error}")
 
     def _gone(self) -> QuantflowError | None:
-        """The error that names the processes that failed or died, None while there are none."""
+        """The error that names the failed or dead processes, or None if there are none."""
         if self._store.add("failures", 0):
             failed = [rank for rank in self._ranks if self._store.check([f"failed/{rank}"])]
             if failed:
@@ -145,12 +145,12 @@ class Peers:
         return self._tell(dead, f"no sign of life for {self._silence:.0f} s: it was killed") if dead else None
 
     def _without(self, keys: list[str]) -> list[int]:
-        """The ranks whose key of ``keys`` is not there."""
+        """The ranks whose key is not in the store."""
         return [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._store.check([key])]
 
     def _tell(self, ranks: Iterable[int], reason: str) -> QuantflowError:
         node = ", ".join(f"rank {rank}" for rank in ranks) or None
-        remedy = "see its log; start all processes again (with checkpoints training goes on where it was)"
+        remedy = "see its log; start all processes again (with checkpoints, training resumes)"
         self._told = QuantflowError(self.stage, reason, node=node, remedy=remedy)
         return self._told
 
@@ -166,7 +166,7 @@ class Peers:
 
 
 def _beat(store: Any, key: str, over: threading.Event) -> None:
-    """Signs of life, until it is ``over``. That the store is gone, who waits for it will notice."""
+    """Write heartbeats until ``over`` is set. A lost store ends them; other calls report it."""
     with contextlib.suppress(dist.DistError):
         for count in itertools.count():
             store.set(key, str(count))
@@ -175,7 +175,7 @@ def _beat(store: Any, key: str, over: threading.Event) -> None:
 
 
 def _lost_connection(error: BaseException | None) -> bool:
-    """Whether a collective failed beneath ``error``: gloo's failures are plain RuntimeErrors."""
+    """Whether a failed collective caused ``error``. gloo raises a plain RuntimeError."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             return True

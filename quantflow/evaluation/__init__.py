@@ -1,4 +1,4 @@
-"""Verification: what each stage of a model says beside the first one, and what it costs."""
+"""Evaluation: accuracy, agreement, SQNR, size and latency of each stage of a model, compared with the first stage."""
 
 from quantflow.evaluation.figures import OutputFigures, StageFigures, Verification
 from quantflow.evaluation.runnable import examined

@@ -1,4 +1,4 @@
-"""Calls in as many rows as a stage takes: batches cut for a program of a fixed batch size, and its outputs joined again."""
+"""Slicing of batches for stages of a fixed batch size, and concatenation of their outputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Call = Callable[[tuple, dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Pieces:
-    """How the flat inputs of a batch are cut.
+    """How the flat inputs of a batch are sliced.
 
     Attributes:
-        cut: Which of them hold a row for each example; the others go whole into every call.
-        rows: How many rows these have.
-        most: How many rows a call takes.
-        exactly: Whether it takes no fewer.
+        cut: For each input, whether it has one row per example; the others are passed whole to every call.
+        rows: The number of rows of the sliced inputs.
+        most: The largest number of rows of a call.
+        exactly: Whether every call needs exactly ``most`` rows.
     """
 
     cut: tuple[bool, ...]
@@ -34,12 +34,12 @@ class Pieces:
 
     @classmethod
     def of(cls, signature: Signature, flat: Sequence[Any]) -> Pieces | None:
-        """The pieces of ``flat`` that fit ``signature``; None where the shapes fit as they are, or where cutting helps nothing.
+        """How to slice ``flat`` to fit ``signature``; None if the shapes fit already or if slicing does not make them fit.
 
-        An input holds examples where it has another number of rows than the signature takes: in one call it fits nowhere.
+        An input holds examples if its number of rows differs from the one in the signature: it does not fit into one call.
 
         Raises:
-            QuantflowError: at stage ``"verify"``, where it can't be told which inputs hold examples.
+            QuantflowError: at stage ``"verify"``, if it is ambiguous which inputs hold examples.
         """
         cut = tuple(_is_cut(declared, given) for declared, given in zip(signature.inputs, flat, strict=True))
         pairs = [(i, t) for i, t, c in zip(signature.inputs, flat, cut, strict=True) if c]
@@ -62,17 +62,17 @@ class Pieces:
         return cls(cut, rows.pop(), most, isinstance(taken, int))
 
     def piece(self, flat: Sequence[Any], start: int) -> list[Any]:
-        """The rows from ``start`` on that make a call, filled up with the last one where it takes no fewer."""
+        """The inputs of the call with the rows from ``start`` on, padded with the last row if the number of rows is fixed."""
         stop = start + self.most if self.exactly else min(start + self.most, self.rows)
         index = torch.arange(start, stop).clamp(max=self.rows - 1)
         return [t[index.to(t.device)] if cut else t for t, cut in zip(flat, self.cut, strict=True)]
 
 
 def rows_of(inputs: Any, *others: Any) -> int | None:
-    """How many examples ``inputs`` hold: dimension 0 of their tensors, scalars aside.
+    """The number of examples in ``inputs``: dimension 0 of their tensors, except scalars.
 
-    Where they differ in it, what is said by the first of ``others`` (targets, outputs) that has as many rows as one of them;
-    None where none has.
+    If the tensors differ in it, the number of rows of the first of ``others`` (targets, outputs) that equals one of theirs;
+    None if there is none.
     """
     sizes = _leading(inputs)
     if len(set(sizes)) == 1:
@@ -83,9 +83,9 @@ def rows_of(inputs: Any, *others: Any) -> int | None:
 def one_call(
     signature: Signature | None, args: tuple, kwargs: dict[str, Any], rows: int
 ) -> tuple[tuple, dict[str, Any], int]:
-    """Inputs of one call, out of a batch of ``rows`` examples, and how many examples that are.
+    """The inputs of one call, from a batch of ``rows`` examples, and the number of its examples.
 
-    One example, or as many as ``signature`` is held to; all of the batch where it can't be told which inputs hold examples.
+    That is one example, or as many as ``signature`` requires; the whole batch if it is ambiguous which inputs hold examples.
     """
     if signature is None:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -106,13 +106,13 @@ def one_call(
 
 
 def in_rows(call: Call, signature: Signature | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``call``, which takes ``signature``, on all rows of the inputs, in pieces that it takes.
+    """Run ``call``, whose inputs are ``signature``, on all rows of the inputs, in slices that fit.
 
-    A last piece that is too short is filled up with its last row, whose outputs are dropped: a row's output is its own.
+    A last slice that is too short is padded with its last row, and the padded outputs are dropped.
 
     Raises:
-        QuantflowError: at stage ``"verify"``, where it can't be told which inputs hold examples, and for an output that has
-            not one row for each example.
+        QuantflowError: at stage ``"verify"``, if it is ambiguous which inputs hold examples, or if an output does not have one
+            row per example.
     """
     flat = _flat(signature, args, kwargs)
     pieces = None if signature is None or flat is None else Pieces.of(signature, flat)
@@ -121,14 +121,14 @@ def in_rows(call: Call, signature: Signature | None, args: tuple, kwargs: dict[s
     found = []
     for start in range(0, pieces.rows, pieces.most):
         output = call(*signature.call(pieces.piece(flat, start)))
-        own = pytree.tree_map_only(torch.Tensor, torch.clone, output)  # it may be state, which the next piece writes
+        own = pytree.tree_map_only(torch.Tensor, torch.clone, output)  # the next call may overwrite it
         found.append(pytree.tree_flatten(own))
     parts = zip(*(leaves for leaves, _ in found), strict=True)
     return pytree.tree_unflatten([_joined(part, pieces) for part in parts], found[0][1])
 
 
 def _flat(signature: Signature | None, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
-    """The inputs in the order of ``signature``; None where their structure is another, of which the call itself tells more."""
+    """The inputs in the order of ``signature``; None if their structure differs, for which the call raises a clearer error."""
     if signature is None:
         return None
     if signature.in_spec is None:
@@ -141,7 +141,7 @@ def _flat(signature: Signature | None, args: tuple, kwargs: dict[str, Any]) -> l
 
 
 def _is_cut(declared: Input, given: Any) -> bool:
-    """Whether ``given`` has other rows than ``declared`` takes, and fits it but for these."""
+    """Whether ``given`` fits ``declared`` except for the number of rows."""
     if declared.dtype is None or not declared.shape or not isinstance(given, torch.Tensor):
         return False
     if given.ndim != len(declared.shape) or not len(given):

@@ -1,4 +1,4 @@
-"""What verification found: figures by stage and output, as one table and one JSON."""
+"""The results of verification: figures by stage and output, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from quantflow.text_table import aligned
 
 @dataclass(frozen=True)
 class OutputFigures:
-    """One output of one stage.
+    """The figures of one output of one stage.
 
     Attributes:
         output: Its name in the model's own structure, ``"output"`` where it is the only one.
         top1: The share of targets that are its largest class, 0 to 1; None without targets, or where they are no classes of it.
-        drop: By how many points that is below the first stage.
+        drop: By how many points ``top1`` is below that of the first stage.
         drop_interval: Half the width of the drop's 95 % interval, paired example by example, points.
-        agreement: The share of classes on which it agrees with the first stage; None for an output that tells no classes.
+        agreement: The share of examples with the same class as in the first stage, 0 to 1; None for an output without classes.
         sqnr_db: Signal to quantization noise ratio against the first stage, dB; infinite for equal outputs.
         step_agreement: As ``agreement``, against the stage before.
         step_sqnr_db: As ``sqnr_db``, against the stage before.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Linear(8, 4).eval()
+        >>> stages = {"float": model, "captured": qf.export(model, (torch.randn(1, 8),), dynamic_batch=True)}
+        >>> found = qf.verify(stages, [torch.randn(16, 8)], latency_runs=0, progress=False)
+        >>> found["captured"].output.agreement
+        1.0
     """
 
     output: str
@@ -39,18 +48,25 @@ class OutputFigures:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """One stage.
+    """The figures of one stage.
 
     Attributes:
-        name: As it was given.
+        name: The name that was given to it.
         kind: ``"float"``, ``"observed"``, ``"fake-quantized"``, ``"converted"`` or ``".pte"``.
-        outputs: By output, in the model's order.
+        outputs: The figures of each output, in the model's order.
         metric: The value of the metric; by default top-1 of the first output that has one.
-        bytes: Of the file, or of parameters and buffers; None for a prepared graph.
-        latency: Of a call, for float models and programs; None for what only simulates integers.
-        planned_bytes: What memory planning laid out, for a ``.pte``.
+        bytes: The size of the file, or of parameters and buffers; None for a prepared graph.
+        latency: The time of a call, for float models and programs; None for a stage that simulates integers.
+        planned_bytes: The bytes that memory planning laid out, for a ``.pte``.
         delegates: Calls of delegates by backend, for a ``.pte``.
         kernels: Calls of executorch's own kernels by operator, for a ``.pte``.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> found = qf.verify({"float": torch.nn.Linear(8, 4).eval()}, [torch.randn(16, 8)], latency_runs=0, progress=False)
+        >>> found["float"].kind, found["float"].bytes
+        ('float', 144)
     """
 
     name: str
@@ -65,18 +81,27 @@ class StageFigures:
 
     @property
     def output(self) -> OutputFigures:
-        """The first output."""
+        """The figures of the first output."""
         return self.outputs[0]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`quantflow.verify` found.
+    """The figures of all stages, as :func:`quantflow.verify` returns them; ``print`` shows a table, ``found[name]`` one stage.
 
     Attributes:
-        stages: In the order given; the first is what the others are compared with.
-        examples: How many examples they saw.
-        metric: The name of the metric, None where there was nothing to score.
+        stages: The stages in the order given; the first is what the others are compared with.
+        examples: The number of examples that they ran on.
+        metric: The name of the metric; None where there was nothing to score.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Linear(8, 4).eval()
+        >>> stages = {"float": model, "captured": qf.export(model, (torch.randn(1, 8),), dynamic_batch=True)}
+        >>> found = qf.verify(stages, [torch.randn(16, 8)], latency_runs=0, progress=False)
+        >>> found.examples, [stage.name for stage in found.stages]
+        (16, ['float', 'captured'])
     """
 
     stages: tuple[StageFigures, ...]
@@ -84,18 +109,31 @@ class Verification:
     metric: str | None
 
     def __getitem__(self, name: str) -> StageFigures:
-        """The stage ``name``."""
+        """Return the figures of the stage ``name``.
+
+        Args:
+            name: The name that was given to the stage.
+
+        Returns:
+            The figures.
+
+        Raises:
+            KeyError: when there is no such stage.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise KeyError(name)
 
     def to_json(self) -> str:
-        """All of it, as a JSON object; what is infinite or no number is its name, a string."""
+        """Return all figures as a JSON object; a figure that is infinite or no number is written as a string."""
         return json.dumps(_plain(asdict(self)), indent=2)
 
     def table(self) -> list[list[str]]:
-        """The figures as they are shown: a row of headings, then one for each output of each stage; no empty columns."""
+        """Return the figures as they are shown: a row of headings, then a row for each output of each stage.
+
+        Columns without figures are left out.
+        """
         rows = [row for stage in self.stages for row in self._rows(stage)]
         shown = [c for c in rows[0] if any(row[c] for row in rows)]
         return [shown, *([row[c] for c in shown] for row in rows)]
@@ -130,7 +168,7 @@ class Verification:
         return "top-1" if self.metric in (None, "top-1") else str(self.metric)
 
     def notes(self) -> list[str]:
-        """On what, and how, the figures were measured."""
+        """Return the lines below the table: the number of examples, what is compared with what, how latency was measured."""
         against = f"agreement and SQNR against {self.stages[0].name}, step against the stage before"
         notes = [f"{self.examples} examples" + (f"; {against}" if len(self.stages) > 1 else "")]
         timed = [(stage.kind, stage.latency) for stage in self.stages if stage.latency is not None]

@@ -1,4 +1,4 @@
-"""The outputs of a stage, summed batch by batch beside those of other stages."""
+"""Statistics of the outputs of a stage, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantflow.metrics import OutputComparison, PairedDrop, right
 
 
 class Tally:
-    """What is summed of one stage, by output."""
+    """Accumulated statistics of one stage, by output."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -23,10 +23,10 @@ class Tally:
         self.drops: list[PairedDrop] = []
 
     def add(self, stage: str, output: Any, first: Any, before: Any, target: Any) -> None:
-        """Count a batch: the outputs of ``stage``, those of the first stage, of the stage before, and the target.
+        """Add a batch: the outputs of ``stage``, of the first stage and of the previous stage, and the target.
 
         Raises:
-            QuantflowError: at stage ``"verify"``, where they do not match in number or shape, and where no output is a tensor.
+            QuantflowError: at stage ``"verify"``, if they differ in number or shape, or if no output is a tensor.
         """
         reference = tensors(first)
         if not reference:
@@ -52,16 +52,16 @@ class Tally:
 
     @property
     def scored(self) -> bool:
-        """Whether any output had targets that are classes of it."""
+        """Whether the targets are classes of any output."""
         return any(drop.rows for drop in self.drops)
 
     @property
     def top1(self) -> float | None:
-        """Of the first output that has one."""
+        """Top-1 accuracy of the first output that has one."""
         return next((drop.top1 for drop in self.drops if drop.rows), None)
 
     def figures(self, *, first: bool) -> tuple[OutputFigures, ...]:
-        """The figures of each output; those of the first stage, which is compared with nothing, are its accuracy alone."""
+        """The figures of each output. The first stage has its accuracy only: it is the reference."""
         if first:
             return tuple(OutputFigures(n, d.top1) for n, d in zip(self.names, self.drops, strict=True))
         return tuple(
@@ -75,7 +75,7 @@ class Tally:
 
 
 class Outcomes:
-    """All outputs and targets of one stage, for a metric that wants them whole."""
+    """All outputs and targets of one stage, for a metric of all of them."""
 
     def __init__(self) -> None:
         self.outputs: list[Any] = []
@@ -87,10 +87,10 @@ class Outcomes:
         self.targets.append(target)
 
     def score(self, metric: Callable[[Any, Any], Any]) -> float:
-        """The value of ``metric``.
+        """The value of ``metric`` on all outputs and targets.
 
         Raises:
-            QuantflowError: at stage ``"verify"``, when it fails.
+            QuantflowError: at stage ``"verify"``, if ``metric`` fails.
         """
         try:
             return float(metric(_joined(self.outputs), _joined(self.targets)))
@@ -103,7 +103,7 @@ class Outcomes:
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:
-    """The tensors among what a model returned, by their place in it."""
+    """The tensors in the output of a model, by their path in its structure."""
     leaves, _ = pytree.tree_flatten_with_path(output)
     return {_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
@@ -114,7 +114,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _joined(batches: list[Any]) -> Any:
-    """Batches of one structure as one: tensors along dimension 0, else a list of the leaves."""
+    """Batches of one structure as one: tensors concatenated along dimension 0, other leaves as a list."""
     flat = [pytree.tree_flatten(batch) for batch in batches]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     joined = [torch.cat(c) if all(isinstance(t, torch.Tensor) and t.ndim for t in c) else list(c) for c in columns]

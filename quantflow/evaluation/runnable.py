@@ -1,4 +1,4 @@
-"""Anything that a stage gave, of this project or of another tool, as something to run and to measure."""
+"""A common interface to run and measure stages: modules, graphs, exported programs and ``.pte`` files, of any tool."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ from quantflow.lowering.program import Program
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import is_converted, is_fake_quantizer, observer_of, observers_of
 from quantflow.signature.signature import Input, Signature
-from quantflow.simulation.interpreter import Simulation, has_grid
+from quantflow.simulation.fake_quantized import is_affine
+from quantflow.simulation.network import Simulation
 
 FLOAT, OBSERVED, FAKE_QUANTIZED, CONVERTED, PTE = "float", "observed", "fake-quantized", "converted", ".pte"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, to run.
+    """One stage that can be run.
 
     Attributes:
-        name: What it is called in the results.
+        name: Its name in the results.
         kind: ``"float"``, ``"observed"``, ``"fake-quantized"``, ``"converted"`` (these three simulate integers in PyTorch)
             or ``".pte"``, which runs on the ExecuTorch runtime.
-        run: Takes positional and keyword inputs, returns the model's own structure.
-        signature: What it takes; None for an eager model, which tells only names.
-        bytes: Size of the file, or of parameters and buffers; None for a prepared graph, which is nothing to ship.
-        contents: What the file holds, for a ``.pte``.
-        module: What runs, where that is a module.
+        run: A function of positional and keyword inputs that returns outputs in the model's own structure.
+        signature: The inputs; None for an eager model, of which only the names are known.
+        bytes: Size of the file, or of parameters and buffers; None for a prepared graph, which is not deployed.
+        contents: The contents of a ``.pte`` file.
+        module: The module that runs, if the stage is one.
     """
 
     name: str
@@ -67,17 +68,17 @@ class Stage:
 
     @classmethod
     def of(cls, name: str, subject: Any) -> Stage:
-        """The stage that ``subject`` is.
+        """The stage of ``subject``.
 
         Args:
-            name: What to call it.
+            name: Its name in results and errors.
             subject: An ``nn.Module`` (eager, captured, prepared or converted), an ``Exported``, a ``CoreAten``, a
                 ``torch.export.ExportedProgram``, a ``Program``, or the path of a ``.pte``.
 
         Raises:
-            QuantflowError: at stage ``"verify"``, for something else and for a graph in training mode; at ``"calibrate"``
-                for a prepared graph that saw no data; at ``"runtime"`` for a file that is no program or that the runtime
-                does not take, which is tried in a process of its own.
+            QuantflowError: at stage ``"verify"``, for another type and for a graph in training mode; at ``"calibrate"``
+                for a prepared graph without calibration; at ``"runtime"`` for a file that is not a program or that the runtime
+                rejects, which a separate process tries first.
         """
         if isinstance(subject, (str, os.PathLike)):
             return cls._of_program(name, examined(subject))
@@ -96,11 +97,11 @@ class Stage:
 
     @classmethod
     def _of_program(cls, name: str, program: Program) -> Stage:
-        program = dataclasses.replace(program)  # one of its own, whose state begins anew
+        program = dataclasses.replace(program)  # a copy, whose state starts from the beginning
         program.load()
 
         def run(args: tuple, kwargs: dict[str, Any]) -> Any:
-            if program.signature.in_spec is None:  # only its flat inputs are known
+            if program.signature.in_spec is None:  # only the flat inputs are known
                 return program(*pytree.tree_leaves((args, kwargs)))
             return program(*args, **kwargs)
 
@@ -111,7 +112,7 @@ class Stage:
         signature, observers = Signature.of_graph(graph), observers_of(graph).values()
         training = [] if isinstance(graph, TrainableGraphModule) else training_literals(nodes_of(graph))
         if training:
-            reason = f"the graph stands in training mode: {label(training[0])}"
+            reason = f"the graph is in training mode: {label(training[0])}"
             remedy = "torchao.quantization.pt2e.move_exported_model_to_eval(graph)"
             raise QuantflowError("verify", reason, node=name, remedy=remedy)
         if not observers:
@@ -119,10 +120,10 @@ class Stage:
             return cls(name, kind, lambda a, k: graph(*a, **k), signature, _state_bytes(graph), module=graph)
         check_observed(graph)
         kind = FAKE_QUANTIZED if all(is_fake_quantizer(o) for o in observers) else OBSERVED
-        if all(isinstance(o, FakeQuantize) for o in observers):  # in inference mode they round, and learn nothing
+        if all(isinstance(o, FakeQuantize) for o in observers):  # in inference mode they round without observing
             return cls(name, kind, lambda a, k: graph(*a, **k), signature, None, module=graph)
         _warn_of_what_stays_float(name, graph)
-        simulation: list[Simulation] = []  # made at the first call, when the graph is in inference mode
+        simulation: list[Simulation] = []  # constructed at the first call, when the graph is in inference mode
 
         def run(args: tuple, kwargs: dict[str, Any]) -> Any:
             if not simulation:
@@ -132,10 +133,10 @@ class Stage:
         return cls(name, kind, run, signature, None, module=graph)
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run it on any number of rows, without gradients, on the device where it lives.
+        """Run the stage on any number of rows, without gradients, on its device.
 
         Raises:
-            QuantflowError: as the stage does; anything else that it raises, at stage ``"verify"``.
+            QuantflowError: that of the stage; any other exception as an error at stage ``"verify"``.
         """
         device = self._device()
         if device is not None:
@@ -154,7 +155,7 @@ class Stage:
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """Inference mode for a while; state that the calls in between write is given back as it was."""
+        """A context of inference mode, at whose end the state that calls have written is restored."""
         if self.module is None:
             yield
             return
@@ -162,7 +163,7 @@ class Stage:
             yield
 
     def names(self) -> tuple[list[str], list[str]]:
-        """For an eager model, the names of its inputs: those that it must have, and all."""
+        """For an eager model, the names of its required inputs and of all inputs."""
         parameters = inspect.signature(self.module.forward).parameters.values() if self.module is not None else ()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         return [p.name for p in named if p.default is p.empty], [p.name for p in named]
@@ -178,12 +179,30 @@ class Stage:
 
 
 def examined(path: str | os.PathLike[str]) -> Program:
-    """The program in the file ``path``, which may come from anyone, once it ran on zeros in a process of its own.
+    """Read the program in a file from any source, after a separate process ran it on zeros.
+
+    A warning says where no inputs could be made to run it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The program.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, when it is no whole program, or the runtime does not take it.
+        QuantflowError: at stage ``"runtime"``, when the file is no whole program, or the runtime does not load or run it.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> import quantflow as qf
+        >>> from quantflow.evaluation import examined
+        >>> edge = qf.export(torch.nn.Linear(8, 4).eval(), (torch.randn(1, 8),)).to_core_aten().to_edge()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = edge.to_executorch().save(os.path.join(folder, "model.pte"))
+        ...     print(examined(path).methods)
+        ('forward',)
     """
-    buffer = inspection.file_bytes(path)  # once: the file may be another one by the time that it was examined
+    buffer = inspection.file_bytes(path)  # read once: the file could be replaced after the examination
     found = inspection.inspect_bytes(buffer, str(path))
     if found.refused:
         method, why = next(iter(found.refused.items()))
@@ -203,8 +222,8 @@ def examined(path: str | os.PathLike[str]) -> Program:
 def _warn_of_what_stays_float(name: str, graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         observer = observer_of(node, graph)
-        if observer is not None and not has_grid(observer) and not getattr(observer, "is_dynamic", False):
-            reason = f"{type(observer).__name__} has no grid that can be simulated: it is float here"
+        if observer is not None and not is_affine(observer) and not getattr(observer, "is_dynamic", False):
+            reason = f"{type(observer).__name__} has no scale and zero point to simulate: it is float here"
             remedy = "verify the converted graph as well"
             warnings.warn(QuantflowWarning("verify", reason, node=f"{name}, {node.name}", remedy=remedy), stacklevel=5)
 
@@ -214,5 +233,5 @@ def _state_bytes(module: nn.Module) -> int:
 
 
 def flat_signature(names: list[str]) -> Signature:
-    """The signature of a model of which only the names of its inputs are known."""
+    """The signature of a model that only has the names of its inputs."""
     return Signature(tuple(Input(name) for name in names))

@@ -1,4 +1,4 @@
-"""The verb that says whether each stage still does what the first one does, and what it costs."""
+"""``verify``: compares each stage of a model with the first one, on the same data."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def verify(
 ) -> Verification:
     """Run all ``stages`` on the same data, in one pass, and compare them.
 
-    The first is what the others are compared with; each is compared with the one before it as well, so that in float,
+    The first stage is what the others are compared with. Each is compared with the one before it as well, so that in float,
     prepared, converted, ``.pte`` the step that loses is seen. Prepared graphs are simulated in integers, those of stock
     torchao too, and learn nothing. A stage made for batches of one size gets the data in batches of that size.
 
     Args:
         stages: By name: an ``nn.Module`` (eager, captured, prepared or converted, by any tool), an ``Exported``, a
-            ``torch.export.ExportedProgram``, a ``Program``, or the path of a ``.pte`` from anywhere, which is first tried in
-            a process of its own.
+            ``CoreAten``, a ``torch.export.ExportedProgram``, a ``Program``, or the path of a ``.pte`` from anywhere, which is
+            first run in a process of its own.
         data: Batches, as for :func:`quantflow.calibrate`, on CPU or where the stages are.
         metric: ``metric(outputs, targets)`` of all outputs, in the model's own structure, and all targets (both
             concatenated, and kept for it until the end); by default top-1 accuracy of each output, where there are targets.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
-        max_batches: Stop after so many.
-        latency_runs: Timed calls of float models and programs, on one example, or on as many as a stage is held to; 0 for none.
-        progress: Show a progress bar.
+        max_batches: The most batches to run; None for all.
+        latency_runs: The number of timed calls of float models and programs, on one example or on the batch size that a stage
+            is made for; 0 for none.
+        progress: Show progress bars.
 
     Returns:
         The figures: ``print`` shows a table, ``to_json()`` gives all.
@@ -60,6 +61,17 @@ def verify(
     Raises:
         QuantflowError: at stage ``"verify"``, when a stage or the data can't be used, or a stage returns other outputs than
             the first; at the stage at fault, when one does not run.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> result = qf.quantize(model, (x,), [torch.randn(4, 3, 8, 8)], recover=False, progress=False)
+        >>> stages = {"float": model, "int8": result.graph, ".pte": result.program}
+        >>> found = qf.verify(stages, [torch.randn(4, 3, 8, 8)], latency_runs=0, progress=False)
+        >>> found[".pte"].delegates, found[".pte"].output.sqnr_db > 20
+        ({'XnnpackBackend': 1}, True)
     """
     if not isinstance(stages, Mapping) or not stages:
         remedy = 'pass them by name, as {"float": model, "pte": program}'
@@ -67,8 +79,8 @@ def verify(
     running = [Stage.of(name, subject) for name, subject in stages.items()]
     tallies = [Tally() for _ in running]
     kept = [Outcomes() for _ in running] if metric is not None else []
-    counts: list[int] = []  # examples, by batch
-    first = None  # of the batches: kept to time calls with
+    counts: list[int] = []  # examples of each batch
+    first = None  # the first batch, kept for the latency measurement
     total = count_of(data, max_batches, stage="verify")
     with contextlib.ExitStack() as modes:
         for stage in running:
@@ -107,7 +119,7 @@ def verify(
 
 
 def _batches(data: Iterable[Any], stages: list[Stage], inputs: PickInputs | None) -> Iterator[Batch]:
-    """``data`` taken apart by the stage that knows most of its inputs."""
+    """``data`` split into inputs and targets by the stage that knows most about its inputs."""
     structured = _structured(stages)
     eager = next((s for s in stages if s.signature is None), None)
     if structured is not None or eager is None:
@@ -121,7 +133,7 @@ def _batches(data: Iterable[Any], stages: list[Stage], inputs: PickInputs | None
 
 
 def _structured(stages: list[Stage]) -> Signature | None:
-    """What is known of the inputs, by the first stage that knows their structure."""
+    """The signature of the first stage that knows the structure of its inputs."""
     return next((s.signature for s in stages if s.signature is not None and s.signature.in_spec is not None), None)
 
 
@@ -130,7 +142,7 @@ def _by_name(raw: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
 
 
 def _states(stages: list[Stage]) -> list[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """For each of ``stages`` what gives its calls a state of their own, where another writes into the same memory."""
+    """For each stage, a context manager that gives its calls their own state if another stage writes into the same memory."""
     states = [None if stage.module is None else OwnState(stage.module) for stage in stages]
     others = [[other for other in states if other is not None and other is not state] for state in states]
     return [
@@ -140,7 +152,7 @@ def _states(stages: list[Stage]) -> list[Callable[[], contextlib.AbstractContext
 
 
 def _copied(tree: Any) -> Any:
-    """On the CPU, apart from what a stage or a loader writes into next."""
+    """A copy on the CPU that later calls of a stage or a loader do not change."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
 
 

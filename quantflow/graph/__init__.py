@@ -1,1 +1,1 @@
-"""The captured graph: as a module that trains, in its modes, with its parameters, norms, layout and order."""
+"""The captured graph: a trainable module, its modes, parameters, batch norm, memory layout and rewrites."""

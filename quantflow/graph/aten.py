@@ -1,4 +1,4 @@
-"""Reading and writing ATen nodes by the names of their schema, whatever form the call was traced in."""
+"""Access to the arguments of ATen nodes by their schema names, independent of how the call was traced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRANSPOSED_CONVOLUTIONS = frozenset(
 )
 LINEARS = frozenset({aten.linear.default})
 
-# What is the identity in inference: transparent to quantization, erased by convert.
+# Operators that return their input in inference. Quantization passes through them and convert erases them.
 INFERENCE_IDENTITIES = frozenset(
     {
         aten.dropout.default,
@@ -39,7 +39,7 @@ INFERENCE_IDENTITIES = frozenset(
     }
 )
 
-# What may return its first argument, or views of it, though the schema tells of no alias.
+# Operators that may return their first argument or a view of it, although their schema declares no alias.
 _MAY_ALIAS = frozenset(
     {
         aten.type_as.default,
@@ -55,7 +55,7 @@ _MAY_ALIAS = frozenset(
     }
 )
 
-# The same of what takes a list: views of each of its tensors, or of the one tensor in it.
+# Operators on a list of tensors that may return a view of each tensor, or of the only tensor.
 _MAY_ALIAS_EACH = frozenset(
     {
         aten.atleast_1d.Sequence,
@@ -80,8 +80,8 @@ def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 def op(node: Node) -> Any:
-    """The operator that ``node`` calls, an in-place one as its functional twin (``relu_`` as ``relu``); None if the
-    node calls none.
+    """Return the operator that ``node`` calls, or None if it calls none. An in-place operator is returned in its functional
+    form (``relu_`` as ``relu``).
     """
     if node.op != "call_function":
         return None
@@ -94,7 +94,7 @@ def is_inplace(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether the value of ``node`` shares memory with its first argument, or may."""
+    """Whether the value of ``node`` may share memory with its first argument."""
     schema = getattr(node.target, "_schema", None)
     alias = schema.returns[0].alias_info if schema is not None and schema.returns else None
     views = node.target in _MAY_ALIAS or (alias is not None and not alias.is_write)
@@ -102,12 +102,12 @@ def is_view(node: Node) -> bool:
 
 
 def may_share_memory(node: Node) -> bool:
-    """Whether the value of ``node`` shares memory with any of its inputs, or may, and ``node`` writes to none."""
+    """Whether the value of ``node`` may share memory with an input that ``node`` does not write to."""
     return is_view(node) or node.target in _MAY_ALIAS_EACH or node.target in _MAY_ALIAS_ONE
 
 
 def viewed_of_list(node: Node) -> Node | None:
-    """The tensor, of those that an operator takes as a list, whose memory the value of ``node`` may share; None of another."""
+    """Return the tensor of a list argument whose memory the value of ``node`` may share; None for other operators."""
     if node.target in _MAY_ALIAS_ONE:
         tensors = next(arg for arg in node.args if isinstance(arg, (list, tuple)))
         return tensors[0] if len(tensors) == 1 else None
@@ -115,17 +115,17 @@ def viewed_of_list(node: Node) -> Node | None:
 
 
 def _is_one_of_each(node: Node) -> bool:
-    """Whether ``node`` is one result of an operator that gives back each tensor of a list."""
+    """Whether ``node`` is one result of an operator that returns each tensor of a list."""
     return node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH  # type: ignore[union-attr]
 
 
 def returns_whole(node: Node) -> bool:
-    """Whether ``node`` returns one of its inputs itself where their shapes and types agree, though no schema says so."""
+    """Whether ``node`` returns an input itself if shapes and dtypes are equal, although its schema declares no alias."""
     return _is_one_of_each(node) or node.target in _MAY_ALIAS or node.target in _MAY_ALIAS_ONE - {aten.einsum.default}
 
 
 def argument(node: Node, name: str) -> Any:
-    """The value of the schema argument ``name`` at the call ``node``, its default where the call leaves it out."""
+    """Return the value of the schema argument ``name`` in the call ``node``, or its default if the call leaves it out."""
     for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if declared.name == name:
             if position < len(node.args) and not declared.kwarg_only:
@@ -135,7 +135,7 @@ def argument(node: Node, name: str) -> Any:
 
 
 def set_argument(node: Node, name: str, value: Any) -> None:
-    """Make ``value`` the schema argument ``name`` of the call ``node``, writing out the defaults before it."""
+    """Set the schema argument ``name`` of the call ``node`` to ``value``, and write out the defaults before it."""
     declared = node.target._schema.arguments  # type: ignore[union-attr]
     position = next(i for i, a in enumerate(declared) if a.name == name)
     if name in node.kwargs or declared[position].kwarg_only:
@@ -152,30 +152,30 @@ def has_argument(node: Node, name: str) -> bool:
 
 
 def value(node: Node) -> torch.Tensor | None:
-    """The fake tensor that the trace left on ``node``, None where its value is not one tensor."""
+    """Return the fake tensor that the trace recorded on ``node``, or None if its value is not a single tensor."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
 
 
 def is_float_tensor(node: Node) -> bool:
-    """Whether the value of ``node`` is one floating point tensor."""
+    """Whether the value of ``node`` is a single floating point tensor."""
     val = value(node)
     return val is not None and val.dtype.is_floating_point
 
 
 def only_user(node: Node) -> Node | None:
-    """The one node that uses ``node``, or None where there are several or none."""
+    """Return the only user of ``node``, or None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def pair(given: int | Sequence[int]) -> list[int]:
-    """The two sizes of a window over images, which operators take as one number or as two."""
+    """Return the two sizes of a 2-d window, which operators take as one number or as two."""
     sizes = [given] if isinstance(given, int) else list(given)
     return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def clamp_limits(node: Node) -> tuple[float, float] | None:
-    """Between which numbers ``node`` clamps its input, None where it is no clamp."""
+    """Return the limits to which ``node`` clamps its input, or None if it is no clamp."""
     target = op(node)
     if target is aten.relu.default:
         return 0.0, math.inf
@@ -187,17 +187,17 @@ def clamp_limits(node: Node) -> tuple[float, float] | None:
 
 
 def layer(node: Node) -> str:
-    """The dotted name of the innermost module that ``node`` was traced from, ``""`` for the model itself."""
+    """Return the dotted name of the innermost module that ``node`` was traced from; ``""`` for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack.values()))[0] if stack else ""
 
 
 def label(node: Node) -> str:
-    """What to call ``node`` before a person: its layer where it has one, and its own name."""
+    """Return the name of ``node`` for messages: its layer, if there is one, and its own name."""
     name = layer(node)
     return f"{name} ({node.name})" if name else node.name
 
 
 def short_name(target: Any) -> str:
-    """``aten.conv2d.default`` as ``conv2d``."""
+    """Return the name of an operator without namespace and overload: ``conv2d`` for ``aten.conv2d.default``."""
     return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))

@@ -1,8 +1,8 @@
-"""Batch norm after a convolution or linear layer: finding it, and folding it away.
+"""Detection and folding of batch norm after a convolution or linear layer.
 
-Folding is exact only where the layer's output goes to that batch norm alone; a convolution with two users, or whose batch
-norm follows an addition, is left as it is. A convolution called twice, each time before a batch norm, is folded at each
-call with weights of its own.
+Folding is exact only if the batch norm is the only user of the layer's output. A convolution with two users, or with an
+addition before the batch norm, is left unchanged. A convolution called twice, each time before a batch norm, is folded at
+each call with separate weights.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class NormedLayer:
-    """A layer with constant weights and the batch norm that alone reads its output."""
+    """A layer with constant weights, and the batch norm that is the only user of its output."""
 
     layer: Node
     norm: Node
-    weight: Node  # what reads the layer's weight; under observation, the node beneath the observer
+    weight: Node  # the ``get_attr`` of the layer's weight, also if an observer stands between it and the layer
 
     @property
     def transposed(self) -> bool:
@@ -50,7 +50,7 @@ class NormedLayer:
         return 1 if self.transposed else 0
 
     def scale_and_shift(self, module: GraphModule) -> tuple[torch.Tensor, torch.Tensor]:
-        """The affine map ``y·scale + shift``, float64 and one a channel, that the norm is in inference mode."""
+        """Return ``scale`` and ``shift`` of the norm in inference mode, ``y·scale + shift``: float64, one per channel."""
         gamma, beta, mean, var = (
             tensor_of(module, node).detach().double() if is_constant(node := argument(self.norm, name)) else None
             for name in _STATISTICS
@@ -62,12 +62,12 @@ class NormedLayer:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The names of the norm's parameters and statistics, and its ``eps``: equal where the same norm is called."""
+        """The names of the norm's parameters and statistics, and its ``eps``. They identify the norm."""
         tensors = (getattr(argument(self.norm, name), "target", None) for name in _STATISTICS)
         return (*map(str, tensors), str(argument(self.norm, "eps")))
 
     def output_moments(self, module: GraphModule) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel that the norm puts out over its training data, float64."""
+        """Return mean and standard deviation of each output channel of the norm over its training data, float64."""
         gamma, beta, _, var = (
             None if (read := argument(self.norm, name)) is None else tensor_of(module, read).detach().double()
             for name in _STATISTICS
@@ -76,29 +76,29 @@ class NormedLayer:
         return torch.zeros_like(std) if beta is None else beta.clone(), std
 
     def folded_bias(self, module: GraphModule) -> torch.Tensor:
-        """The bias of the layer with the norm folded into it, float64, one a channel."""
+        """Return the bias of the layer after folding the norm, float64, one per channel."""
         scale, shift = self.scale_and_shift(module)
         bias = argument(self.layer, "bias")
         return shift if bias is None else tensor_of(module, bias).detach().double() * scale + shift
 
     def per_weight(self, scale: torch.Tensor, module: GraphModule) -> torch.Tensor:
-        """``scale`` (one an output channel) shaped to multiply the layer's weight."""
+        """Return ``scale`` (one per output channel) in a shape that multiplies the layer's weight."""
         weight = tensor_of(module, self.weight)
         if not self.transposed:
             return scale.reshape(-1, *[1] * (weight.ndim - 1))
-        # [in, out / groups, ...]: group g of the inputs makes channels g·out/groups and on.
+        # [in, out / groups, ...]: group g of the inputs computes the channels from g·out/groups.
         groups = argument(self.layer, "groups")
         rows = scale.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
 
 
 def normed_layers(graph: torch.fx.Graph) -> list[NormedLayer]:
-    """Every layer of ``graph`` into which the batch norm after it can be folded, or with which it can be fused."""
+    """Return every layer of ``graph`` that the batch norm after it can be folded into or fused with."""
     return [found for node in graph.nodes if (found := normed_layer(node)) is not None]
 
 
 def normed_layer(norm: Node) -> NormedLayer | None:
-    """``norm`` with the layer before it, None where it is no batch norm or can't be folded."""
+    """Return ``norm`` with the layer before it, or None if it is no batch norm or can't be folded."""
     if not _is_affine(norm):
         return None
     layer = norm.args[0]
@@ -111,26 +111,26 @@ def normed_layer(norm: Node) -> NormedLayer | None:
         weight = weight.args[0]
     if not is_constant(weight) or not (bias is None or is_constant(bias)) or (val := value(layer)) is None:
         return None
-    # Batch norm counts dimension 1 as channels. Linear makes the last one, a convolution without a batch the first.
+    # Batch norm has channels in dimension 1, linear in the last dimension, a convolution without a batch in the first.
     return NormedLayer(layer, norm, weight) if (size := value(weight)) is None or val.ndim == size.ndim else None
 
 
 def _is_affine(node: Node) -> bool:
-    """Whether ``node`` is a batch norm that in inference is a constant scale and shift."""
+    """Whether ``node`` is a batch norm that is a constant scale and shift in inference."""
     if op(node) is not BATCH_NORM or not is_inference_constant(node):
         return False
     return all((read := argument(node, name)) is None or is_constant(read) for name in _STATISTICS)
 
 
 def fold_batch_norm(module: GraphModule) -> list[str]:
-    """Fold each foldable batch norm of ``module`` into the weight and bias before it, in place.
+    """Fold each foldable batch norm of ``module`` into the weight and bias of the layer before it, in place.
 
     Returns:
-        The names of the nodes whose batch norm is gone. Unused parameters are dropped, the caller recompiles.
+        The names of the layer nodes whose batch norm was folded. Unused parameters are dropped. The caller recompiles.
     """
     folded = []
     reads = reads_of(module.graph)
-    made: dict[tuple, tuple[str, str]] = {}  # a layer that is called twice with one norm stays one layer
+    made: dict[tuple, tuple[str, str]] = {}  # two calls of one layer with one norm share the folded weights
     for pair in normed_layers(module.graph):
         bias = getattr(argument(pair.layer, "bias"), "target", None)
         key = (str(pair.layer.target), str(pair.layer.args[3:]), str(pair.weight.target), str(bias), *pair.statistics)
@@ -141,15 +141,15 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
         _replace_norm(module, pair, bias)
         folded.append(pair.layer.name)
     drop_unused(module)
-    return folded + fold_batch_norm(module) if folded else []  # another norm may stand behind it
+    return folded + fold_batch_norm(module) if folded else []  # another norm may follow
 
 
-_CONVOLVES = {3: aten.conv1d.default, 4: aten.conv2d.default}  # by the rank of what is normed
+_CONVOLVES = {3: aten.conv1d.default, 4: aten.conv2d.default}  # by the rank of the norm's input
 
 
 def norm_as_convolution(module: GraphModule) -> None:
-    """Write each batch norm over rows or images that no layer takes in as a depthwise convolution of one place, which backends
-    have in integers.
+    """Replace each 1-d or 2-d batch norm that can't be folded by a depthwise convolution with kernel size 1, which backends
+    run in integers.
 
     In place, for inference. The caller recompiles.
     """
@@ -163,7 +163,7 @@ def norm_as_convolution(module: GraphModule) -> None:
         running_mean = argument(norm, "running_mean")
         dtype = tensor_of(module, running_mean).dtype
         if val.dtype is not dtype:
-            continue  # batch norm takes such a mixture, a convolution does not
+            continue  # batch norm supports mixed dtypes, a convolution does not
         path = str(running_mean.target).rpartition(".")[0]
         reads = []
         for name, tensor in (("folded_weight", scale.reshape(-1, *[1] * (places + 1))), ("folded_bias", shift)):
@@ -180,7 +180,7 @@ def norm_as_convolution(module: GraphModule) -> None:
 
 
 def norm_as_arithmetic(module: GraphModule) -> None:
-    """Write each batch norm that is a constant scale and shift, of any rank, as a product and a sum with one number a channel.
+    """Replace each batch norm of any rank that is a constant scale and shift by a product and a sum, one value per channel.
 
     In place, for inference. The caller recompiles.
     """
@@ -203,7 +203,7 @@ def norm_as_arithmetic(module: GraphModule) -> None:
 
 
 def fold_into_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> None:
-    """Replace the batch norm of ``pair`` by the layer's bias alone: its scale is in the layer's integers already."""
+    """Replace the batch norm of ``pair`` by the layer's bias. The layer's integer weight already includes the norm's scale."""
     _replace_norm(module, pair, _fold_bias(module, pair, reads))
 
 
@@ -216,7 +216,7 @@ def _replace_norm(module: GraphModule, pair: NormedLayer, bias: str) -> None:
 
 
 def _fold_weight(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
-    """Make the folded weight of ``pair``; its name, the layer's own where no other call reads that."""
+    """Create the folded weight of ``pair`` and return its name: the layer's own if no other call reads that weight."""
     scale, _ = pair.scale_and_shift(module)
     weight = tensor_of(module, pair.weight).detach()
     folded = (weight.double() * pair.per_weight(scale, module)).to(weight.dtype)
@@ -227,7 +227,7 @@ def _fold_weight(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
 
 
 def _fold_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
-    """Make the folded bias of ``pair``; its name, the layer's own where that is free."""
+    """Create the folded bias of ``pair`` and return its name: the layer's own if it is free."""
     folded = pair.folded_bias(module).to(tensor_of(module, pair.weight).dtype)
     prefix = str(pair.weight.target).rpartition(".")[0]
     name = f"{prefix}.bias" if prefix else "bias"

@@ -1,4 +1,4 @@
-"""Inputs and outputs of a program in containers that can be written to a file."""
+"""Conversion of a program's input and output containers to types that can be serialized."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.export import ExportedProgram
 
 
 def with_plain_containers(program: ExportedProgram) -> ExportedProgram:
-    """``program`` with its inputs and outputs in one tuple each, where theirs have no serialised form.
+    """Return ``program`` with its inputs and outputs in one tuple each, if their containers can't be serialized.
 
-    The results of ``torch.median`` and its like are in such containers. Which tensors they hold, in which order, stays.
+    ``torch.median`` and similar operators return such containers. The tensors and their order do not change.
     """
     whole = program.module_call_graph[0]
     signature = whole.signature

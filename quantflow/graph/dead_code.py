@@ -1,4 +1,4 @@
-"""Nodes whose value nobody reads."""
+"""Removal of nodes whose value no node reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from quantflow.graph.state import all_written_by
 
 
 def drop_dead_code(graph: Graph, *, trains: bool = False) -> None:
-    """Erase the nodes whose value nobody reads, but those that write, regions included.
+    """Erase the nodes whose value no node reads, except nodes that write in place, directly or in a region.
 
     Args:
-        graph: Changed in place.
-        trains: Whether it is to be trained: what follows the mode stays, since in training it draws or moves statistics.
+        graph: The graph, changed in place.
+        trains: Whether the graph is trained later. Nodes that follow the mode then stay, since in training they draw random
+            numbers or update statistics.
     """
 
     def is_kept(node: Node) -> bool:

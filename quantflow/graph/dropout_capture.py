@@ -1,8 +1,8 @@
-"""Dropout stays an operator of its own while a model is captured in inference mode.
+"""Capture of dropout in inference mode as an operator with its own output.
 
-In inference mode dropout returns its input, the same tensor. The tracer tells values apart by tensor, so it takes every later
-reader of that input for a reader of the dropout: ``x + f(dropout(x))`` would train as ``d + f(d)``. While capturing, dropout
-therefore reads an alias of its input; the aliases are erased from the captured program.
+In inference mode dropout returns its input tensor. The tracer identifies values by tensor, so it makes every later reader of
+that input a reader of the dropout: ``x + f(dropout(x))`` would train as ``d + f(d)``. During a capture, dropout therefore reads
+an alias of its input. The aliases are erased from the captured program.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FUNCTIONS = frozenset(
     {
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
         *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
-        *(_DROPOUTS | _PACKETS),  # what graphs call
+        *(_DROPOUTS | _PACKETS),  # the operators that graphs call
     }
 )
 _INPLACE = 3  # the position of ``inplace`` in the functions that have it
 
 
 def erase_aliases(program: ExportedProgram) -> None:
-    """Erase what :class:`DistinctDropouts` has left in ``program``, in place."""
+    """Erase the aliases that :class:`DistinctDropouts` added to ``program``, in place."""
     for module in program.graph_module.modules():
         if not isinstance(module, GraphModule):
             continue
@@ -48,11 +48,13 @@ def erase_aliases(program: ExportedProgram) -> None:
 
 
 def freeze_ambiguous(program: ExportedProgram) -> tuple[str, ...]:
-    """Keep in inference mode each dropout that several nodes of ``program`` read, a program captured elsewhere in inference
-    mode: which of them read the dropout's input in truth can't be told.
+    """Freeze each dropout of ``program`` with several readers in inference mode.
+
+    In a program captured elsewhere in inference mode, the graph does not show which of the readers read the dropout's input in
+    the model.
 
     Returns:
-        What to call those dropouts before a person.
+        The names of those dropouts for messages.
     """
     unclear = [
         n for n in nodes_of(program.graph_module) if op(n) in _DROPOUTS and not is_inplace(n) and len(n.users) > 1
@@ -63,7 +65,7 @@ def freeze_ambiguous(program: ExportedProgram) -> tuple[str, ...]:
 
 
 class DistinctDropouts(TorchFunctionMode):
-    """Let every dropout that is not in place read an alias of its input, for the time of a capture."""
+    """A context for a capture, in which every dropout that is not in place reads an alias of its input."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

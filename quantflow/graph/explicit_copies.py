@@ -1,4 +1,4 @@
-"""Copies and views made explicit: functional graphs take a copied tensor for its source, and a hidden view for a copy."""
+"""Explicit copies and views, because functionalization treats a copy as its source and an undeclared view as a copy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from quantflow.graph.state import aliased_by, memory_of, written_tensors
 
 
 def make_memory_explicit(module: GraphModule) -> None:
-    """Both, in place: first what is no copy, then what is one."""
+    """Make the views and then the copies of ``module`` explicit, in place."""
     _drop_hidden_views(module)
     _make_copies_explicit(module)
 
 
 def _drop_hidden_views(module: GraphModule) -> None:
-    """Let a tensor that is written go by its own name where an operator returns it whole, and no schema says so (``type_as``):
-    what is written by the other name would be written to a copy.
+    """Erase operators such as ``type_as`` that return a written tensor itself without declaring an alias. A write to their
+    result would go to a copy otherwise.
     """
     written = written_tensors(module.graph)
     for node in reversed(module.graph.nodes):
@@ -31,10 +31,10 @@ def _drop_hidden_views(module: GraphModule) -> None:
 
 
 def _make_copies_explicit(module: GraphModule) -> None:
-    """Convert, expand and clone, in place, what a copy converts, expands and keeps from being written.
+    """Insert the dtype conversion, expansion and clone that each copy implies, in place.
 
-    torch's decompositions put the source itself in the place of a copy. It may have another dtype or shape than what it was
-    copied into, and where it lies in an input or in a buffer that the graph writes later, the copy changes with it.
+    torch's decompositions replace a copy by its source. The source may have another dtype or shape than the copy. If the source
+    is an input or a buffer that the graph writes later, the copy would change with it.
     """
     written = written_tensors(module.graph)
     for node in list(module.graph.nodes):
@@ -55,7 +55,7 @@ def _make_copies_explicit(module: GraphModule) -> None:
 
 
 def _copies(node: Node) -> bool:
-    """Whether ``node`` copies a tensor, though its value may equal it."""
+    """Whether ``node`` copies a tensor, even if the value is equal."""
     if op(node) in (aten.copy.default, aten._to_copy.default):
         return True
     return op(node) in (aten.to.dtype, aten.to.device) and has_argument(node, "copy") and argument(node, "copy")

@@ -1,4 +1,4 @@
-"""The captured graph as a trainable module: what quantizers, calibration and training all work on."""
+"""The captured graph as a trainable module, for quantizers, calibration and training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantflow.graph.aten import argument
 from quantflow.graph.parameters import submodule_at
 from quantflow.graph.regions import AUTOCAST, bodies_of, brought_back, inline_regions
 
-_SETS = "quantflow_sets"  # GraphModule.meta: what the graph sets on its way, grad mode or autocast
+_SETS = "quantflow_sets"  # GraphModule.meta: the global settings that the graph changes, grad mode or autocast
 
 
 class TrainableGraphModule(GraphModule):
@@ -24,10 +24,25 @@ class TrainableGraphModule(GraphModule):
     ``train()`` and ``eval()`` switch dropout and batch norm on the nodes, keeping the model's own probabilities, ``eps``
     and ``momentum``; parameters and buffers carry the eager model's names, those that inference does not read included,
     so checkpoints pass both ways. It survives ``copy.deepcopy``, ``pickle`` and DistributedDataParallel. Calls take and
-    return the model's own structure of tensors.
+    return the model's own structure of tensors. ``Exported.module()`` makes one.
+
+    Args:
+        root: The module, or the dict by target, that holds what ``graph`` reads, as for ``torch.fx.GraphModule``.
+        graph: The graph.
+        class_name: The name of the class, as for ``torch.fx.GraphModule``.
 
     Attributes:
         batch_norm_frozen: True keeps batch norm in inference mode (statistics frozen) also while training.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Dropout())
+        >>> graph = qf.export(model, (torch.randn(4, 3, 8, 8),)).module()
+        >>> graph.load_state_dict(model.state_dict())
+        <All keys matched successfully>
+        >>> graph.train().freeze_batch_norm().batch_norm_frozen
+        True
     """
 
     def __init__(self, root: torch.nn.Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule") -> None:
@@ -38,14 +53,21 @@ class TrainableGraphModule(GraphModule):
 
     @classmethod
     def from_program(cls, program: ExportedProgram) -> Self:
-        """The graph of ``program`` with parameters of its own, in inference mode."""
+        """Make the graph of a program, with parameters of its own, in inference mode.
+
+        Args:
+            program: A pre-dispatch program, in inference mode.
+
+        Returns:
+            The graph.
+        """
         root = copy.deepcopy(program.module(check_guards=False))
         sets = inline_regions(root)
         module = cls._of(root)
         module.meta[_SETS] = sets
         _add_unread_state(module, program)
         for name, _ in list(module.named_buffers(remove_duplicate=False)):
-            if name not in program.state_dict:  # a constant of the trace is no state of the model
+            if name not in program.state_dict:  # a constant of the trace is not a state of the model
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
         module.training = True
@@ -53,7 +75,7 @@ class TrainableGraphModule(GraphModule):
 
     @classmethod
     def _of(cls, graph: GraphModule) -> Self:
-        """``graph``, in inference mode, and in it the regions that switch modes with it."""
+        """A module of ``graph`` in inference mode. The regions that switch modes with it become such modules too."""
         for node in graph.graph.nodes:
             for name, body in bodies_of(node, graph).items() if node.target is AUTOCAST else ():
                 graph.set_submodule(name, cls._of(body))
@@ -70,7 +92,14 @@ class TrainableGraphModule(GraphModule):
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode (or inference mode), on this module, its observers and its nodes."""
+        """Set training mode or inference mode, on this module, its observers and its nodes.
+
+        Args:
+            mode: True for training, False for inference.
+
+        Returns:
+            This module.
+        """
         changed = mode != self.training
         super().train(mode)
         if changed:
@@ -78,7 +107,14 @@ class TrainableGraphModule(GraphModule):
         return self
 
     def freeze_batch_norm(self, frozen: bool = True) -> Self:
-        """Keep batch norm in inference mode also while training, or let it follow the mode again."""
+        """Keep batch norm in inference mode also while training, or let it follow the mode again.
+
+        Args:
+            frozen: True keeps it, False lets it follow the mode.
+
+        Returns:
+            This module.
+        """
         if frozen != self.batch_norm_frozen:
             self.batch_norm_frozen = frozen
             self.switch_nodes()
@@ -100,7 +136,7 @@ class TrainableGraphModule(GraphModule):
 
 
 def adopt(module: GraphModule) -> TrainableGraphModule:
-    """``module`` as a :class:`TrainableGraphModule` (a copy; one that is none already is taken as inference mode)."""
+    """Return a copy of ``module`` as a :class:`TrainableGraphModule`, in the mode that its nodes show."""
     if isinstance(module, TrainableGraphModule):
         return copy.deepcopy(module)
     module = copy.deepcopy(module)
@@ -113,13 +149,13 @@ def adopt(module: GraphModule) -> TrainableGraphModule:
 
 
 def modes_say_training(nodes: Iterable[torch.fx.Node]) -> bool:
-    """Whether any node that follows the mode stands in training mode."""
+    """Whether any node that follows the mode is in training mode."""
     return any(modes.SWITCHED in n.meta and argument(n, n.meta[modes.SWITCHED]) for n in nodes)
 
 
 def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
-    """Give ``module`` what ``program`` has as state and reads nowhere, as a strict capture leaves batch counters and the second
-    names of shared tensors: a tensor that another name has stays one with it, of others it is a copy.
+    """Add the state of ``program`` that its graph does not read to ``module``. A strict capture leaves batch counters and
+    second names of shared tensors unread. Shared tensors stay shared; other tensors are copied.
     """
     there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     known = {_memory(tensor): there[name] for name, tensor in program.state_dict.items() if name in there}
@@ -137,16 +173,16 @@ def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
 
 
 def _memory(tensor: torch.Tensor) -> tuple:
-    """What is the same of two tensors of which each holds what is written to the other."""
+    """A key that is equal for tensors over the same memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
-    """Give ``module`` the parameters and buffers of ``root`` that its graph does not read, and their persistence."""
+    """Add the parameters and buffers of ``root`` that the graph does not read to ``module``, with their persistence."""
     there = dict(module.named_modules(remove_duplicate=False))
     for path, owner in root.named_modules(remove_duplicate=False):
         if there.get(path) is owner:
-            continue  # a called submodule (an observer) is there whole already
+            continue  # a called submodule (an observer) is already complete
         entries = {**owner._parameters, **owner._buffers}
         if not entries:
             continue

@@ -1,8 +1,8 @@
-"""Pickling of captured graphs.
+"""Serialization of captured graphs with pickle.
 
-``torch.fx`` pickles generated source and traces it again on loading, which loses the metadata that quantization reads (shapes,
-layer names, annotations). Here the nodes themselves are written, operators by their qualified names and traced values by
-shape and dtype.
+``torch.fx`` pickles generated source code and traces it again on loading, which loses the metadata that quantization reads
+(shapes, layer names, annotations). This module writes the nodes themselves, with operators as qualified names and traced
+values as shape and dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 M = TypeVar("M", bound=GraphModule)
 
-# Metadata worth keeping: plain data only. Traced values go by _TracedTensor.
+# Metadata that is kept: plain data only. Traced values are stored as _TracedTensor.
 _KEPT_META = (
     "nn_module_stack",
     "stack_trace",
@@ -35,7 +35,7 @@ class _NodeRef(NamedTuple):
 
 
 class _Operator(NamedTuple):
-    name: str  # "aten.conv2d.default" below torch.ops, or "module:qualified.name"
+    name: str  # "aten.conv2d.default" in torch.ops, or "module:qualified.name"
 
 
 class _TracedTensor(NamedTuple):
@@ -44,7 +44,7 @@ class _TracedTensor(NamedTuple):
 
 
 def dump(module: GraphModule) -> tuple:
-    """The arguments from which :func:`load` builds ``module`` again, but for its class."""
+    """Return the arguments of :func:`load` that rebuild ``module``, except its class."""
     state = {k: v for k, v in module.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
     state.pop("_tracer_cls", None)
     nodes = [
@@ -56,7 +56,7 @@ def dump(module: GraphModule) -> tuple:
 
 
 def load(cls: type[M], state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: type) -> M:
-    """Build the module of class ``cls`` that :func:`dump` took apart."""
+    """Build a module of class ``cls`` from the result of :func:`dump`."""
     graph = Graph()
     graph.set_codegen(codegen(pytree_info) if pytree_info is not None else codegen())
     env: dict[str, Node] = {}
@@ -84,7 +84,7 @@ def _encode_meta(node: Node) -> dict[str, Any]:
 
 
 def target_name(target: Any) -> str:
-    """A name of what a node calls or reads that is the same in every process."""
+    """Return a name for the target of a node that is the same in every process."""
     return target if isinstance(target, str) else _encode_target(target).name
 
 
@@ -95,7 +95,7 @@ def _encode_target(target: Any) -> Any:
         return _Operator(str(target))
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _Operator(f"higher_order.{target.name()}")
-    # Builtins such as math.trunc keep the module that exports them; those of torch._C report none that imports.
+    # Builtins such as math.trunc report the module that exports them. Builtins of torch._C report no importable module.
     module = getattr(target, "__module__", None) or "torch._C"
     return _Operator(f"{module}:{target.__qualname__}")
 

@@ -1,4 +1,4 @@
-"""Inference mode for a while, of any module."""
+"""A context that puts a module into inference mode and restores its modes afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from quantflow.graph.graph_module import TrainableGraphModule
 
 @contextlib.contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; every submodule gets its own mode back, and what its own ``train()`` changes besides."""
+    """Put ``model`` into inference mode within the context. Afterwards every submodule has its own mode again, and the tensors
+    that its own ``train()`` changes are restored.
+    """
     was = [(m, m.training) for m in model.modules()]
     switched = [*_switched_tensors(model)]
     try:
@@ -27,12 +29,12 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         for held, name, tensor, value in switched:
             held[name] = tensor
-            if not same_values(tensor, value):  # weights that are merged and taken apart again are rounded
+            if not same_values(tensor, value):  # merging and separating weights rounds them
                 tensor.detach().copy_(value)
 
 
 def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor, torch.Tensor]]:
-    """The tensors of modules with a ``train()`` of their own, which may compute: where they are, their names and values."""
+    """The tensors of modules with their own ``train()``, which may change them: container, name, tensor and value."""
     own = [m for m in model.modules() if type(m).train not in (nn.Module.train, TrainableGraphModule.train)]
     for module in {inner: None for m in own for inner in m.modules()}:
         for held in (module._parameters, module._buffers):
@@ -42,7 +44,7 @@ def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tenso
 
 
 def same_values(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both hold the same, NaN for NaN. On the meta device there is nothing to compare."""
+    """Whether both tensors have equal values, with NaN equal to NaN. Tensors on the meta device have none to compare."""
     if tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False
     if tensor.is_meta or torch.equal(tensor, other):
@@ -51,7 +53,7 @@ def same_values(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """``model.train(training)``. A graph of stock torch refuses that, since its nodes hold its mode: it is passed over."""
+    """Call ``model.train(training)``. Stock torch graphs are skipped: they refuse it, because their nodes hold the mode."""
     refusing = [m for m in model.modules() if "train" in vars(m)]
     given = [m.train for m in refusing]
     try:

@@ -1,4 +1,4 @@
-"""How tensors lie in memory: contiguous, which is how the runtime reads them."""
+"""Conversion of a program to contiguous tensors, the only memory layout that the runtime reads."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from quantflow.graph.aten import aten, label
 
 
 def make_contiguous(program: ExportedProgram) -> ExportedProgram:
-    """``program`` as if it had been captured with contiguous inputs and weights. Changed in place; weights become copies.
+    """Convert ``program`` to contiguous inputs and weights, as if it had been captured with them, and return it.
 
-    A model or an example in ``channels_last`` leaves its layout in the program: inputs would be read in it whatever their own,
-    and passes of delegates fail on it.
+    The program is changed in place, and weights become copies. A program captured from a ``channels_last`` model or example
+    would read every input in that layout, and passes of delegates would fail.
     """
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     odd = [n for n in placeholders if _is_odd(n.meta.get("val"))]
     if not odd:
         return program
     if strided := next((n for n in program.graph.nodes if n.target is aten.as_strided.default), None):
-        remedy = "pass a model and examples that are contiguous: model.to(memory_format=torch.contiguous_format)"
-        reason = "it reads memory by strides, and the runtime has other strides than these inputs and weights"
+        remedy = "make the model and examples contiguous: model.to(memory_format=torch.contiguous_format)"
+        reason = "the program reads memory by strides, and the runtime uses contiguous strides"
         raise QuantflowError("export", reason, node=label(strided), remedy=remedy)
     mode = odd[0].meta["val"].fake_mode
     with mode:
@@ -39,10 +39,10 @@ def make_contiguous(program: ExportedProgram) -> ExportedProgram:
 
 
 class _Propagation(FakeTensorProp):
-    """Recomputes every value; a view that only the other layout allowed becomes a reshape."""
+    """Recomputes every value. A view that is invalid in the contiguous layout becomes a reshape."""
 
     def run_node(self, n: Node) -> Any:
-        """The value of ``n``."""
+        """Return the value of ``n``."""
         try:
             return super().run_node(n)
         except (RuntimeError, ValueError):
@@ -59,7 +59,7 @@ def _make_state_contiguous(program: ExportedProgram, odd: list[Node]) -> None:
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    copies: dict[int, torch.Tensor] = {}  # by the tensor copied: what was one under several names stays one
+    copies: dict[int, torch.Tensor] = {}  # by id of the source: a tensor with several names stays shared
     for name in (names[node.name] for node in odd if node.name in names):
         state = program.state_dict if name in program.state_dict else program.constants
         tensor = state[name]

@@ -1,7 +1,7 @@
-"""An exported program's graph with its state as attributes, where rewrites read and replace it, and back to a program.
+"""Rewrites of an exported program on a graph that has the program's state as attributes.
 
-An exported program lifts its parameters, buffers and constants to inputs of its graph. Rewrites are written for graphs that
-read them as attributes, as captured graphs do.
+An exported program lifts its parameters, buffers and constants to inputs of its graph. Rewrites expect graphs that read them
+as attributes, as captured graphs do.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from quantflow.graph.state import all_written_by
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.CONSTANT_TENSOR: "c_"}
-_ORDER = (InputKind.TOKEN, *_STATE, InputKind.CUSTOM_OBJ, InputKind.USER_INPUT)  # of the inputs of a program
+_ORDER = (InputKind.TOKEN, *_STATE, InputKind.CUSTOM_OBJ, InputKind.USER_INPUT)  # the order of a program's inputs
 
 
 def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], object]) -> ExportedProgram:
-    """``program`` after ``rewrite`` on its graph; the program itself is left as it was.
+    """Return a copy of ``program`` with ``rewrite`` applied to its graph. ``program`` itself does not change.
 
     Args:
         program: Any exported program.
-        rewrite: Changes a graph in place. State that the program does not write to is read there by ``get_attr``, and may be
-            replaced; what the program writes to is an input.
+        rewrite: A function that changes a graph in place. State that the program does not write is read by ``get_attr`` and may
+            be replaced; state that the program writes is an input.
 
     Returns:
-        A program with the same inputs and outputs; ``program`` where ``rewrite`` leaves the nodes that compute.
+        A program with the same inputs and outputs; ``program`` itself if ``rewrite`` does not change the operators.
     """
     module = _with_attributes(program)
     before = _computing(module)
@@ -63,7 +63,7 @@ def _with_attributes(program: ExportedProgram) -> GraphModule:
         tensor = _state(program, spec) if spec is not None and spec.target not in written else None
         if spec is None or tensor is None or _is_written(node):
             nodes[node] = graph.node_copy(node, nodes.__getitem__)
-            nodes[node].name = node.name  # of an input it may be a word that graphs do not give, as "input"
+            nodes[node].name = node.name  # a graph would rename an input called "input"
             continue
         path, _, leaf = str(spec.target).rpartition(".")
         if isinstance(tensor, nn.Parameter):
@@ -87,19 +87,19 @@ def _state(program: ExportedProgram, spec: InputSpec) -> torch.Tensor | None:
 
 
 def _is_written(node: Node) -> bool:
-    """Whether a reader of ``node``, or of a view of it, writes to it, or may."""
+    """Whether a reader of ``node`` or of a view of it may write to it."""
     for user in node.users:
         if user.op == "output":
             continue
         if not isinstance(user.target, torch._ops.OpOverload):
-            return True  # what a region does with its inputs is not told
+            return True  # a region may write to its inputs
         if node in all_written_by(user) or (may_share_memory(user) and _is_written(user)):
             return True
     return False
 
 
 def _lifted(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
-    """``module``, made of the graph of ``program``, as a program: its attributes are inputs again."""
+    """A program of ``module``, which has the rewritten graph of ``program``, with its attributes lifted to inputs again."""
     known = {spec.target: spec for spec in program.graph_signature.input_specs if spec.kind in _STATE}
     by_name = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = {
@@ -155,7 +155,7 @@ def _lifted(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
 
 
 def _declared(name: str, tensor: torch.Tensor, known: InputSpec | None) -> InputSpec:
-    """The spec of the attribute ``name``; the one that it had, where it is of the same kind."""
+    """The spec of the attribute ``name``: the ``known`` one if the kind did not change."""
     kind = InputKind.PARAMETER if isinstance(tensor, nn.Parameter) else InputKind.CONSTANT_TENSOR
     if known is not None and (known.kind is InputKind.PARAMETER) == (kind is InputKind.PARAMETER):
         return known
@@ -163,7 +163,7 @@ def _declared(name: str, tensor: torch.Tensor, known: InputSpec | None) -> Input
 
 
 def _give_value(node: Node, tensor: torch.Tensor, inputs: dict[Any, Any]) -> None:
-    """The fake tensor of new state, whose ``get_attr`` may have none."""
+    """Set the fake tensor of new state, whose ``get_attr`` may have none."""
     val = node.meta.get("val")
     if val is not None and val.shape == tensor.shape:
         return

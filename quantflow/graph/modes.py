@@ -1,9 +1,9 @@
-"""Training and inference mode of a captured graph, switched on its nodes.
+"""Switches a captured graph between training and inference mode on its nodes.
 
 Export writes the mode of each layer into its call as a literal (``aten.dropout(x, 0.2, False)``). Backend quantizers match
-those nodes, so the mode is changed on the node itself and nothing is swapped for a module. A graph is captured in
-inference mode; what is a training literal even then (Monte Carlo dropout, batch norm without running statistics) is the
-model's own choice in both modes and is left alone.
+those nodes, so the mode is changed on the node itself and no node is replaced by a module. A graph is captured in inference
+mode. A node that is in training mode even then (Monte Carlo dropout, batch norm without running statistics) is in training
+mode in the model too, and never changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantflow.graph.regions import AUTOCAST, bodies_of, inputs_of
 
 BATCH_NORM = aten.batch_norm.default
 
-# The argument that holds the mode.
+# The argument of each operator that holds its mode.
 _MODE_ARGUMENT = {
     BATCH_NORM: "training",
     aten.instance_norm.default: "use_input_stats",
@@ -33,38 +33,38 @@ _MODE_ARGUMENT = {
 
 _WITH_STATISTICS = {BATCH_NORM, aten.instance_norm.default}
 
-SWITCHED = "quantflow_switched"  # node.meta: this node follows the module's mode
-FROZEN = "quantflow_frozen"  # node.meta: the model's own train() leaves this node in inference mode
+SWITCHED = "quantflow_switched"  # node.meta: the node follows the module's mode
+FROZEN = "quantflow_frozen"  # node.meta: the model's own train() leaves the node in inference mode
 CUMULATIVE = "quantflow_cumulative_average"  # node.meta: batch norm with momentum=None
-TRACKING = "quantflow_tracking"  # node.meta: counts batches, there in training mode only
+TRACKING = "quantflow_tracking"  # node.meta: the node counts batches and exists in training mode only
 
 
 def cumulative_average_factor(num_batches_tracked: torch.Tensor) -> float:
-    """The momentum of a batch norm whose ``momentum`` is None: the cumulative moving average."""
+    """Return the momentum that makes a batch norm with ``momentum=None`` compute a cumulative moving average."""
     return 1.0 / float(num_batches_tracked)
 
 
 def with_mode(nodes: Iterable[Node]) -> list[Node]:
-    """The nodes among ``nodes`` that call an operator with a mode."""
+    """Return the nodes of ``nodes`` that call an operator with a mode."""
     return [node for node in nodes if op(node) in _MODE_ARGUMENT]
 
 
 def is_training(node: Node) -> bool:
-    """Whether ``node``, whose operator has a mode, stands in training mode."""
+    """Whether ``node``, whose operator has a mode, is in training mode."""
     return bool(argument(node, _MODE_ARGUMENT[op(node)]))
 
 
 def mark(node: Node, *, follows: bool, cumulative: bool = False) -> None:
-    """Note on ``node``, whose operator has a mode, whether it follows the mode of its module.
+    """Record on ``node``, whose operator has a mode, whether it follows the mode of its module.
 
     Args:
-        node: The node, of a graph in inference mode. What is in training mode even there is left alone.
-        follows: False where the model's own ``train()`` leaves it in inference mode.
-        cumulative: Whether it is a batch norm with ``momentum=None``.
+        node: A node of a graph in inference mode. A node in training mode does not change.
+        follows: False if the model's own ``train()`` leaves the node in inference mode.
+        cumulative: Whether the node is a batch norm with ``momentum=None``.
     """
     if is_training(node):
         return
-    node.meta = dict(node.meta)  # export lets what reads the result of a region share it
+    node.meta = dict(node.meta)  # export shares it with the nodes that read the result of a region
     if not follows:
         node.meta[FROZEN] = True
     if not node.meta.get(FROZEN):
@@ -74,49 +74,49 @@ def mark(node: Node, *, follows: bool, cumulative: bool = False) -> None:
 
 
 def mark_switched(nodes: Iterable[Node]) -> None:
-    """Let every node of a graph in inference mode follow the mode, but those that are known not to."""
+    """Make every node of a graph in inference mode follow the mode, except frozen nodes."""
     for node in with_mode(nodes):
         mark(node, follows=True)
 
 
 def mark_frozen(nodes: Iterable[Node]) -> None:
-    """Note on each node that stands in inference mode that it stays there; their graph was captured in training mode."""
+    """Freeze each node in inference mode of a graph that was captured in training mode."""
     for node in with_mode(nodes):
         if not is_training(node):
             node.meta[FROZEN] = True
 
 
 def is_inference_constant(node: Node) -> bool:
-    """Whether the operator ``node``, which has a mode, is in inference mode whenever the graph is."""
+    """Whether ``node``, whose operator has a mode, is in inference mode whenever the graph is."""
     return SWITCHED in node.meta or FROZEN in node.meta
 
 
 def training_literals(nodes: Iterable[Node]) -> list[Node]:
-    """The nodes that stand in training mode and could stand in inference mode."""
+    """Return the nodes in training mode that could be in inference mode."""
     training = [n for n in with_mode(nodes) if is_training(n)]
     return [n for n in training if op(n) not in _WITH_STATISTICS or argument(n, "running_mean") is not None]
 
 
 def mark_all(nodes: Iterable[Node]) -> None:
-    """Let every node that could follow the mode follow it; their graph was captured in training mode."""
+    """Make every node follow the mode that can, in a graph that was captured in training mode."""
     for node in training_literals(nodes):
         node.meta[SWITCHED] = _MODE_ARGUMENT[op(node)]
 
 
 def strip_tracking(graph: torch.fx.Graph) -> None:
-    """Erase the batch counters that a capture in training mode has written into ``graph``."""
+    """Erase the batch counters that a capture in training mode wrote into ``graph``."""
     for node in reversed(graph.nodes):
         if node.target is aten.add_.Tensor and not node.users:
             counter = node
-            while counter.target is aten.add_.Tensor:  # a norm that is called twice adds to what it has added to
+            while counter.target is aten.add_.Tensor:  # a norm that is called twice counts twice
                 counter = counter.args[0]
             if counter.op in ("get_attr", "placeholder") and counter.target.endswith("num_batches_tracked"):
                 graph.erase_node(node)
 
 
 def switch(module: GraphModule, training: bool, *, batch_norm: bool) -> None:
-    """Set the mode of every switched node of ``module``; with ``batch_norm`` False, batch norm stays in inference mode
-    (frozen statistics) whatever ``training`` says. The caller recompiles.
+    """Set the mode of every switched node of ``module``. With ``batch_norm`` False, batch norm stays in inference mode
+    (frozen statistics) also in training. The caller recompiles.
     """
     graph = module.graph
     _untrack(graph)
@@ -137,7 +137,7 @@ def switch(module: GraphModule, training: bool, *, batch_norm: bool) -> None:
 
 
 def _untrack(graph: torch.fx.Graph) -> None:
-    """Erase what :func:`_track` has written."""
+    """Erase the nodes that :func:`_track` inserted."""
     for node in graph.nodes:
         if node.meta.get(CUMULATIVE):
             set_argument(node, "momentum", 0.0)
@@ -147,7 +147,7 @@ def _untrack(graph: torch.fx.Graph) -> None:
 
 
 def _track(norm: Node, running_mean: Node, buffers: set[str], *, before: Node) -> None:
-    """Count batches before a node, of the batch norm ``norm``, as the eager layer does in training mode."""
+    """Insert nodes in front of ``before`` that count the batches of ``norm``, as the eager layer does in training mode."""
     name = str(running_mean.target).removesuffix("running_mean") + "num_batches_tracked"
     if name not in buffers:
         return

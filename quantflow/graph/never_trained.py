@@ -1,4 +1,4 @@
-"""Which nodes of a capture in inference mode train where their model does."""
+"""Detection of the nodes of a capture in inference mode that follow the training mode of the model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches
 
 
 def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[], ExportedProgram]) -> tuple[str, ...]:
-    """Note on each node of ``program``, the capture of ``model`` in inference mode, whether it follows the mode.
+    """Record on each node of ``program``, the capture of ``model`` in inference mode, whether it follows the mode.
 
-    A layer of torch.nn goes by its own mode while the model trains. The mode that another class gives to a call may come from
-    anywhere: where there is such a call, the model is captured again, in training mode, and the calls of both are compared.
+    A layer of torch.nn uses its own mode while the model trains. The mode of a call in another class can come from anywhere. If
+    there is such a call, the model is captured again in training mode, and the calls of both captures are compared.
 
     Args:
-        model: The model, in inference mode. It is left so.
-        program: Its capture. The nodes are changed in place.
-        capture: Captures the model in the mode that it is in.
+        model: The model, in inference mode. Its mode does not change.
+        program: The capture of the model. Its nodes are changed in place.
+        capture: A function that captures the model in its current mode.
 
     Returns:
-        What to call before a person the nodes of which it can't be told, which follow the mode, and the layers whose own
-        ``train()`` changes what they compute with.
+        Names for messages: of the nodes whose mode is unknown, which follow the mode, and of the layers whose own ``train()``
+        changes their attributes or tensors.
     """
     nodes = modes.with_mode(nodes_of(program.graph_module))
     if isinstance(model, TrainableGraphModule):
@@ -60,10 +60,10 @@ def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[],
 
 
 def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
-    """Keep in inference mode what follows the mode in regions of ``program`` that can't change it.
+    """Freeze the nodes that follow the mode in regions of ``program`` that can't change their mode.
 
     Returns:
-        What to call those nodes before a person.
+        The names of those nodes for messages.
     """
     whole = program.graph_module
     kept = [node for node in nodes_beyond(whole, switches) if modes.SWITCHED in node.meta]
@@ -75,7 +75,7 @@ def freeze_unswitched(program: ExportedProgram) -> tuple[str, ...]:
 
 
 def _matches(nodes: list[Node], others: list[Node]) -> dict[Node, Node]:
-    """The same calls in another capture: by their order where all are the same, else by their order within a layer."""
+    """The matching calls of another capture: by order if all calls are equal, else by order within a layer."""
     if list(map(_call, nodes)) == list(map(_call, others)):
         return dict(zip(nodes, others, strict=True))
     pairs: dict[Node, Node] = {}
@@ -102,7 +102,7 @@ def _unclear(nodes: Iterable[Node]) -> tuple[str, ...]:
 
 
 def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
-    """What ``module`` itself holds, but for its mode: numbers and words by name, and tensors."""
+    """The numbers and strings of ``module`` by name, without its mode, and its tensors."""
     plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))}
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return plain, [tensor.detach() for tensor in tensors if tensor is not None]
@@ -113,27 +113,27 @@ def _copied(held: tuple[dict, list[torch.Tensor]]) -> tuple[dict, list[torch.Ten
 
 
 def _holds(module: nn.Module, before: tuple[dict, list[torch.Tensor]]) -> bool:
-    """Whether ``module`` itself holds what it held before."""
+    """Whether the numbers, strings and tensors of ``module`` are equal to ``before``."""
     plain, tensors = _held(module)
     return plain == before[0] and len(tensors) == len(before[1]) and all(map(same_values, tensors, before[1]))
 
 
 def _is_stock(module: nn.Module | None) -> bool:
-    """Whether torch.nn has written what ``module`` computes: it trains where it is in training mode."""
+    """Whether ``module`` has the ``forward`` of a torch.nn class, which trains if and only if its own mode is training."""
     if module is None or "forward" in vars(module):
         return False
     return str(getattr(type(module).forward, "__module__", "")).startswith("torch.nn.modules.")
 
 
 def _is_cumulative(module: nn.Module) -> bool:
-    """Batch norm with ``momentum=None`` leaves no momentum in an inference trace."""
+    """Whether ``module`` is a batch norm with ``momentum=None``, which an inference trace does not show."""
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return norm and module.momentum is None and module.track_running_stats
 
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """What the modules of ``model`` hold stays: a capture in training mode may put fake tensors there."""
+    """Restore the attributes of all modules of ``model`` afterwards: a capture in training mode may store fake tensors."""
     before = [(held, dict(held)) for m in model.modules() for held in (vars(m), m._buffers, m._parameters)]
     try:
         yield
@@ -145,7 +145,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _momentum_given(norms: list[nn.Module]) -> Iterator[None]:
-    """A number in the place of ``momentum=None`` for a while: a mean over the batches so far can't be captured."""
+    """Replace ``momentum=None`` by a number within the context, because a cumulative average can't be captured."""
     for norm in norms:
         norm.momentum = 0.1  # type: ignore[assignment]
     try:

@@ -1,4 +1,4 @@
-"""The state of a module at one moment, apart from it, and given back."""
+"""Saving and restoring the state of a module."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quantflow.graph.state import is_written
 
 
 class OwnState:
-    """What the graph of ``module`` writes, or all its buffers where it has no graph, as it is now.
+    """A copy of the state that the graph of ``module`` writes, or of all its buffers if it has no graph.
 
-    Calls of what shares the memory of these do not change it.
+    Later calls of modules that share the memory do not change the copy.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,11 +30,11 @@ class OwnState:
                     if read is None or (f"{path}.{name}" if path else name) in read:
                         self._held.append((store, name, tensor))
         self._values = [None if tensor is None else tensor.detach().clone() for *_, tensor in self._held]
-        # A call may give the module buffers that it had not.
+        # A call may add buffers to the module.
         self._names = [(m._buffers, set(m._buffers)) for m in module.modules()] if read is None else []
 
     def put_back(self) -> None:
-        """Bring the module into this state."""
+        """Restore this state in the module."""
         for store, names in self._names:
             for name in store.keys() - names:
                 del store[name]
@@ -48,7 +48,7 @@ class OwnState:
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
-        """Run the module for a while from this state, which goes on."""
+        """Give the module this state within the context, then save its new state here and restore the outer state."""
         outside = OwnState(self._module)
         self.put_back()
         try:
@@ -59,7 +59,7 @@ class OwnState:
             outside.put_back()
 
     def shares(self, other: OwnState) -> bool:
-        """Whether a tensor of the one lies in the memory of a tensor of the other."""
+        """Whether a tensor of this state shares memory with a tensor of the other."""
         ours, theirs = (
             {t.untyped_storage().data_ptr() for *_, t in state._held if t is not None and t.numel()}
             for state in (self, other)
@@ -69,7 +69,7 @@ class OwnState:
 
 @contextlib.contextmanager
 def state_kept(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` for a while, and give its state back as it was."""
+    """Restore the state of ``module`` at the end of the context."""
     kept = OwnState(module)
     try:
         yield

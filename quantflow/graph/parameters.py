@@ -1,4 +1,4 @@
-"""Reading and replacing the parameters and buffers that a graph's ``get_attr`` nodes name."""
+"""Access to the parameters and buffers that the ``get_attr`` nodes of a graph read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Reads = Counter[str]
 
 
 def is_constant(node: object) -> TypeGuard[Node]:
-    """Whether ``node`` reads a parameter, a buffer or a lifted constant, and none that the graph writes."""
+    """Whether ``node`` reads a parameter, a buffer or a lifted constant that the graph does not write."""
     return isinstance(node, Node) and node.op == "get_attr" and not is_written(node)
 
 
 def tensor_of(module: GraphModule, node: Node) -> torch.Tensor:
-    """The tensor that the ``get_attr`` node reads."""
+    """Return the tensor that the ``get_attr`` node reads."""
     owner, _, name = str(node.target).rpartition(".")
     return getattr(module.get_submodule(owner), name)
 
 
 def reads_of(graph: Graph) -> Reads:
-    """How many uses each parameter and buffer has, over all ``get_attr`` nodes that read it."""
+    """Return the number of uses of each parameter and buffer, over all ``get_attr`` nodes that read it."""
     reads: Reads = Counter()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -35,7 +35,7 @@ def reads_of(graph: Graph) -> Reads:
 
 
 def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
-    """Make ``tensor`` the parameter (or buffer) called ``name``, replacing what was there."""
+    """Set the parameter (or buffer) called ``name`` to ``tensor``, replacing the old one."""
     path, _, leaf = name.rpartition(".")
     owner = submodule_at(module, path)
     if hasattr(owner, leaf):
@@ -47,7 +47,7 @@ def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, paramete
 
 
 def submodule_at(module: torch.nn.Module, path: str) -> torch.nn.Module:
-    """The submodule of ``module`` at the dotted ``path``, made where there is none."""
+    """Return the submodule of ``module`` at the dotted ``path``, created if it is missing."""
     for part in path.split(".") if path else ():
         child = module._modules.get(part)
         if child is None:
@@ -58,7 +58,7 @@ def submodule_at(module: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 def unused_name(module: GraphModule, name: str) -> str:
-    """``name``, or ``name`` with the first number that makes it new in ``module``."""
+    """Return ``name``, or ``name`` with the first number that makes it unused in ``module``."""
     candidate, count = name, 0
     while _exists(module, candidate):
         count += 1
@@ -75,7 +75,7 @@ def _exists(module: torch.nn.Module, name: str) -> bool:
 
 
 def read_attribute(module: GraphModule, name: str, before: Node, like: Node) -> Node:
-    """A new ``get_attr`` of ``name`` placed before a node, with the layer and the fake mode of ``like``."""
+    """Insert a ``get_attr`` of ``name`` in front of ``before``, with the layer and the fake mode of ``like``."""
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(name)
     if "nn_module_stack" in like.meta:
@@ -86,12 +86,12 @@ def read_attribute(module: GraphModule, name: str, before: Node, like: Node) -> 
 
 
 def drop_unused(module: GraphModule) -> None:
-    """Erase ``get_attr`` nodes that nothing uses, and the parameters and buffers that no node reads any more."""
+    """Erase unused ``get_attr`` nodes, and the parameters and buffers that no node reads any more."""
     for node in reversed(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    # What a called submodule or the body of a higher-order operator holds is its own.
+    # The state of a called submodule or of the body of a higher-order operator is kept.
     whole = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
     whole |= {path for path, m in module.named_modules(remove_duplicate=False) if path in read and path}
     for path, owner in list(module.named_modules(remove_duplicate=False)):
@@ -103,7 +103,7 @@ def drop_unused(module: GraphModule) -> None:
             if name not in read:
                 delattr(owner, leaf)
     used = {name[:end] for name in read | whole for end in [i for i, c in enumerate(name) if c == "."] + [len(name)]}
-    # torch.fx's own delete_all_unused_submodules takes only the first name of a module that has several.
+    # torch.fx's own delete_all_unused_submodules handles only the first name of a module with several names.
     for path, _ in reversed(list(module.named_modules(remove_duplicate=False))):
         if path and path not in used and not any(path.startswith(f"{kept}.") for kept in whole):
             owner, _, leaf = path.rpartition(".")

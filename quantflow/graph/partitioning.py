@@ -1,4 +1,4 @@
-"""In how many calls a delegate can run its part of a graph: the order of the graph, cut where it leaves the delegate."""
+"""Partitioning of a graph into as few delegate calls as its order allows."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.fx import Graph, Node
 def delegate_calls(
     graph: Graph, delegated: Set[Node], copied: Callable[[Node], bool] = lambda node: False
 ) -> dict[Node, int]:
-    """For each node, how many times the program has gone from a delegate to other kernels and back before it.
+    """Return, for each node, how many times the program switches between the delegate and other kernels before it.
 
-    Delegated nodes of one stage can run in one call: no path between two of them leaves the delegate.
+    Delegated nodes with the same number can run in one call: no path between two of them leaves the delegate.
 
     Args:
         graph: A graph in topological order.
-        delegated: Its nodes that the delegate runs.
-        copied: Whether a delegated node that stands before its readers costs nothing (a constant, a conversion): it is
-            counted with the first of them.
+        delegated: The nodes of the graph that the delegate runs.
+        copied: Whether a delegated node can move to its readers at no cost (a constant, a conversion). It then gets the number
+            of its first reader.
     """
     found: dict[Node, int] = {}
     for node in graph.nodes:
         stage = max((found[given] for given in node.all_input_nodes), default=0)
-        # Even within delegates, odd between them.
+        # Stages are even inside the delegate and odd outside.
         found[node] = stage + (stage % 2 == (node in delegated)) if node.op == "call_function" else stage
     for node in reversed(graph.nodes):
         if node in delegated and copied(node):

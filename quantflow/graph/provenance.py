@@ -1,7 +1,7 @@
-"""Keeping the trail of where a node came from short.
+"""Shortening of the provenance that export records on nodes.
 
-Export records on every node the chain of nodes it was made from, and each later pass copies the chain. One level names the
-source; the rest only costs time in lowering.
+Export records on every node the chain of nodes that it was created from, and each later pass copies the chain. One level names
+the source. The other levels only cost time in lowering.
 """
 
 from __future__ import annotations

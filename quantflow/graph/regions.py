@@ -1,4 +1,4 @@
-"""Regions of a captured graph: the bodies of higher-order operators, as ``torch.no_grad`` and ``torch.autocast`` leave them."""
+"""Regions of a captured graph: the bodies of higher-order operators, such as those of ``torch.no_grad`` and autocast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTOCAST: Any = torch.ops.higher_order.wrap_with_autocast
 
 
 def nodes_of(module: GraphModule) -> Iterator[Node]:
-    """The nodes of ``module`` in the order of their calls, each region's where the graph names it."""
+    """Yield the nodes of ``module`` and of its regions. The nodes of a region come at the place of its ``get_attr``."""
     bodies = {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, GraphModule)}
     for node in module.graph.nodes:
         yield node
@@ -26,7 +26,7 @@ def nodes_of(module: GraphModule) -> Iterator[Node]:
 
 
 def bodies_of(node: Node, module: GraphModule) -> dict[str, GraphModule]:
-    """The bodies that ``node`` of ``module`` calls, by their names; none where it calls no region."""
+    """Return the bodies that ``node`` of ``module`` calls, by name; none if it calls no region."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return {}
     names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
@@ -35,7 +35,7 @@ def bodies_of(node: Node, module: GraphModule) -> dict[str, GraphModule]:
 
 
 def switches(node: Node) -> bool:
-    """Whether the region that ``node`` calls changes mode with the graph; a branch does not."""
+    """Whether the region that ``node`` calls changes its mode with the graph. A conditional branch does not."""
     return node.target in (GRAD_MODE, AUTOCAST)
 
 
@@ -45,7 +45,7 @@ def is_inlined(node: Node) -> bool:
 
 
 def nodes_beyond(module: GraphModule, passed: Callable[[Node], bool], within: bool = True) -> Iterator[Node]:
-    """The nodes of all regions of ``module`` but those to which only calls lead that ``passed`` tells."""
+    """Yield the nodes of all regions of ``module``, except those reached only by calls with ``passed(call)`` true."""
     for node in module.graph.nodes:
         if not within:
             yield node
@@ -54,13 +54,13 @@ def nodes_beyond(module: GraphModule, passed: Callable[[Node], bool], within: bo
 
 
 def inline_regions(module: GraphModule) -> frozenset[str]:
-    """Write regions under ``torch.no_grad`` or ``enable_grad``, and under an autocast that is off, back into the flat graph.
+    """Inline the regions of ``torch.no_grad``, ``enable_grad`` and a disabled autocast into the graph.
 
-    Export wraps them in higher-order operators whose bodies no quantizer sees. They become plain nodes between calls that set
-    the mode, which is what they are in eager mode. What runs under an autocast that is on stays a region.
+    Export wraps these regions in higher-order operators, and quantizers do not see their bodies. Here they become plain nodes
+    between calls that set the mode, as in eager mode. A region of an enabled autocast stays a region.
 
     Returns:
-        What the graph now sets on its way: ``"grad"``, or the device type of an autocast.
+        The settings that the graph now changes: ``"grad"``, or the device type of an autocast.
     """
     graph, found = module.graph, set[str]()
     for node in list(graph.nodes):
@@ -76,12 +76,12 @@ def inline_regions(module: GraphModule) -> frozenset[str]:
 
 
 def inputs_of(node: Node) -> tuple:
-    """What ``node``, which calls a region under a grad mode or an autocast, gives to the body."""
+    """Return the inputs of the body that ``node``, a call of a grad mode or autocast region, passes to it."""
     return node.args[2:] if node.target is GRAD_MODE else node.args[5:]
 
 
 def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
-    """Write ``body``, which ``node`` of ``module`` calls, in the place of ``node``."""
+    """Replace ``node`` of ``module`` by the nodes of ``body``, which it calls."""
     graph = module.graph
     env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
     with graph.inserting_before(node):
@@ -112,7 +112,7 @@ def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
 
 @contextlib.contextmanager
 def brought_back(settings: Iterable[str]) -> Iterator[None]:
-    """Bring back, also when the graph raises in between, what it sets on its way.
+    """Restore the settings that a graph changes, also if the graph raises.
 
     Args:
         settings: As :func:`inline_regions` returns them.
@@ -140,7 +140,7 @@ def _autocast_depth() -> int:
 
 
 def _taken_over(module: GraphModule, wanted: str, held: torch.nn.Module | torch.Tensor) -> str:
-    """The name, ``wanted`` or like it, under which ``module`` now has what a body ``held``."""
+    """Add ``held``, an attribute of a body, to ``module``, and return its name: ``wanted``, or similar if that is taken."""
     name = unused_name(module, wanted)
     if isinstance(held, torch.nn.Module):
         module.add_submodule(name, held)

@@ -1,4 +1,4 @@
-"""What a graph writes in place: state that lasts from call to call, inputs, and tensors of which others see what is written."""
+"""Analysis of in-place writes in a graph: to state, to inputs, and to tensors whose memory other nodes read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def all_written_by(node: Node) -> list[Node]:
-    """The tensors into which ``node`` writes in place, itself or, where it calls a region, in its body."""
+    """Return the tensors that ``node`` writes in place, itself or in the body of a region that it calls."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _written_by_region(node)
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -31,7 +31,7 @@ def all_written_by(node: Node) -> list[Node]:
 
 
 def _written_by_region(node: Node) -> list[Node]:
-    """The inputs of a region into which one of its bodies writes; they stand behind the bodies."""
+    """The inputs of a region that one of its bodies writes. In the arguments, the inputs follow the bodies."""
     owner, bodies, given = node.graph.owning_module, list[GraphModule](), list[Any]()
     for argument in pytree.tree_leaves(node.args):
         held = isinstance(argument, Node) and argument.op == "get_attr" and owner is not None
@@ -50,14 +50,14 @@ def _written_by_region(node: Node) -> list[Node]:
 
 
 def written_by(node: Node) -> Node | None:
-    """The tensor into which the operator ``node`` writes in place, and whose memory its value is; None where there is none."""
+    """Return the tensor that the operator ``node`` writes in place and returns; None if there is none."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     return next(iter(all_written_by(node)), None)
 
 
 def aliased_by(node: Node) -> Node | None:
-    """The node in whose memory the value of ``node`` lies or may lie: that of a view, or of what it writes into."""
+    """Return the node whose memory the value of ``node`` may share: the source of a view, or the tensor that it writes."""
     if (viewed := viewed_of_list(node)) is not None:
         return viewed
     if node.target is operator.getitem or is_view(node) or op(node) in INFERENCE_IDENTITIES:
@@ -67,27 +67,27 @@ def aliased_by(node: Node) -> Node | None:
 
 
 def memory_of(node: Node) -> Node:
-    """The node that made the memory in which the value of ``node`` lies or may lie."""
+    """Return the node that allocated the memory that the value of ``node`` may share."""
     while (base := aliased_by(node)) is not None:
         node = base
     return node
 
 
 def _names(memory: Node) -> Iterator[Node]:
-    """The nodes whose values lie in the memory of ``memory`` or may, those that are made of it at once."""
+    """The nodes whose values may share the memory of ``memory`` directly, not through another node."""
     for user in memory.users:
         yield from (node for node in (user, *user.users) if aliased_by(node) is memory)
 
 
 def is_written(read: Node) -> bool:
-    """Whether a node writes into the memory of ``read`` or of what is made of it without a copy. For what reads a parameter or
-    a buffer, and for inputs: those of which it holds are state, and inputs that the caller sees changed.
+    """Whether a node writes into the memory of ``read``, a ``get_attr`` or an input, directly or through a view. A written
+    parameter or buffer is state. The caller sees a written input change.
     """
     return any(read in all_written_by(user) for user in read.users) or any(map(is_written, _names(read)))
 
 
 def writes_for_others(node: Node) -> bool:
-    """Whether another node, the caller or the next call may see what ``node`` writes in place."""
+    """Whether another node, the caller or the next call may see an in-place write of ``node``."""
     return any(map(_is_seen, all_written_by(node)))
 
 
@@ -101,9 +101,9 @@ def _is_seen(written: Node) -> bool:
 
 
 def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
-    """The nodes whose values lie in memory that is written where that can be seen: in state, in an input (where the ``caller``
-    counts), or in a tensor that a node reads, after the write, by an older name. A copy that is made of these before the write
-    would not see it.
+    """Return the nodes whose values may share memory with a visible in-place write: to state, to an input (if ``caller`` is
+    true), or to a tensor that a node reads after the write through an older view. A copy made before the write would not
+    change.
     """
     lasting = {"get_attr", "placeholder"} if caller else {"get_attr"}
     order, root, named = _memories(graph)
@@ -117,15 +117,15 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
 
 
 def overwritten(graph: Graph) -> frozenset[Node]:
-    """The nodes whose values a walk over ``graph`` writes over, or may have written over by its end."""
+    """Return the nodes whose values may be overwritten by the end of an execution of ``graph``."""
     _, root, _ = _memories(graph)
     memory = {root[base] for node in graph.nodes if writes_for_others(node) for base in all_written_by(node)}
     return frozenset(node for node, first in root.items() if first in memory)
 
 
 def seen_as_one(node: Node, other: Node) -> bool:
-    """Whether anyone could see that the value of ``node``, which is made anew, lay in the memory of ``other``: one of them is
-    written while the other is read later or lasts, or the caller holds both.
+    """Whether it would be visible if the new value of ``node`` shared the memory of ``other``: one is written and the other is
+    read later or is state, or the caller gets both.
     """
     order, root, named = _memories(node.graph)
     names = named[root[node]], named[root[other]]
@@ -142,7 +142,7 @@ def seen_as_one(node: Node, other: Node) -> bool:
 
 
 def _memories(graph: Graph) -> tuple[dict[Node, int], dict[Node, Node], dict[Node, list[Node]]]:
-    """The place of each node, the one that made the memory of its value, and all names of that memory."""
+    """The position of each node, the node that allocated the memory of its value, and all nodes that share that memory."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     root: dict[Node, Node] = {}
     named: defaultdict[Node, list[Node]] = defaultdict(list)
@@ -154,10 +154,10 @@ def _memories(graph: Graph) -> tuple[dict[Node, int], dict[Node, Node], dict[Nod
 
 
 def inputs_kept(module: GraphModule, inputs: T) -> T:
-    """``inputs``, in any structure, for one call of ``module``: copies of their tensors where its graph writes an input."""
+    """Return ``inputs``, in any structure, for one call of ``module``: with cloned tensors if its graph writes an input."""
     return pytree.tree_map_only(torch.Tensor, torch.clone, inputs) if writes_inputs(module) else inputs
 
 
 def writes_inputs(module: GraphModule) -> bool:
-    """Whether the graph of ``module`` writes to one of its inputs."""
+    """Whether the graph of ``module`` writes one of its inputs in place."""
     return any(is_written(node) for node in module.graph.find_nodes(op="placeholder"))

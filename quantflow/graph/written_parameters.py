@@ -1,4 +1,4 @@
-"""Parameters that a program writes, as buffers: lowering keeps no other state."""
+"""Conversion of the parameters that a program writes to buffers, the only state that lowering keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantflow.graph.state import is_written
 
 
 def written_parameters_as_buffers(program: ExportedProgram) -> ExportedProgram:
-    """``program`` with each parameter that it writes in place declared as a buffer. The program itself is left as it was."""
+    """Return ``program`` with each parameter that it writes in place declared as a buffer, and do not change ``program``."""
     specs = program.graph_signature.input_specs
     inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     written = [s for s in specs if s.kind is InputKind.PARAMETER and is_written(inputs[s.arg.name])]

@@ -1,1 +1,1 @@
-"""Inspection: what a ``.pte`` from anyone holds and whether it runs here, without trusting it; and what is here."""
+"""Inspection of untrusted ``.pte`` files, of whether they run here, and of the installed environment."""

@@ -1,4 +1,4 @@
-"""How much a program that can't be trusted may ask of the machine, and a limit on the process that tries it."""
+"""Memory bounds for untrusted programs, and a memory limit for the process that runs them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from quantflow.pte import Method, TensorType
 
 _BASE = 2 * 2**30  # bytes of address space
-_A_THREAD = 160 * 2**20  # its stack, and the arena that malloc reserves for it
-# Weights are packed anew when they load; what a delegate needs while it computes stands in no plan.
+_A_THREAD = 160 * 2**20  # the stack of a thread and its malloc arena
+# Loading packs weights into new memory. The working memory of a delegate is in no memory plan.
 _A_FILE_BYTE, _A_TENSOR_BYTE = 16, 64
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Return the bytes of physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def too_much(method: Method) -> str:
-    """Why ``method`` is not to be tried: what it asks for does not fit this machine; ``""`` where it does."""
+    """Return why ``method`` does not fit into the memory of this machine; ``""`` if it does."""
     if any(size < 0 for sizes in (method.planned_bytes, *(t.shape for t in method.inputs)) for size in sizes):
         return "it holds a negative size"
     there = memory()
@@ -33,7 +33,7 @@ def too_much(method: Method) -> str:
 
 
 def tensor_bytes(tensors: Sequence[TensorType]) -> int:
-    """Bytes of those of ``tensors`` whose dtype is known, at their largest."""
+    """Return the bytes of all ``tensors`` of known dtype, at their largest sizes."""
     import torch
 
     dtypes = ((t, getattr(torch, t.dtype or "", None)) for t in tensors)
@@ -41,7 +41,7 @@ def tensor_bytes(tensors: Sequence[TensorType]) -> int:
 
 
 def limit_memory(file: int, tensors: int) -> None:
-    """Hold this process to the address space that a program needs, generously. Only Linux tells how much it has by now.
+    """Limit the address space of this process to a generous estimate of what a program needs. This works only on Linux.
 
     Args:
         file: Bytes of the program.

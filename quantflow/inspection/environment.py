@@ -1,4 +1,4 @@
-"""What this environment has of what quantflow needs."""
+"""Check of the installed packages and the ExecuTorch runtime against the requirements of quantflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from quantflow.errors import QuantflowError
 from quantflow.inspection.quarantine import in_quarantine
 
-# What lowering to XNNPACK and the operators that stay outside need of the runtime.
+# The backends and kernels that programs lowered to XNNPACK need from the runtime.
 _BACKENDS = ("XnnpackBackend",)
 _KERNELS = ("aten::convolution.out", "quantized_decomposed::quantize_per_tensor.out")
 
@@ -24,11 +24,11 @@ class Package:
     """A distribution that quantflow uses.
 
     Attributes:
-        name: As on the package index.
-        needed: The versions that quantflow works with.
-        found: The version there is, None for none.
-        extra: The extra of quantflow that asks for it; ``""`` where quantflow itself does.
-        fits: Whether the version is one of those needed.
+        name: The name of the distribution.
+        needed: The versions that quantflow supports.
+        found: The installed version, or None.
+        extra: The extra of quantflow that requires the package; ``""`` if quantflow itself requires it.
+        fits: Whether the installed version is supported.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Package:
 
 @dataclass(frozen=True)
 class Environment:
-    """What :func:`examine` found.
+    """The result of :func:`examine`.
 
     Attributes:
-        python: Its version, and the machine.
-        packages: Those that quantflow asks for.
-        backends: That the runtime can delegate to.
-        kernels: How many operators the runtime has.
-        threads: How many threads the runtime computes with.
-        problems: What does not work, each with what to do about it.
+        python: The version of Python, and the machine.
+        packages: The packages that quantflow requires.
+        backends: The backends that the runtime can delegate to.
+        kernels: The number of operators in the runtime.
+        threads: The number of threads that the runtime uses.
+        problems: The problems found, each with a remedy.
     """
 
     python: str
@@ -59,7 +59,7 @@ class Environment:
     problems: tuple[str, ...]
 
     def to_json(self) -> str:
-        """All of it, as a JSON object."""
+        """Return all fields as a JSON object."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Environment:
 
 
 def examine(*, runtime: bool = True) -> Environment:
-    """Look at the installed versions and, in a process of its own, at the ExecuTorch runtime."""
+    """Check the installed versions and, in a separate process, the ExecuTorch runtime."""
     packages = tuple(_packages())
     problems = [_remedy(p) for p in packages if not p.fits and not p.extra]
     found: dict[str, Any] = {"backends": [], "kernels": [], "threads": 0}
@@ -96,7 +96,7 @@ def examine(*, runtime: bool = True) -> Environment:
 
 
 def _packages() -> list[Package]:
-    """What quantflow's own metadata asks for, each name once; development tools left out."""
+    """The packages in quantflow's metadata, each once and without development tools."""
     found: dict[str, Package] = {}
     for text in metadata.requires("quantflow") or ():
         requirement = Requirement(text)

@@ -1,4 +1,4 @@
-"""The other side of :mod:`quantflow.inspection.quarantine`: a process that reads bytes and writes JSON."""
+"""The process that :mod:`quantflow.inspection.quarantine` starts. It reads bytes and writes JSON."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ if TYPE_CHECKING:
 
 
 def loads(buffer: bytes, seconds: float) -> dict[str, dict[str, str]]:
-    """Of the methods of the program ``buffer``: ``"refused"``, why one does not load, or does not run on zeros; ``"not_run"``,
-    why one that loads was not run. After ``seconds`` the process ends.
+    """Load each method of the program ``buffer`` and run it on zeros. The process ends after ``seconds``.
+
+    Returns:
+        ``"refused"``: why a method does not load or run, by name; ``"not_run"``: why a loaded method was not run, by name.
     """
     from quantflow import pte, runtime
     from quantflow.inspection import bounds
 
     methods = pte.read(buffer).methods.values()
     refused = {method.name: why for method in methods if (why := bounds.too_much(method))}
-    if refused:  # loading a program lays out the memory of all its methods
+    if refused:  # loading a program allocates the memory of all its methods
         return {
-            "refused": {m.name: refused.get(m.name, "another method asks for too much") for m in methods},
+            "refused": {m.name: refused.get(m.name, "another method needs too much memory") for m in methods},
             "not_run": {},
         }
     asked = sum(sum(m.planned_bytes) + bounds.tensor_bytes(m.inputs) for m in methods)
     runtime.start()
     bounds.limit_memory(len(buffer), asked)
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process, native code and all
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process, also within native code
     program = runtime.load_program(buffer)
     not_run = {}
     for method in methods:
@@ -47,14 +49,14 @@ def loads(buffer: bytes, seconds: float) -> dict[str, dict[str, str]]:
         except QuantflowError as error:
             refused[method.name] = error.reason
         except MemoryError:
-            refused[method.name] = "it asks for more memory than a program of its size needs"
-        except Exception as error:  # names that are no text, for one
+            refused[method.name] = "the method needs more memory than a program of its size should"
+        except Exception as error:  # for example, names that are not valid text
             refused[method.name] = f"{type(error).__name__}: {error}"
     return {"refused": refused, "not_run": not_run}
 
 
 def environment(_: bytes, __: float) -> dict[str, Any]:
-    """What the runtime of this environment has: backends, kernels, threads."""
+    """Return the backends, kernels and threads of the runtime in this environment."""
     import executorch.kernels.quantized  # noqa: F401  registers its kernels
     from executorch.runtime import Runtime
 
@@ -69,14 +71,14 @@ def environment(_: bytes, __: float) -> dict[str, Any]:
 
 
 def _not_made(inputs: Sequence[TensorType]) -> str:
-    """Why there are no zeros to run on, ``""`` where there are."""
+    """Why no zero inputs can be created; ``""`` if they can."""
     import torch
 
     for place, given in enumerate(inputs):
         if given.dtype is None:
             return f"input {place} is no tensor"
         if not isinstance(getattr(torch, given.dtype, None), torch.dtype):
-            return f"input {place} is of an {given.dtype}"
+            return f"input {place} has the dtype {given.dtype}"
     return ""
 
 
@@ -90,7 +92,7 @@ TASKS: dict[str, Callable[[bytes, float], Any]] = {"loads": loads, "environment"
 
 
 def main() -> None:
-    """Run one task; what native code prints goes to the error stream."""
+    """Run one task. Output of native code goes to the standard error stream."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from quantflow import runtime

@@ -1,4 +1,4 @@
-"""The verb that says what a ``.pte`` is, of this project or from anywhere, without trusting it."""
+"""The ``inspect`` function, which describes any ``.pte`` file without trusting it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from quantflow.pte import SIGNATURE_METHOD, Contents, Method, read
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a ``.pte`` holds, and whether the runtime takes it.
+    """What a ``.pte`` holds, and whether the runtime loads and runs it.
 
     Attributes:
-        name: The file.
+        name: The path of the file, or ``"<bytes>"``.
         contents: Its methods, operators, delegates and memory.
-        refused: By method, why the runtime does not load it or run it on zeros; empty where all is well, None where it was
-            not tried.
+        refused: By method, why the runtime does not load it or run it on zeros. Empty where the runtime runs all of them;
+            None where that was not tried.
         not_run: By method, why one that loads was not run: no inputs can be made for it.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> edge = qf.export(torch.nn.Linear(8, 4).eval(), (torch.randn(1, 8),)).to_core_aten().to_edge()
+        >>> inspection = qf.inspect(edge.to_executorch().buffer, load=False)
+        >>> [(method.name, str(method.inputs[0])) for method in inspection.methods]
+        [('forward', 'float32[1, 8]')]
     """
 
     name: str
@@ -32,16 +40,16 @@ class Inspection:
 
     @property
     def ours(self) -> bool:
-        """Whether it carries a signature of this project: names and structure of inputs and outputs."""
+        """Whether the file carries a signature of this project: names and structure of inputs and outputs."""
         return SIGNATURE_METHOD in self.contents.methods
 
     @property
     def methods(self) -> list[Method]:
-        """Its methods, but for the one that carries the signature."""
+        """The methods, without the one that carries the signature."""
         return [m for m in self.contents.methods.values() if m.name != SIGNATURE_METHOD]
 
     def to_json(self) -> str:
-        """All of it, as a JSON object."""
+        """Return all figures as a JSON object."""
         methods = [
             {
                 "name": method.name,
@@ -86,17 +94,28 @@ def _describe(method: Method) -> list[str]:
 
 
 def inspect(source: str | os.PathLike[str] | bytes, *, load: bool = True, seconds: float = 300.0) -> Inspection:
-    """What a ``.pte`` holds. Its bytes are read in plain Python, and loaded only in a process of their own.
+    """Read what a ``.pte`` holds, in plain Python; only a separate process loads and runs it.
 
     Args:
         source: A path, or the bytes of a ``.pte``.
         load: Also load each method and run it on zeros, in that process, within the memory that a program of its size and plan
             needs; False only reads.
-        seconds: How long that may take.
+        seconds: The most seconds that the process may take.
+
+    Returns:
+        The contents, and what the runtime refused.
 
     Raises:
         QuantflowError: at stage ``"runtime"``, for what can't be read, is no whole program, crashes the runtime or does
             not end.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> edge = qf.export(torch.nn.Linear(8, 4).eval(), (torch.randn(1, 8),)).to_core_aten().to_edge()
+        >>> inspection = qf.inspect(edge.to_executorch().buffer)
+        >>> inspection.ours, inspection.refused
+        (True, {})
     """
     if isinstance(source, bytes):
         return inspect_bytes(source, "<bytes>", load=load, seconds=seconds)
@@ -104,7 +123,7 @@ def inspect(source: str | os.PathLike[str] | bytes, *, load: bool = True, second
 
 
 def inspect_bytes(buffer: bytes, name: str, *, load: bool = True, seconds: float = 300.0) -> Inspection:
-    """As :func:`inspect`, of the bytes of a ``.pte`` that is called ``name``."""
+    """Inspect the bytes of a ``.pte`` called ``name``, as :func:`inspect` does."""
     try:
         contents = read(buffer)
     except QuantflowError as error:
@@ -115,7 +134,7 @@ def inspect_bytes(buffer: bytes, name: str, *, load: bool = True, seconds: float
 
 
 def file_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of the file ``path``.
+    """Return the bytes of the file ``path``.
 
     Raises:
         QuantflowError: at stage ``"runtime"``, when it can't be read, is a device, or does not fit into memory.

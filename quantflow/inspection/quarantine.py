@@ -1,4 +1,4 @@
-"""Work on what can't be trusted, in a process of its own: a crash there is an error here."""
+"""Execution of tasks on untrusted files in a separate process, whose crash becomes an error."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 
 from quantflow.errors import QuantflowError
 
-_START = 120.0  # seconds for imports, on a machine that is busy
+_START = 120.0  # seconds for imports on a busy machine
 
 
 def in_quarantine(task: str, payload: bytes = b"", *, node: str | None = None, seconds: float = 300.0) -> Any:
-    """What ``task`` of :mod:`quantflow.inspection.examiner` says of ``payload``, in a new interpreter.
+    """Run ``task`` of :mod:`quantflow.inspection.examiner` on ``payload`` in a new interpreter and return its result.
 
     Args:
         task: The name of the task.
-        payload: Its input.
-        node: The file to name in errors.
-        seconds: How long it may take once it has started.
+        payload: The input of the task.
+        node: The file named in errors.
+        seconds: The time limit of the task after its start.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, when the process crashes or does not end; that of the task, when it fails.
+        QuantflowError: at stage ``"runtime"``, when the process crashes or exceeds the time limit; the task's own error,
+            when the task fails.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     command = [sys.executable, "-P", "-m", "quantflow.inspection.examiner", task, str(seconds)]

@@ -1,4 +1,4 @@
-"""Stage 2: the program in core ATen, for inference only."""
+"""Stage 2: a program in core ATen, for inference only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quantflow.upstream.decomposition import fast_decomposition
 if TYPE_CHECKING:
     from quantflow.lowering.edge import Edge
 
-# What quantization writes; executorch has kernels and fusions for it, core ATen no name.
+# Namespaces of quantization operators. executorch has kernels and fusions for them; core ATen does not contain them.
 _QUANTIZED_NAMESPACES = frozenset({"quantized_decomposed", "torchao"})
 
 _TRAIN_ELSEWHERE = "train on Exported.module(), the pre-dispatch graph, and export the trained graph again"
@@ -35,7 +35,15 @@ class CoreAten:
     Attributes:
         program: The decomposed ``torch.export.ExportedProgram``.
         source: The pre-dispatch program it was made from. Delegates lower from this one, since they want whole what core
-            ATen decomposes (linear, hardswish, gelu, ...). Equal to ``program`` for a program that came in here.
+            ATen decomposes (linear, hardswish, gelu, ...).
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Hardswish()).eval()
+        >>> core = qf.export(model, (torch.randn(1, 8),)).to_core_aten()
+        >>> sorted({n.target.__name__ for n in core.program.graph.nodes if n.op == "call_function"})[:3]
+        ['add.Tensor', 'addmm.default', 'clamp.default']
     """
 
     program: ExportedProgram
@@ -43,32 +51,38 @@ class CoreAten:
 
     @property
     def signature(self) -> Signature:
-        """What the program takes and returns."""
+        """The names, dtypes, shapes and structure of the program's inputs and outputs."""
         return Signature.of_program(self.program)
 
     def module(self) -> GraphModule:
-        """The core ATen graph as a callable, for inference: ``train()`` raises, gradients do not flow."""
+        """Return the core ATen graph as a callable, for inference: ``train()`` raises, gradients do not flow."""
         return _InferenceModule.of(self.program)
 
     def train(self, mode: bool = True) -> NoReturn:
-        """Not here.
+        """Refuse: core ATen does not hold what training needs.
+
+        Args:
+            mode: Not used.
 
         Raises:
-            QuantflowError: always; core ATen has lost what training needs.
+            QuantflowError: always; train on ``Exported.module()`` instead.
         """
         _refuse_training()
 
     def to_edge(self, delegate: Any = None) -> Edge:
-        """Lower to the edge dialect, handing what it can run to ``delegate``.
+        """Lower to the edge dialect; the delegate gets the operators that it can run.
 
         Args:
             delegate: The name of a delegate (``"xnnpack"``), an executorch partitioner or a list of them, or None for
                 executorch's portable kernels.
 
+        Returns:
+            The program in the edge dialect, partitioned to its delegates.
+
         Raises:
-            QuantflowError: at stage ``"edge"``.
+            QuantflowError: at stage ``"edge"``, for an unknown delegate or when lowering fails.
         """
-        from quantflow.lowering.edge import lower_to_edge  # executorch is imported late: it costs seconds
+        from quantflow.lowering.edge import lower_to_edge  # the import of executorch takes seconds, so it is late
 
         return lower_to_edge(self.program, self.source, delegate)
 
@@ -78,9 +92,9 @@ class CoreAten:
 
 
 def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
-    """Decompose ``program`` to core ATen and check that nothing else is left.
+    """Decompose ``program`` to core ATen and check that no other operator is left.
 
-    What has no decomposition and can be written in core operators (adaptive maxima, medians) is written so first.
+    Operators without a decomposition that can be rewritten in core operators (adaptive max pools, medians) are rewritten first.
     """
     program = with_explicit_state(program)
     try:
@@ -97,24 +111,24 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
 
 
 def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
-    """As by way of core ATen, to the same bytes; core ATen itself, which delegates do not read, is left out.
+    """Lower ``program`` to the edge dialect without core ATen, which delegates do not read. The result is the same.
 
     Raises:
         QuantflowError: as :meth:`CoreAten.to_edge` does, and at stage ``"core-aten"``.
     """
-    from quantflow.lowering.edge import lower_to_edge  # executorch is imported late: it costs seconds
+    from quantflow.lowering.edge import lower_to_edge  # the import of executorch takes seconds, so it is late
 
     if delegates.resolve(delegate).partitioners():
         try:
             explicit = with_explicit_state(program)
             return lower_to_edge(explicit, explicit, delegate)
-        except QuantflowError:  # core ATen may know better which operator is at fault
+        except QuantflowError:  # the error from core ATen may name the faulty operator more exactly
             pass
     return lower_to_core_aten(program).to_edge(delegate)
 
 
 def with_explicit_state(program: ExportedProgram) -> ExportedProgram:
-    """``program`` with what decompositions and lowering take for granted: written state in buffers, copies that are copies."""
+    """Return ``program`` in the form that decomposition and lowering need: written state in buffers, and explicit copies."""
     return rewritten(written_parameters_as_buffers(program), make_memory_explicit)
 
 
@@ -130,7 +144,7 @@ def check_core(program: ExportedProgram) -> None:
             if torch.Tag.core in target.tags or target.namespace in _QUANTIZED_NAMESPACES:
                 continue
             if target.namespace == "aten" and not target._schema.returns:
-                continue  # an assertion computes nothing
+                continue  # an assertion has no result
             raise QuantflowError(
                 "core-aten",
                 f"{target} is not in core ATen and has no decomposition into it",

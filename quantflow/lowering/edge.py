@@ -1,4 +1,4 @@
-"""The edge dialect, where delegation enters."""
+"""The stage of the edge dialect, in which a program is partitioned to its delegates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quantflow.lowering.runtime_check import Finding
 from quantflow.runtime import isolated
 from quantflow.signature.signature import Signature
 
-_REMEDY_FOREIGN = "run it where its backend is: this runtime may not have it"
+_REMEDY_FOREIGN = "run the program on a machine with its backend, which this runtime may not have"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Edge:
 
     Attributes:
         manager: The ``executorch.exir.EdgeProgramManager``.
-        program: The ``ExportedProgram`` that it was lowered from, in core ATen where it came by that way.
-        source: The pre-dispatch program, which delegates are lowered from.
-        delegate: What it was lowered to.
-        refused: Nodes kept out of the delegate because it would not load them.
+        program: The ``ExportedProgram`` that was lowered, in core ATen if it passed through that stage.
+        source: The pre-dispatch program, which is lowered if there is a delegate.
+        delegate: The delegate.
+        refused: Nodes left out of the delegate because it does not run them correctly.
     """
 
     manager: Any
@@ -47,45 +47,45 @@ class Edge:
 
     @property
     def signature(self) -> Signature:
-        """What the program takes and returns."""
+        """The inputs and outputs of the program."""
         return Signature.of_program(self.program)
 
     def delegation(self) -> Delegation:
-        """What the delegates run, and what is left outside."""
+        """Count the operators inside and outside the delegates."""
         return Delegation.of(self.manager.exported_program().graph_module)
 
     def to_executorch(self, config: Any = None, *, strict: bool = False, check: bool = True) -> Program:
-        """Plan memory, take out-variants, serialise, and prove the program on the runtime, in a process of its own.
+        """Plan memory, select out-variants, serialize, and verify the program on the runtime in a separate process.
 
-        The program is compared with the graph on the example inputs that were exported with it and on others of their shapes.
-        An operator that the delegate refuses to load, or computes wrongly, is named in a warning and left to portable kernels.
+        The program is compared with the graph on the exported example inputs and on other inputs of the same shapes. An
+        operator that the delegate refuses to load or computes wrongly is named in a warning and left to portable kernels.
 
         Args:
             config: An ``executorch.exir.ExecutorchBackendConfig``, or None for its defaults.
-            strict: Raise where otherwise there would be a warning.
-            check: False leaves out the comparison: the program is returned as it is lowered, once it loads.
+            strict: Raise an error in place of each warning.
+            check: False skips the comparison. The program is then only loaded.
 
         Raises:
-            QuantflowError: at stage ``"executorch"``, where a dynamic dimension has no upper bound (it is named) or an
-                operator has no kernel; at ``"runtime"``, where the program does not load or run, or computes something
-                else than the graph, whatever is left out.
+            QuantflowError: at stage ``"executorch"``, if a dynamic dimension has no upper bound (it is named) or an
+                operator has no kernel; at ``"runtime"``, if the program does not load or run or differs from the graph,
+                whichever operators are left out of the delegate.
         """
         edge, program = self._proven(config, strict, check)
         outside = program.delegation.quantized_outside if program.delegation is not None else ()
         if outside and edge.delegate.partitioners():
-            remedy = "print(quantizer.plan(graph)); skip the layer, or give its input integers as well"
+            remedy = "print(quantizer.plan(graph)); skip the layer, or quantize its input as well"
             _warn("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
         return program
 
     def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
-        """The program, proven on the runtime, and what it was made of: this, or this without what the delegate can't run."""
+        """The verified program, and the edge program of it, without the operators that the delegate does not run correctly."""
         edge, search = self, FaultSearch()
         while True:
             program = edge._serialise(config)
             finding = runtime_check.check(program, edge.source) if check else runtime_check.load(program)
             if finding is None:
                 return edge, program
-            # A partitioner from elsewhere is for a runtime that may be on another machine.
+            # The runtime for a foreign partitioner may be on another machine.
             if type(edge.delegate) is Delegate and edge.delegate.partitioners():
                 _warn("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
                 return edge, program
@@ -99,8 +99,8 @@ class Edge:
             edge = lower_to_edge(edge.program, edge.source, edge.delegate, frozenset(faulty) | edge.refused)
 
     def _faults(self, finding: Finding, config: Any, search: FaultSearch) -> set[str]:
-        """The edge nodes that the delegate does not run as the graph says: each alone, else the first that does not beside
-        others.
+        """The edge nodes that the delegate does not run as in the graph: all that fail alone, else the first that fails
+        together with others.
         """
         if not self.delegate.partitioners() or finding.operators:
             return set()  # a portable kernel is at fault
@@ -123,13 +123,13 @@ class Edge:
         for declared, dim in self.signature.unbounded():
             raise QuantflowError(
                 "executorch",
-                f"dimension {dim.name} has no upper bound, and memory is planned ahead",
+                f"dimension {dim.name} has no upper bound, which memory planning needs",
                 node=declared.name,
                 remedy="export with dynamic_batch=N, with Dim(..., max=N), or with static shapes",
             )
         import executorch.kernels.quantized  # noqa: F401  out-variants of the quantized operators
 
-        delegation = self.delegation()  # what follows changes the graph
+        delegation = self.delegation()  # ``to_executorch`` changes the graph
         try:
             with lowering_state(self.manager):
                 manager = run_fast(lambda: self.manager.to_executorch(config))
@@ -146,29 +146,29 @@ class Edge:
 
 
 def _unmended(finding: Finding, program: Program, source: ExportedProgram, over: bool) -> QuantflowError:
-    """The error of a program that can't be mended by leaving operators out of the delegate."""
+    """The error for a program that stays wrong with operators left out of the delegate."""
     portable = tuple(program.delegation.portable) if program.delegation is not None else ()
     searched = f"; no operator at fault was found within {SECONDS:g} s" if over else ""
     if finding.operators:
-        remedy = "no kernel of this runtime takes it in this form: write the layer in terms of other operators"
+        remedy = "no kernel of this runtime supports the operator in this form: write the layer with other operators"
         names = ", ".join(_layers(source, operator) or operator for operator in finding.operators)
         return QuantflowError("runtime", finding.reason, node=names, remedy=remedy)
     if finding.ran:
-        remedy = "report it with the model; to_executorch(check=False) returns the program as it is"
+        remedy = "report it with the model; to_executorch(check=False) returns the program without the comparison"
         return QuantflowError("runtime", finding.reason + searched, node="the program", remedy=remedy)
-    remedy = "replace the operator that is named; skip its layer in the quantizer where it is quantized"
+    remedy = "replace the named operator, or skip its layer in the quantizer if it is quantized"
     return QuantflowError("runtime", finding.reason + searched, node=", ".join(portable) or "forward", remedy=remedy)
 
 
 def _layers(program: ExportedProgram, operator: str) -> str:
-    """The layers of ``program`` that call ``operator``, a name as ``aten::cumsum.out``, with that name; ``""`` for none."""
+    """The layers of ``program`` that call ``operator`` (such as ``aten::cumsum.out``), with that name; ``""`` for none."""
     name = operator.partition(".")[0]
     nodes = [n for n in program.graph.nodes if getattr(getattr(n.target, "_schema", None), "name", "") == name]
     return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
 
 
 def _warn(stage: str, reason: str, node: str, remedy: str, strict: bool, *, depth: int = 4) -> None:
-    """Warn in the line that called this file, ``depth`` frames away; raise where ``strict``."""
+    """Warn at the line ``depth`` frames up, which called this module, or raise if ``strict``."""
     if strict:
         raise QuantflowError(stage, reason, node=node, remedy=remedy)
     warnings.warn(QuantflowWarning(stage, reason, node=node, remedy=remedy), stacklevel=depth)
@@ -177,18 +177,18 @@ def _warn(stage: str, reason: str, node: str, remedy: str, strict: bool, *, dept
 def lower_to_edge(
     program: ExportedProgram, source: ExportedProgram, delegate: Any, refused: frozenset[str] = frozenset()
 ) -> Edge:
-    """Lower a program to the edge dialect and partition it for ``delegate``, but for the edge nodes named in ``refused``.
+    """Lower a program to the edge dialect and partition it for ``delegate``, without the edge nodes named in ``refused``.
 
     Args:
-        program: In core ATen, which is lowered where there is no delegate.
-        source: The pre-dispatch program, which is lowered where there is one; ``program`` itself where it was not decomposed.
-        delegate: As :meth:`quantflow.CoreAten.to_edge` takes it.
-        refused: Names of edge nodes.
+        program: The program in core ATen, which is lowered if there is no delegate.
+        source: The pre-dispatch program, which is lowered if there is a delegate; ``program`` itself if it was not decomposed.
+        delegate: The delegate, as in :meth:`quantflow.CoreAten.to_edge`.
+        refused: The names of edge nodes to leave out of the delegate.
 
     Raises:
         QuantflowError: at stage ``"edge"``.
     """
     backend = delegates.resolve(delegate)
-    isolated.warm_up()  # starts while this process lowers
+    isolated.warm_up()  # the server starts while this process lowers
     manager, refused = compiled_edge_manager(program, source, backend, refused)
     return Edge(manager, program, source, backend, refused)

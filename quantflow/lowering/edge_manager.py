@@ -1,4 +1,4 @@
-"""Lowering to executorch's edge dialect, without what a delegate's compiler fails on."""
+"""Lowering to executorch's edge dialect, without the operators on which a delegate's compiler fails."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from quantflow.lowering.fault_search import FaultSearch
 from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature.signature import Signature
 
-_NAMED = 8  # layers in a message
+_NAMED = 8  # the number of layers that a message names
 
 
 def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Delegate, partitioners: list[Any]) -> Any:
-    """The ``executorch.exir.EdgeProgramManager`` of a program, partitioned by ``partitioners``.
+    """Return the ``executorch.exir.EdgeProgramManager`` of a program, partitioned by ``partitioners``.
 
     Raises:
         QuantflowError: at stage ``"edge"``.
@@ -51,20 +51,20 @@ def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Del
         raise QuantflowError(
             "edge",
             f"{type(error).__name__}: {error}",
-            remedy="the operator that is named can't be lowered in this form: write the layer in terms of other operators",
+            remedy="the named operator can't be lowered in this form: write the layer in terms of other operators",
         ) from error
 
 
 def compiled_edge_manager(
     program: ExportedProgram, source: ExportedProgram, backend: Delegate, refused: frozenset[str]
 ) -> tuple[Any, frozenset[str]]:
-    """As :func:`edge_manager`, with the partitioners of ``backend``. An operator on which the delegate's compiler fails is
-    named in a warning and left to portable kernels.
+    """Return the manager of :func:`edge_manager`, partitioned by the partitioners of ``backend``. An operator on which the
+    delegate's compiler fails is named in a warning and left to portable kernels.
 
     Args:
-        program: In core ATen.
+        program: The program in core ATen.
         source: The pre-dispatch program.
-        backend: What to partition for.
+        backend: The delegate to partition for.
         refused: Edge nodes to leave out of the delegate.
 
     Returns:
@@ -100,7 +100,7 @@ def _not_compiled(
     given: list[Node],
     search: FaultSearch,
 ) -> set[str]:
-    """Which of ``given``, what the delegate's compiler failed on, it fails on alone, else the first that it fails on beside
+    """The operators of ``given`` on which the delegate's compiler fails alone, else the first on which it fails together with
     others.
     """
     alone: set[str] = set()
@@ -120,7 +120,7 @@ def _not_compiled(
 
 
 def _naming(error: QuantflowError, given: list[Node]) -> QuantflowError:
-    """``error``, with the layers of the operators that the delegate's compiler was given, where it names none."""
+    """``error`` with the layers of the operators that the delegate's compiler compiled, if the error names none."""
     if not given or error.node is not None:
         return error
     names = [label(node) for node in given]

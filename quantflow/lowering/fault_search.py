@@ -1,4 +1,4 @@
-"""The search for the operators that a delegate refuses or computes wrongly, within a bound of time."""
+"""A search, within a time limit, for the operators that a delegate refuses or computes wrongly."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from quantflow.graph.aten import label
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
 
-SECONDS = 300.0  # for all of a search
-_SHOWN_AFTER = 2.0  # seconds
-_FLOAT_SQNR = 60.0  # dB that one operator in float must agree to
-_OFF_BY_ONE = 0.1  # the share of integers that may be one step off
+SECONDS = 300.0  # the time limit of a search
+_SHOWN_AFTER = 2.0  # seconds until the progress bar appears
+_FLOAT_SQNR = 60.0  # dB, the smallest SQNR of a correct float operator
+_OFF_BY_ONE = 0.1  # the fraction of integers that may differ by one
 _ROUNDING = 1e-5
 _CALL: Any = torch.ops.higher_order.executorch_call_delegate
 T = TypeVar("T")
 
 
 class FaultSearch:
-    """Finds the nodes of an edge program that a delegate does not run as the graph says.
+    """Finds the nodes of an edge program that a delegate does not run as in the graph.
 
     Args:
-        seconds: When to stop looking.
+        seconds: The time limit.
 
     Attributes:
-        names: What to call each node that was found before a person.
+        names: The name for messages of each node that was found.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
@@ -43,15 +43,15 @@ class FaultSearch:
 
     @property
     def over(self) -> bool:
-        """Whether the time is up."""
+        """Whether the time limit is exceeded."""
         return time.monotonic() > self.deadline
 
     def alone(self, edge: ExportedProgram, inputs: Sequence[Any] | None) -> set[str]:
-        """The nodes at fault when each runs in a program of its own.
+        """Return the faulty nodes when each operator runs in a separate program.
 
         Args:
-            edge: The ``ExportedProgram`` in the edge dialect, each operator of it handed to the delegate alone.
-            inputs: The flat inputs on which to compare results; None only loads the programs.
+            edge: The ``ExportedProgram`` in the edge dialect, with each operator delegated alone.
+            inputs: The flat inputs for a comparison of results; None only loads the programs.
         """
         if inputs is None:
             programs = self._within(list(lowered_modules(edge.graph_module)))
@@ -61,12 +61,12 @@ class FaultSearch:
         return self.named(found)
 
     def together(self, nodes: Sequence[Node], wrong_without: Callable[[frozenset[str]], bool]) -> set[str]:
-        """The first node, in the order of the graph, with which the program goes wrong, while it is right without that node and
-        all behind it in the delegate; empty where that can't be told.
+        """Return the first node, in graph order, whose delegation makes the program wrong: without this node and all later
+        ones in the delegate, the program is right. The set is empty if there is no such node or the time limit is exceeded.
 
         Args:
-            nodes: The operators inside the delegate, in that order.
-            wrong_without: Whether the program is wrong still with these nodes left out of the delegate.
+            nodes: The operators inside the delegate, in graph order.
+            wrong_without: Whether the program is still wrong with the given nodes left out of the delegate.
         """
         inside = [node.name for node in nodes]
         right, wrong = 0, len(inside)
@@ -91,17 +91,17 @@ class FaultSearch:
             yield item
 
     def named(self, nodes: Iterable[Node]) -> set[str]:
-        """The names of ``nodes``, which are kept with their layers."""
+        """Return the names of ``nodes``, and store their names for messages."""
         found = {node.name: label(node) for node in nodes}
         self.names.update(found)
         return set(found)
 
 
 class _Compared(Interpreter):
-    """Runs an edge program in PyTorch and, from the same tensors, each delegated operator of it on the runtime as well.
+    """Runs an edge program in PyTorch, and each of its delegated operators on the runtime with the same input tensors.
 
     Attributes:
-        faulty: The nodes of the operators that do not load, do not run or compute something else.
+        faulty: The nodes of the operators that do not load, do not run or give another result.
     """
 
     def __init__(self, edge: ExportedProgram, within: Callable[[Iterable[Node]], Iterable[Node]]) -> None:
@@ -111,7 +111,7 @@ class _Compared(Interpreter):
         self.progress = iter(within([n for n in edge.graph.nodes if n.target is _CALL]))
 
     def search(self, inputs: Sequence[Any]) -> list[Node]:
-        """The nodes at fault on the flat ``inputs``, as far as the time allows."""
+        """Return the faulty nodes on the flat ``inputs``, as far as the time limit allows."""
         given = iter(inputs)
         held = {**self.edge.state_dict, **self.edge.constants}
         kinds = self.edge.graph_signature.input_specs
@@ -120,7 +120,7 @@ class _Compared(Interpreter):
         return self.faulty
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The value of a node in PyTorch; what a delegate would run is also run there."""
+        """Return the value of a node in PyTorch. A delegated operator also runs on the runtime."""
         if target is not _CALL:
             return super().call_function(target, args, kwargs)
         lowered, *given = args
@@ -134,7 +134,7 @@ class _Compared(Interpreter):
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether both are one operator's result, but for rounding."""
+    """Whether two results of one operator differ by no more than rounding."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     if theirs.is_floating_point():

@@ -1,4 +1,4 @@
-"""The end of the road: a serialised ExecuTorch program, callable on the runtime."""
+"""The final stage: a serialized ExecuTorch program that runs on the runtime."""
 
 from __future__ import annotations
 
@@ -24,8 +24,20 @@ class Program:
 
     Attributes:
         buffer: The bytes of the ``.pte``.
-        signature: What it takes and returns; for a program from elsewhere, what the runtime tells of it.
-        delegation: What its delegates run; None for a program loaded from a file.
+        signature: The names, dtypes, shapes and structure of its inputs and outputs; for a program from elsewhere, the
+            dtypes and shapes that the file holds.
+        delegation: Which operators its delegates run; None for a program read from a file or from bytes.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval()
+        >>> x = torch.randn(1, 8)
+        >>> program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+        >>> torch.allclose(program(x), model(x), atol=1e-4)
+        True
+        >>> program.delegation.calls
+        1
     """
 
     buffer: bytes = field(repr=False)
@@ -34,9 +46,19 @@ class Program:
 
     @classmethod
     def from_buffer(cls, buffer: bytes) -> Program:
-        """The program that ``buffer``, the bytes of a ``.pte``, holds.
+        """Read a program from the bytes of a ``.pte``.
 
-        What is malformed is refused. What is made to crash the runtime does: look at it with :func:`quantflow.inspect` first.
+        A malformed file is refused. A file that was made to crash the runtime crashes it: examine a file from an unknown source
+        with :func:`quantflow.inspect` first.
+
+        Args:
+            buffer: The bytes of a ``.pte``.
+
+        Returns:
+            The program.
+
+        Raises:
+            QuantflowError: at stage ``"runtime"``, when the bytes are no whole program or their signature can't be read.
         """
         contents = pte.read(buffer)
         runtime.load_program(buffer)
@@ -63,18 +85,26 @@ class Program:
         """Load ``forward`` into the runtime now, not at the first call.
 
         Raises:
-            QuantflowError: at stage ``"runtime"``, when a delegate or kernel refuses it.
+            QuantflowError: at stage ``"runtime"``, when a delegate or kernel refuses it, or there is no ``forward``.
         """
         _ = self._forward
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of its methods."""
+        """The names of its methods, without the one that carries the signature."""
         return tuple(sorted(self._program.method_names - {SIGNATURE_METHOD}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward`` on the runtime. Inputs that the model writes to are changed as the model changes them, and state goes
-        on from call to call.
+        """Run ``forward`` on the runtime.
+
+        Inputs that the model writes to are changed as the model changes them. State goes on from call to call.
+
+        Args:
+            args: Positional inputs, of the dtypes and shapes of the signature.
+            kwargs: Keyword inputs.
+
+        Returns:
+            The outputs, in the model's own structure; the tensors lie on the CPU.
 
         Raises:
             QuantflowError: at stage ``"runtime"``, before the runtime sees them, when the inputs differ from the
@@ -87,7 +117,17 @@ class Program:
         return self.signature.unflatten(self.signature.write_back(flat, found))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the ``.pte`` to ``path``, whole or not at all."""
+        """Write the ``.pte`` to a file, whole or not at all.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            QuantflowError: at stage ``"executorch"``, when the file can't be written.
+        """
         return write_atomically(path, self.buffer, stage="executorch")
 
     def __repr__(self) -> str:
@@ -98,8 +138,24 @@ class Program:
 def load(path: str | os.PathLike[str]) -> Program:
     """Read a ``.pte``, of this project or from elsewhere.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The program. Of a file from elsewhere the inputs are known by dtype and shape only.
+
     Raises:
-        QuantflowError: at stage ``"runtime"``, when it can't be read or is no whole program.
+        QuantflowError: at stage ``"runtime"``, when the file can't be read or is no whole program.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> import quantflow as qf
+        >>> x = torch.randn(1, 8)
+        >>> edge = qf.export(torch.nn.Linear(8, 4).eval(), (x,)).to_core_aten().to_edge()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = edge.to_executorch().save(os.path.join(folder, "model.pte"))
+        ...     print(tuple(qf.load(path)(x).shape))
+        (1, 4)
     """
     try:
         return Program.from_buffer(Path(path).read_bytes())
@@ -114,7 +170,7 @@ def _flat_signature(contents: pte.Contents) -> Signature:
         return Signature(())
     inputs = []
     for i, given in enumerate(contents.methods["forward"].inputs):
-        # A file tells upper bounds only, not which dimensions may be smaller.
+        # A file gives only upper bounds and does not show which dimensions may be smaller.
         sizes = (DynamicDim(f"input_{i}_{j}", 0, size) for j, size in enumerate(given.shape))
         inputs.append(Input(f"input_{i}", given.dtype, tuple(sizes if given.dynamic else given.shape)))
     return Signature(tuple(inputs))

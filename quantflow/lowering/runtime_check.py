@@ -1,4 +1,4 @@
-"""The check of a program on the runtime: it loads, runs, and computes what its graph computes."""
+"""A check that a program loads and runs on the runtime and gives the results of its graph."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from quantflow.observers.observation import is_converted
 from quantflow.runtime import isolated
 from quantflow.signature.signature import Signature
 
-# Where a network cancels to nothing, what is left is rounding.
+# The absolute tolerance, for networks whose output cancels to zero up to rounding.
 _ROUNDING = 1e-5
-# The signal to noise ratio, dB, below which a program is suspected. In float nothing but the order of sums differs; in integers
-# a rounding that falls the other way grows from layer to layer.
+# The signal to noise ratio, dB, below which a program is suspected. In float only the order of sums differs. In integers, a
+# different rounding grows from layer to layer.
 _SUSPECT_FLOAT, _SUSPECT_INTEGERS = 40.0, 30.0
-# How far inputs are moved to see what rounding does, as a share of their largest value.
+# The perturbation of inputs that measures the effect of rounding, as a fraction of their largest value.
 _FLOAT_STEP, _INTEGER_STEP = 1e-6, 0.5 / 128
-_MARGIN = 10.0  # times what such a move does, in squares
-_DRAWS = 4  # of such moves
+_MARGIN = 10.0  # the allowed ratio of squared errors to those of a perturbation
+_DRAWS = 4  # the number of perturbations
 _STATEFUL_CALLS = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a program.
+    """The fault of a program.
 
     Attributes:
-        reason: In words.
-        loaded: Whether it loaded.
-        ran: Whether it ran, so that it is its results that are wrong.
+        reason: A description of the fault.
+        loaded: Whether the program loaded.
+        ran: Whether the program ran, so that its results are wrong.
         operators: Operators whose kernels are missing or failed.
     """
 
@@ -49,19 +49,19 @@ class Finding:
 
 
 def load(program: Program) -> Finding | None:
-    """Load ``program`` in a process of its own; what is wrong with it, None for nothing."""
+    """Load ``program`` in a separate process and return its fault, or None."""
     trial = isolated.run(program.buffer)
     return Finding(trial.failure, trial.loaded, False, trial.operators) if trial.failure else None
 
 
 def check(program: Program, source: ExportedProgram) -> Finding | None:
-    """Run ``program`` in a process of its own beside the graph ``source`` that it was lowered from.
+    """Compare ``program``, run in a separate process, with the graph ``source`` that it was lowered from.
 
-    It is called on the example inputs and on others of the same shapes, three times in a row where it keeps state. Outputs of
-    any dtype are compared. A network that amplifies rounding is recognised by moving the inputs of its graph by one step.
+    The program is called on the example inputs and on other inputs of the same shapes, three times in sequence if it has state.
+    Outputs of any dtype are compared. A network that amplifies rounding is recognised by a perturbation of the graph's inputs.
 
     Returns:
-        What is wrong, None for nothing. Without example inputs the program is only loaded.
+        The fault, or None. Without example inputs the program is only loaded.
     """
     if source.example_inputs is None:
         return load(program)
@@ -83,8 +83,8 @@ class _Reference:
     """The graph that a program was lowered from.
 
     Attributes:
-        inputs: The positional and keyword inputs of each call, in a row.
-        outputs: What each returns, flat: the inputs that it writes, then the outputs.
+        inputs: The positional and keyword inputs of each call, in sequence.
+        outputs: The flat results of each call: the inputs that it writes, then the outputs.
     """
 
     def __init__(self, source: ExportedProgram, signature: Signature) -> None:
@@ -95,12 +95,12 @@ class _Reference:
         try:
             self.inputs = [first, pytree.tree_map(_other, first), *[first] * (repeats - 2)]
             self.outputs = self._run(copy.deepcopy(self.graph), _copied(self.inputs))
-        except Exception:  # values that the network does not take
+        except Exception:  # the network does not accept the values
             self.inputs = [example] * repeats
             self.outputs = self._run(copy.deepcopy(self.graph), _copied(self.inputs))
 
     def moved(self) -> Iterator[list[list[Any]]]:
-        """The outputs with the inputs moved by a step, or the parameters where no input is of floats."""
+        """Yield the outputs with perturbed inputs, or with perturbed parameters if no input is floating point."""
         for seed in range(_DRAWS):
             move = _Move(_INTEGER_STEP if self.in_integers else _FLOAT_STEP, seed)
             graph, inputs = copy.deepcopy(self.graph), pytree.tree_map(move, _copied(self.inputs))
@@ -111,7 +111,7 @@ class _Reference:
             yield self._run(graph, inputs)
 
     def ordered(self, call: int, index: int, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-        """Whether two outputs are indices that order values, and differ in the order of equal ones only."""
+        """Whether two outputs are indices from a sort or similar, and differ only in the order of equal values."""
         graph, written = copy.deepcopy(self.graph), len(self.signature.written)
         ordering = return_rows(graph, index - written) if index >= written else None
         if ordering is None:
@@ -141,19 +141,19 @@ class _Reference:
 
 
 def _copied(values: Any) -> Any:
-    """``values``, in any structure, with copies of their tensors, which know nothing of gradients."""
+    """``values``, in any structure, with detached copies of their tensors."""
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), values)
 
 
 def _keeps_state(source: ExportedProgram) -> bool:
-    """Whether ``source`` writes buffers, with in-place operators or as further outputs."""
+    """Whether ``source`` writes buffers, by in-place operators or as additional outputs."""
     signature = source.graph_signature
     reads = (n for n in source.graph.find_nodes(op="placeholder") if n.name in signature.inputs_to_buffers)
     return bool(signature.buffers_to_mutate) or any(map(is_written, reads))
 
 
 class _Move:
-    """Moves tensors of floats by up to ``step`` of their largest value, either way."""
+    """Perturbs floating point tensors by up to ``step`` times their largest value, in both directions."""
 
     def __init__(self, step: float, seed: int) -> None:
         self.step, self.random, self.moved = step, torch.Generator().manual_seed(seed), 0
@@ -167,14 +167,14 @@ class _Move:
 
 
 def _filled(leaf: Any) -> Any:
-    """``leaf``, or random numbers from 0 to 1 where it holds zeros alone: they tell a shape, and no rounding moves them."""
+    """``leaf``, or random numbers from 0 to 1 if it is all zeros, which only give a shape and hide rounding."""
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.any():
         return leaf
     return torch.rand(leaf.shape, generator=torch.Generator().manual_seed(1)).to(leaf)
 
 
 def _other(leaf: Any) -> Any:
-    """Another tensor of the shape, dtype and range of ``leaf``; what is no tensor stays."""
+    """Another tensor with the shape, dtype and range of ``leaf``; ``leaf`` itself if it is no tensor."""
     if not isinstance(leaf, torch.Tensor) or not leaf.numel():
         return leaf
     backwards = leaf.flip(tuple(range(leaf.ndim)))
@@ -185,7 +185,7 @@ def _other(leaf: Any) -> Any:
 
 
 def _difference(ours: Any, theirs: Any, reference: _Reference, call: int, index: int) -> str:
-    """How an output differs from the graph's by more than rounding explains; ``""`` where it does not."""
+    """How an output differs from the graph's by more than rounding; ``""`` if it does not."""
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return "" if type(ours) is not type(theirs) or ours == theirs else f"is {ours}, not {theirs}"
     theirs = theirs.cpu()

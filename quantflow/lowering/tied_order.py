@@ -1,4 +1,4 @@
-"""Indices that order values: equal values may come in any order, and kernels differ in which they take."""
+"""Comparison of the indices from sort-like operators, in which kernels order equal values differently."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _ORDERS = (
     aten.topk.default,
     aten.median.dim,
     aten.kthvalue.default,
-)  # a stable sort leaves no choice
-_INDICES = 1  # which of their results
+)  # without stable sort, whose order is unique
+_INDICES = 1  # the position of the indices in their results
 _COPIES = {aten.clone.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default} | INFERENCE_IDENTITIES
 
 
 @dataclass
 class Ordering:
-    """What the indices of one output order.
+    """The values that the indices of one output point into.
 
     Attributes:
-        dim: Along which dimension.
-        values: What they point into, one tensor a call, once the graph has run.
+        dim: The dimension of the order.
+        values: The values, one tensor for each call of the graph.
     """
 
     dim: int
     values: list[torch.Tensor] = field(default_factory=list)
 
     def pointed_at(self, call: int, rows: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, int] | None:
-        """The values at ``indices``, and at how many different places they lie; None where one lies outside.
+        """Return the values at ``indices`` and the number of different positions; None if an index is out of range.
 
         Args:
             call: The number of the call.
-            rows: Where in ``values``, flat, the row of each index begins.
-            indices: As an output, of any dtype.
+            rows: The position in the flat ``values`` at which the row of each index begins.
+            indices: The indices as an output, of any dtype.
         """
         values, indices = self.values[call], indices.long()
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < _size(values, self.dim):
@@ -48,7 +48,7 @@ class Ordering:
         return values.flatten()[places], places.unique().numel()
 
     def record(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Keep ``values``; gives where in them, flat, the row of each of ``indices`` begins."""
+        """Store ``values``, and return the position in the flat values at which the row of each index begins."""
         self.values.append(values.detach().clone())
         if not values.ndim:
             return torch.zeros_like(indices)
@@ -57,10 +57,11 @@ class Ordering:
 
 
 def return_rows(graph: GraphModule, output: int) -> Ordering | None:
-    """Let ``graph`` return, in the place of an output of indices, where the row of each begins in what they order.
+    """Replace an index output of ``graph`` by the position at which the row of each index begins in the ordered values.
 
     Returns:
-        What they order; None where the output is no such indices, moved about at most. Then the graph is left as it was.
+        The ordered values; None, with the graph unchanged, if the output is not the indices of a sort-like operator, possibly
+        after views and copies.
     """
     end = graph.graph.output_node()
     results = list(end.args[0]) if isinstance(end.args[0], (list, tuple)) else [end.args[0]]

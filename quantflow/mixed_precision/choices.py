@@ -1,4 +1,4 @@
-"""What each layer may become, and what each choice costs: the table that the search solves."""
+"""The table of the search: the precisions of each layer, with the noise, size and latency of each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from quantflow.distributed import grouped, total, world_size
 
 @dataclass(frozen=True)
 class Choice:
-    """One layer at one precision, with the others as in the program that differences are taken from.
+    """One layer at one precision; its costs are differences to the baseline program.
 
     Attributes:
         layer: The name of the layer.
         precision: The name of the precision.
-        noise: The noise that it brings to the outputs, in units of their power, measured in simulation.
-        size: By how many bytes it changes the ``.pte``.
-        time: By how many milliseconds it changes the median of a call on the runtime.
+        noise: The noise power that it adds to the outputs, relative to the power of the outputs, measured in simulation.
+        size: The change of the size of the ``.pte``, bytes.
+        time: The change of the median latency on the runtime, milliseconds.
     """
 
     layer: str
@@ -33,9 +33,9 @@ class Table:
     """All choices.
 
     Attributes:
-        choices: One or more for each layer.
-        size: The bytes of the program that differences are taken from.
-        time: The milliseconds of a call of it.
+        choices: One or more choices for each layer.
+        size: The size of the baseline program, bytes.
+        time: The latency of the baseline program, milliseconds.
     """
 
     choices: tuple[Choice, ...]
@@ -48,7 +48,7 @@ class Table:
         return tuple(dict.fromkeys(choice.layer for choice in self.choices))
 
     def agreed(self) -> Table:
-        """The table with the mean of all processes' times, and of their noise: each makes the same choice by it."""
+        """The table with noise and times averaged over all processes, so that all of them make the same choice."""
         if not grouped():
             return self
         own = torch.tensor([(c.noise, c.time) for c in self.choices] + [(0.0, self.time)], dtype=torch.float64)
@@ -57,6 +57,6 @@ class Table:
         return Table(tuple(replace(c, noise=noise, time=ms) for c, (noise, ms) in pairs), self.size, time)
 
     def total(self, chosen: tuple[Choice, ...]) -> tuple[float, int, float]:
-        """The noise, the bytes and the milliseconds that the table predicts for one choice a layer."""
+        """The predicted noise, bytes and milliseconds for one choice per layer."""
         size, time = self.size + sum(c.size for c in chosen), self.time + sum(c.time for c in chosen)
         return sum(c.noise for c in chosen), size, time

@@ -1,4 +1,4 @@
-"""Measuring the choices: noise in simulation, size and latency by differences between real programs."""
+"""Measurements for the search: noise in simulation, size and latency as differences between real programs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from quantflow.signature.signature import Signature
 from quantflow.simulation.partial import PartialNetwork
 from quantflow.simulation.preconditions import draw
 
-_BATCHES = 4  # of at most 8 examples, to measure noise on
-_FEW = 16  # examples, to give a program ranges whose values do not matter
+_BATCHES = 4  # batches of at most 8 examples to measure noise on
+_FEW = 16  # examples to calibrate programs whose accuracy does not matter
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is searched: the captured graph, example inputs, data and the quantizer."""
+    """The input of the search: the captured graph, example inputs, data and the quantizer."""
 
     graph: GraphModule
     args: Sequence[Any]
@@ -52,16 +52,16 @@ class Subject:
 
     @cached_property
     def few(self) -> Sample:
-        """Some examples of the first batch."""
+        """A sample of examples of the first batch."""
         sample, signature = Sample(_FEW), Signature.of_graph(self.graph)
         for batch in itertools.islice(batches(self.data, self.graph, stage="search", inputs=self.inputs), 1):
             sample.add(signature.flatten(batch.args, batch.kwargs, stage="search"), signature)
         return sample
 
     def program(self, quantizer: Any) -> Program:
-        """A program of the size and the speed of that which ``quantizer`` leads to, with ranges of a few examples.
+        """A program with the size and speed that ``quantizer`` gives, calibrated on a few examples.
 
-        It is a float one where ``quantizer`` quantizes nothing.
+        It is in float if ``quantizer`` quantizes nothing.
         """
         from quantflow.lowering.core_aten import straight_to_edge
 
@@ -76,17 +76,17 @@ class Subject:
         return straight_to_edge(export(converted, self.args, self.kwargs).program, self.delegate).to_executorch()
 
     def milliseconds(self, program: Program) -> float:
-        """The median of a call on the example inputs."""
+        """The median latency on the example inputs."""
         threads = torch.get_num_threads()
         return latency.measure(lambda: program(*self.args, **(self.kwargs or {})), rows=1, threads=threads).median_ms
 
 
 def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, progress: bool) -> Table:
-    """The table of ``precisions``, each a scheme or None for float, for every layer with a quantized weight.
+    """The table for every layer with a quantized weight.
 
     Args:
-        subject: What is searched.
-        precisions: By name. A layer has those that its backend computes.
+        subject: The input of the search.
+        precisions: Schemes by name, None for float. A layer gets those that its backend supports.
         timed: Whether to measure latency; otherwise it is 0.
         progress: Show a progress bar.
     """
@@ -105,7 +105,7 @@ def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, pr
     choices = []
     pairs = [(layer, name) for layer in layers for name in precisions if layer in possible[name]]
     for layer, name in tqdm(pairs, desc="search", unit="program", disable=not progress, leave=False):
-        if own[layer] == precisions[name]:  # that is the program which differences are taken from
+        if own[layer] == precisions[name]:  # this is the baseline program
             choices.append(Choice(layer, name, noises[name][layer], 0, 0.0))
             continue
         program = subject.program(subject.quantizer.overriding([(Within(layer), precisions[name])]))
@@ -115,7 +115,7 @@ def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, pr
 
 
 def _weighted(subject: Subject) -> dict[str, Any]:
-    """The layers with a weight that the quantizer quantizes, in graph order, each with its scheme."""
+    """The layers with a quantized weight, in graph order, with their schemes."""
     integer = subject.quantizer.plan(subject.graph).integer
     found = {layer_name(d.node): d.scheme for d in integer if d.rule is not None and d.rule.weight is not None}
     if not found:
@@ -125,7 +125,7 @@ def _weighted(subject: Subject) -> dict[str, Any]:
 
 
 def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, str]:
-    """Those of ``layers`` that can't have ``scheme``, and why."""
+    """The reasons of those ``layers`` that can't have ``scheme``."""
     if scheme is None:
         return {}
     plan = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers]).plan(subject.graph)
@@ -134,7 +134,7 @@ def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, 
 
 
 def _noises(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, float]:
-    """The noise at the outputs of each of ``layers`` alone in ``scheme``, in units of the outputs' power."""
+    """The noise power at the outputs, relative to their power, with one layer at a time in ``scheme``."""
     if scheme is None or not layers:
         return dict.fromkeys(layers, 0.0)
     quantizer = subject.quantizer.overriding([(Within(layer), scheme) for layer in layers])

@@ -1,4 +1,4 @@
-"""The verb that gives each layer the precision it needs."""
+"""``search``: post-training quantization with a precision for each layer."""
 
 from __future__ import annotations
 
@@ -33,30 +33,44 @@ def search(
     recover: bool = True,
     progress: bool = True,
 ) -> SearchResult:
-    """Post-training quantization with a precision for each layer: the least noise under a limit.
+    """Quantize after training with a precision for each layer: the least noise under a limit of bytes or of milliseconds.
 
     Noise is measured at the network's outputs with one layer at a time quantized; bytes and milliseconds by the difference
-    that one layer makes to a real program. All three are taken to add up over the layers, under which the choice is
-    exact; the program that is built tells what became of it.
+    that one layer makes to a real program. All three are assumed to add up over the layers; under that assumption the choice
+    is exact. A warning says where the program that is built exceeds a limit.
 
     Args:
         model: An eager model.
-        args: Example positional inputs; programs are lowered for their shapes.
-        data: Calibration batches that can be gone through again.
+        args: Example positional inputs, a tuple; programs are lowered for their shapes.
+        data: Calibration batches that can be gone through again, as for :func:`quantflow.calibrate`.
         kwargs: Example keyword inputs.
         max_bytes: The most bytes that the ``.pte`` may have.
         max_ms: The most milliseconds that the median call on the example inputs may take, on this machine; of several
             processes the mean of what they measure counts.
-        quantizer: By default the one registered for ``delegate``. What has no weights follows it.
+        quantizer: A quantizer with overrides by layer; by default the one registered for ``delegate``. Operators without
+            weights keep its scheme.
         precisions: Schemes by name, None for float; by default those of the quantizer (``quantizer.precisions``).
-        delegate: What to lower to.
+        delegate: The delegate to lower to, as in ``CoreAten.to_edge``.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         recover: As in :func:`quantflow.quantize`, for the program that is built.
         progress: Show progress bars.
 
+    Returns:
+        The program that was built, the choice for each layer, and all that was measured.
+
     Raises:
-        QuantflowError: at stage ``"search"``, when there is no limit or none can be kept, the quantizer has no overrides, no
-            layer has weights, or a layer can have none of the precisions.
+        QuantflowError: at stage ``"search"``, when there is no limit or none can be kept, the float program keeps the limit,
+            ``precisions`` is no mapping, the data can be gone through once only, the quantizer has no overrides, no layer has
+            weights, or a layer can have none of the precisions.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).eval()
+        >>> x, data = torch.randn(1, 64), [torch.randn(8, 64)]
+        >>> found = qf.search(model, (x,), data, max_bytes=50_000, recover=False, progress=False)
+        >>> [choice.layer for choice in found.chosen], len(found.result.program.buffer) <= 50_000
+        (['0', '2'], True)
     """
     if max_bytes is None and max_ms is None:
         remedy = "max_bytes=..., max_ms=..., or both"

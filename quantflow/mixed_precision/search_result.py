@@ -1,4 +1,4 @@
-"""What a search found: the precision of each layer, what was predicted and what came of it."""
+"""The result of a search: the precision of each layer, the predicted and the built program."""
 
 from __future__ import annotations
 
@@ -17,14 +17,25 @@ from quantflow.pipeline.quantize import Result
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Mixed precision under a limit. ``print`` shows the table.
+    """Mixed precision under a limit, as :func:`quantflow.search` returns it; ``print`` shows the table.
 
     Attributes:
         result: The program that was built, as :func:`quantflow.quantize` returns it.
-        chosen: The choice for each layer.
-        table: All choices, with what each was measured to cost.
+        chosen: The choice for each layer: ``layer``, ``precision``, ``noise`` (in units of the outputs' power), ``size``
+            (bytes) and ``time`` (milliseconds).
+        table: All choices, with the noise, bytes and milliseconds measured for each.
         frontier: The best choices for other sizes, the smallest first.
-        ms: The median of a call of the program, where latency was limited.
+        ms: The median of a call of the program, milliseconds; None where latency was not limited.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).eval()
+        >>> x, data = torch.randn(1, 64), [torch.randn(8, 64)]
+        >>> found = qf.search(model, (x,), data, max_bytes=50_000, recover=False, progress=False)
+        >>> sizes = [size for size, sqnr in found.points()]
+        >>> sizes == sorted(sizes)
+        True
     """
 
     result: Result = field(repr=False)
@@ -34,12 +45,18 @@ class SearchResult:
     ms: float | None = None
 
     def points(self) -> list[tuple[int, float]]:
-        """Predicted bytes and signal to noise, dB, along the frontier."""
+        """Return the predicted bytes and signal to noise (dB) of each choice on the frontier."""
         totals = (self.table.total(chosen) for chosen in self.frontier)
         return [(size, decibels(1.0, noise)) for noise, size, _ in totals]
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the frontier, and where this choice lies, to an image file; the ending says which kind.
+        """Draw the frontier and the choice that was made.
+
+        Args:
+            path: The image file; its extension says which format.
+
+        Returns:
+            The path of the file.
 
         Raises:
             QuantflowError: at stage ``"search"``, without matplotlib, or where the file can't be written.
@@ -56,7 +73,7 @@ class SearchResult:
         return save(figure, path, "search")
 
     def to_json(self) -> str:
-        """The choices, the table and the frontier."""
+        """Return the choices, the table and the frontier as a JSON object."""
         noise, size, time = self.table.total(self.chosen)
         record: dict[str, Any] = {
             "precisions": {c.layer: c.precision for c in self.chosen},

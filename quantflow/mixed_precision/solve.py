@@ -1,4 +1,4 @@
-"""The choices with the least noise under a limit, exactly: a multiple-choice knapsack."""
+"""The solver: the choices with the least noise under a limit, an exact multiple-choice knapsack."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from quantflow.mixed_precision.choices import Choice, Table
 
 
 def solve(table: Table, *, max_bytes: float | None = None, max_ms: float | None = None) -> tuple[Choice, ...]:
-    """One choice for each layer of ``table``, with the least sum of noise, by integer programming.
+    """One choice for each layer of ``table`` with the least total noise, by integer programming.
 
     Args:
         table: The choices and what they cost.
-        max_bytes: The most bytes that the program may have.
-        max_ms: The most milliseconds that a call may take.
+        max_bytes: The largest size of the program, bytes.
+        max_ms: The largest latency of a call, milliseconds.
 
     Raises:
-        QuantflowError: at stage ``"search"``, when no choice keeps a limit; it tells the least that can be reached.
+        QuantflowError: at stage ``"search"``, if no choice meets the limits. The message gives the least that can be reached.
     """
     choices = table.choices
     one_each = np.array([[float(c.layer == layer) for c in choices] for layer in table.layers])
@@ -40,7 +40,7 @@ def solve(table: Table, *, max_bytes: float | None = None, max_ms: float | None 
 
 
 def frontier(table: Table, points: int = 20) -> tuple[tuple[Choice, ...], ...]:
-    """The best choices for sizes from the least to that of the least noise, each once."""
+    """The choices of least noise for sizes between the smallest program and that of least noise, without duplicates."""
     sizes = [[c.size for c in table.choices if c.layer == layer] for layer in table.layers]
     least = table.size + sum(map(min, sizes))
     most = table.total(solve(table))[1]

@@ -1,7 +1,7 @@
-"""Observers: what they watch of a tensor, and the quantization parameters that follow.
+"""Observers: they measure the range of a tensor and compute its scale and zero point.
 
-They follow torchao's observer protocol, so stock ``prepare_pt2e`` takes them too. :data:`OBSERVERS` names them for
-configuration that is data.
+They follow torchao's observer protocol, so stock ``prepare_pt2e`` accepts them too. :data:`OBSERVERS` maps the names that
+configurations use to the classes.
 """
 
 from quantflow.observers.base import Observer
@@ -21,6 +21,7 @@ OBSERVERS: dict[str, tuple[type[Observer], type[Observer]]] = {
     "percentile": (PercentileObserver, PerChannelPercentileObserver),
     "moving_average": (MovingAverageMinMaxObserver, PerChannelMovingAverageMinMaxObserver),
 }
+"""The observers by the name that ``TensorScheme(observer=...)`` takes, each per tensor and per channel."""
 
 __all__ = [
     "OBSERVERS",

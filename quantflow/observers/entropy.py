@@ -1,4 +1,4 @@
-"""Ranges that keep the distribution of values as it is, as far as the integers can tell it."""
+"""Entropy observers: ranges of least Kullback-Leibler divergence between the float and the quantized distribution."""
 
 from __future__ import annotations
 
@@ -11,17 +11,29 @@ _SHRINK = torch.linspace(1.0, 0.1, 91)
 
 
 class EntropyObserver(SampledObserver):
-    """The range whose quantized distribution has the least Kullback-Leibler divergence from that of the sample.
+    """Takes the range whose quantized distribution has the least Kullback-Leibler divergence from that of the sample.
 
-    As TensorRT calibrates (Migacz 2017, "8-bit inference with TensorRT", GTC): values outside a candidate range fall into
-    its last bins, and the bins of one integer share its probability evenly. Made for activations with long tails; of few
-    values the histogram is poor.
+    The method is that of TensorRT (Migacz 2017, "8-bit inference with TensorRT", GTC): values outside a candidate range fall
+    into its last bins, and the bins of one integer share its probability evenly. It is made for activations with long tails;
+    of few values the histogram is poor.
+
+    Args:
+        spec: The arguments of :class:`Observer`, by name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import EntropyObserver, MinMaxObserver
+        >>> x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([1.5])])
+        >>> entropy, min_max = EntropyObserver(), MinMaxObserver()
+        >>> _ = entropy(x), min_max(x)
+        >>> bool(entropy.calculate_qparams()[0] < min_max.calculate_qparams()[0])
+        True
     """
 
     def choose_range(
         self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range of least divergence, for each channel."""
+        """Return the range of least divergence of each channel."""
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         width = ((high - low) / _BINS).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         place = ((values - low[:, None]) / width).long().clamp(0, _BINS - 1)
@@ -49,7 +61,7 @@ class EntropyObserver(SampledObserver):
         def by_level(x: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(x), levels, device=x.device).scatter_add_(1, level, x)
 
-        # What is clipped counts at the ends of the reference; the integers' own distribution is that of the rest.
+        # The reference counts clipped values in its end bins; the quantized distribution is that of the values inside.
         first, last = inside.int().argmax(1), _BINS - 1 - inside.flip(1).int().argmax(1)
         edge = torch.where(centres < low[:, None], first[:, None], last[:, None])
         everywhere = torch.arange(_BINS, device=counts.device).expand_as(counts)
@@ -63,4 +75,15 @@ class EntropyObserver(SampledObserver):
 
 
 class PerChannelEntropyObserver(EntropyObserver):
-    """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
+    """:class:`EntropyObserver` for per-channel schemes.
+
+    torchao passes ``ch_axis`` only to classes with PerChannel in their name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import PerChannelEntropyObserver
+        >>> observer = PerChannelEntropyObserver(qscheme=torch.per_channel_symmetric, ch_axis=0)
+        >>> _ = observer(torch.randn(4, 100))
+        >>> tuple(observer.calculate_qparams()[0].shape)
+        (4,)
+    """

@@ -1,4 +1,4 @@
-"""A grid that is fixed: chosen by other means than watching, and not moved by more data."""
+"""An observer with a fixed scale and zero point, which data do not change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE
 
 
 class FixedQParamsObserver(Observer):
-    """Lets data pass and answers with the scale and zero point that it was given.
+    """Lets data pass and returns the scale and zero point that it was given.
 
     Args:
         scale: float32, a scalar or one a channel.
         zero_point: int32, same shape.
-        spec: The grid, as for :class:`Observer`.
+        spec: The arguments of :class:`Observer`, by name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import FixedQParamsObserver
+        >>> observer = FixedQParamsObserver(torch.tensor(0.5), torch.tensor(3))
+        >>> _ = observer(torch.randn(8))
+        >>> observer.calculate_qparams()
+        (tensor(0.5000), tensor(3, dtype=torch.int32))
     """
 
     scale: torch.Tensor
@@ -32,7 +40,16 @@ class FixedQParamsObserver(Observer):
 
     @classmethod
     def like(cls, observer: torch.nn.Module, scale: torch.Tensor, zero_point: torch.Tensor) -> FixedQParamsObserver:
-        """On the grid of ``observer``, ours or torchao's, with another scale and zero point."""
+        """Make an observer of the same integers as another one, with a given scale and zero point.
+
+        Args:
+            observer: An observer of quantflow or torchao.
+            scale: float32, a scalar or one a channel.
+            zero_point: int32, same shape.
+
+        Returns:
+            The observer.
+        """
         given: Any = observer
         return cls(
             scale,
@@ -49,8 +66,8 @@ class FixedQParamsObserver(Observer):
         return x
 
     def reset(self) -> None:
-        """Nothing was seen, so nothing is forgotten."""
+        """Do nothing: the scale and zero point do not follow from data."""
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale (float32) and zero point (int32), scalars or one a channel."""
+        """Return the scale (float32) and the zero point (int32), scalars or one a channel."""
         return self.scale, self.zero_point

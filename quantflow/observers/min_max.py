@@ -1,4 +1,4 @@
-"""Min-max ranges: the extremes of all that was seen."""
+"""Min-max observers: the least and the greatest value over all data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from quantflow.observers.base import Observer
 
 
 class MinMaxObserver(Observer):
-    """The least and the greatest value over all data."""
+    """Takes the least and the greatest value over all data.
+
+    The arguments are those of :class:`Observer`.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import MinMaxObserver
+        >>> observer = MinMaxObserver()
+        >>> for batch in (torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])):
+        ...     _ = observer(batch)
+        >>> observer.min_val, observer.max_val
+        (tensor(-1.), tensor(2.))
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel():
@@ -19,4 +31,15 @@ class MinMaxObserver(Observer):
 
 
 class PerChannelMinMaxObserver(MinMaxObserver):
-    """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
+    """:class:`MinMaxObserver` for per-channel schemes.
+
+    torchao passes ``ch_axis`` only to classes with PerChannel in their name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import PerChannelMinMaxObserver
+        >>> observer = PerChannelMinMaxObserver(qscheme=torch.per_channel_symmetric, ch_axis=0)
+        >>> _ = observer(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]))
+        >>> observer.min_val, observer.max_val
+        (tensor([-1., -3.]), tensor([2., 4.]))
+    """

@@ -1,4 +1,4 @@
-"""Moving averages of the extremes of each batch, for ranges that follow training."""
+"""Moving average observers: averages of the extremes of each batch, for ranges that follow training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from quantflow.observers.base import Observer
 
 
 class MovingAverageMinMaxObserver(Observer):
-    """The moving average of each batch's extremes (Jacob et al. 2018, arXiv:1712.05877, section 3.1).
+    """Takes the moving average of each batch's extremes (Jacob et al. 2018, arXiv:1712.05877, section 3.1).
 
-    The first batches count alike, so that the average does not hang on the very first: the newest of ``n`` has the weight
+    The first batches count alike, so that the average does not depend on the first one most: the newest of ``n`` has the weight
     ``1 / n``, and from ``1 / averaging_constant`` batches on the average is exponential.
 
     Args:
         averaging_constant: Weight of the newest batch among many; 1 takes the newest alone.
-        spec: The grid, as for :class:`Observer`.
+        spec: The arguments of :class:`Observer`, by name.
 
     Attributes:
         count: How many batches were seen, int64.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import MovingAverageMinMaxObserver
+        >>> observer = MovingAverageMinMaxObserver(averaging_constant=0.01)
+        >>> for batch in (torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 3.0])):
+        ...     _ = observer(batch)
+        >>> observer.min_val, observer.max_val
+        (tensor(-2.), tensor(2.))
     """
 
     count: torch.Tensor
@@ -34,13 +43,13 @@ class MovingAverageMinMaxObserver(Observer):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Clear the observed range."""
         super().reset()
         self.count = torch.zeros_like(self.count)
         self._common = None
 
     def start_from(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Take a range as that of many batches, which the next ones move little."""
+        """Take a range as that of many batches: the next ones change it little."""
         super().start_from(low, high)
         self.count = torch.full_like(self.count, math.ceil(1 / self.averaging_constant))
         self._common = None
@@ -52,23 +61,23 @@ class MovingAverageMinMaxObserver(Observer):
         return x
 
     def observe_together(self, x: torch.Tensor) -> None:
-        """Follow the extremes of all processes' ``x``, which count as one batch."""
+        """Follow the extremes of the tensors of all processes, which count as one batch."""
         if not grouped():
             self(x)
             return
         low, high = self.extremes(x) if x.numel() else self._nothing(x)
-        low, high = widest(low, high)  # also where this process has nothing: the others wait
+        low, high = widest(low, high)  # a process without values takes part too: the others wait for it
         some = ~(low > high)
         followed = zip(self._followed(low, high), (self.min_val, self.max_val), strict=True)
         self.min_val, self.max_val = (torch.where(some, new, old) for new, old in followed)
         self.count = self.count + some.any()
 
     def hold_in_common(self) -> None:
-        """Remember that all processes hold what was seen so far."""
+        """Mark the current statistics as common to all processes."""
         self._common = (self.min_val, self.max_val, self.count) if self.count else None
 
     def synchronize(self) -> None:
-        """Take the average over the batches of all processes, the same in each; those that they held in common count once."""
+        """Take the average over the batches of all processes, the same in each; those held in common before count once."""
         if not grouped():
             return
         ends = torch.stack([self.min_val, self.max_val]).double()
@@ -91,19 +100,19 @@ class MovingAverageMinMaxObserver(Observer):
         self.hold_in_common()
 
     def _left(self, before: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """The weight, after ``count`` batches, of what the first ``before`` had told."""
-        first = math.floor(1 / self.averaging_constant)  # so many count alike
+        """The weight that the first ``before`` batches have after ``count`` batches."""
+        first = math.floor(1 / self.averaging_constant)  # this many batches have equal weights
         alike = before.clamp(max=first) / count.clamp(min=1, max=first)
         return alike.double() * (1 - self.averaging_constant) ** (
             (count - before.clamp(min=first)).clamp(min=0).double()
         )
 
     def _followed(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range with a batch of these extremes."""
+        """The range after a batch with these extremes."""
         if self.averaging_constant == 1.0:
             return low, high
         weight = (1 / (self.count + 1)).clamp(min=self.averaging_constant)
-        # lerp from infinity is no number, so the first batch is chosen, without asking the tensor for its value.
+        # lerp from infinity gives NaN, so torch.where takes the first batch itself, without a device synchronization.
         low = torch.where(self.min_val.isfinite(), torch.lerp(self.min_val, low, weight), low)
         high = torch.where(self.max_val.isfinite(), torch.lerp(self.max_val, high, weight), high)
         return low, high
@@ -113,16 +122,29 @@ class MovingAverageMinMaxObserver(Observer):
         self._common = None
 
     def _nothing(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The extremes of no values."""
+        """The extremes of an empty set: ``inf`` and ``-inf``."""
         shape = (x.shape[self.ch_axis],) if self.per_channel else ()
         low = torch.full(shape, float("inf"), device=x.device)
         return low, -low
 
 
 class PerChannelMovingAverageMinMaxObserver(MovingAverageMinMaxObserver):
-    """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
+    """:class:`MovingAverageMinMaxObserver` for per-channel schemes.
+
+    torchao passes ``ch_axis`` only to classes with PerChannel in their name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import PerChannelMovingAverageMinMaxObserver
+        >>> observer = PerChannelMovingAverageMinMaxObserver(qscheme=torch.per_channel_affine, ch_axis=1)
+        >>> _ = observer(torch.tensor([[-1.0, 2.0], [-3.0, 4.0]]))
+        >>> observer.min_val, observer.max_val
+        (tensor([-3.,  2.]), tensor([-1.,  4.]))
+    """
 
 
 def for_training(observer: Observer, *, weight: bool) -> MovingAverageMinMaxObserver:
-    """An observer for the same grid inside fake quantize: activations average over batches, weights are what they are."""
+    """The observer for fake quantize with the settings of ``observer``: a moving average for activations, the newest range for
+    weights.
+    """
     return MovingAverageMinMaxObserver(1.0 if weight or observer.is_dynamic else 0.01, **observer.spec())

@@ -1,4 +1,4 @@
-"""Ranges that minimise the squared rounding error, clipping outliers where that pays."""
+"""MSE observers: clipping ranges that minimize the mean squared quantization error."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ from quantflow.qparams.qparams import quantize
 
 _BINS = 8192
 _SHRINK = torch.linspace(1.0, 0.2, 65)
-_AT_ONCE = 2**24  # values in one step of the search
+_AT_ONCE = 2**24  # values in one step of the search, which bounds its memory
 
 
 class MSEObserver(SampledObserver):
-    """The clipping range with the least mean squared error of quantization over the sample.
+    """Takes the clipping range with the least mean squared error of quantization over the sample.
 
-    Between the extremes and a fifth of them the two ends are searched, first together and then each alone (Choukroun et al.
-    2019, arXiv:1902.06822, search for it likewise). Of few data the extremes count besides the sample. Best for the tensor
-    itself; what is best for the network's output, :func:`quantflow.recover` finds.
+    The two ends are searched between the extremes and a fifth of them, first together and then each alone (Choukroun et al.
+    2019, arXiv:1902.06822, search for it likewise). Of few data the extremes count besides the sample. This range is best for
+    the tensor itself; :func:`quantflow.recover` finds what is best for the network's output.
+
+    Args:
+        spec: The arguments of :class:`Observer`, by name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import MinMaxObserver, MSEObserver
+        >>> x = torch.cat([torch.linspace(-1, 1, 2000), torch.tensor([3.0])])
+        >>> mse, min_max = MSEObserver(quant_min=-8, quant_max=7), MinMaxObserver(quant_min=-8, quant_max=7)
+        >>> _ = mse(x), min_max(x)
+        >>> bool(mse.calculate_qparams()[0] < min_max.calculate_qparams()[0])
+        True
     """
 
     def choose_range(
         self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range with the least squared error, for each channel."""
+        """Return the range with the least squared error of each channel."""
         most = max(1, _AT_ONCE // (len(_SHRINK) * min(values.shape[1], _BINS)))
         parts = zip(values.split(most), low.split(most), high.split(most), strict=True)
         found = [self._search(*part) for part in parts]
@@ -41,7 +53,7 @@ class MSEObserver(SampledObserver):
         for low_factors, high_factors in ((shrink, shrink), (shrink, one), (one, shrink)):
             lows, highs = low * low_factors, high * high_factors  # [candidates, channels]
             error = (self._error(x, lows, highs) * weight).sum(-1)
-            if few:  # two values of them that the sample may lack
+            if few:  # the extremes themselves, which the sample may lack
                 error = error + self._error(ends, lows, highs).sum(-1) / self.count
             best = error.argmin(0)[None]
             low, high = lows.gather(0, best)[0], highs.gather(0, best)[0]
@@ -55,7 +67,7 @@ class MSEObserver(SampledObserver):
 
 
 def _binned(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One channel's values as the means of the 8,192 bins that they fall into, with the share of each."""
+    """The values of one channel as the means of 8,192 bins, and the share of values in each bin."""
     if values.shape[0] > 1 or values.shape[1] <= _BINS:
         return values, torch.full_like(values[:, :1], 1 / values.shape[1])
     x = values[0]
@@ -69,4 +81,15 @@ def _binned(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class PerChannelMSEObserver(MSEObserver):
-    """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
+    """:class:`MSEObserver` for per-channel schemes.
+
+    torchao passes ``ch_axis`` only to classes with PerChannel in their name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import PerChannelMSEObserver
+        >>> observer = PerChannelMSEObserver(qscheme=torch.per_channel_symmetric, ch_axis=0)
+        >>> _ = observer(torch.randn(4, 100))
+        >>> tuple(observer.calculate_qparams()[0].shape)
+        (4,)
+    """

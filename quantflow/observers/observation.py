@@ -1,4 +1,4 @@
-"""What counts as an observer, ours or torchao's, and what it has seen."""
+"""Queries on observers and fake quantizers, quantflow's and torchao's: which they are, what they observed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FAKE_QUANTIZERS = (pt2e_fake_quantize.FakeQuantizeBase, ao.FakeQuantizeBase)
 
 
 def is_fake_quantizer(module: nn.Module) -> bool:
-    """Whether ``module`` quantizes and dequantizes what passes through it, by torchao's protocol."""
+    """Whether ``module`` is a fake quantizer by torchao's protocol."""
     return isinstance(module, _FAKE_QUANTIZERS)
 
 
@@ -32,13 +32,14 @@ def is_observer(module: nn.Module) -> bool:
 
 
 def observers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The observers and fake quantizers of ``model`` by name; an observer inside a fake quantizer is not listed, nor is one
-    that the graph of ``model`` does not call (any more).
+    """The observers and fake quantizers of ``model`` by name.
+
+    Observers inside a fake quantizer and observers that no node calls are not listed.
     """
     found: dict[str, nn.Module] = {}
     called = _called(model) if isinstance(model, GraphModule) else None
     outer = "\0"
-    for name, module in model.named_modules():  # depth first: what is inside comes right behind
+    for name, module in model.named_modules():  # depth first: children follow their parent
         if is_observer(module) and not name.startswith(f"{outer}.") and (called is None or module in called):
             found[name] = module
             outer = name
@@ -46,27 +47,27 @@ def observers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _called(module: GraphModule) -> set[nn.Module]:
-    """The submodules that the graph of ``module`` calls or hands on, and those within them."""
+    """The submodules that nodes of ``module`` call or get, and their submodules."""
     nodes = (node for node in module.graph.nodes if node.op in ("call_module", "get_attr"))
     read = (functools.reduce(getattr, str(node.target).split("."), module) for node in nodes)
     return {inner for value in read if isinstance(value, nn.Module) for inner in value.modules()}
 
 
 def watching(observer: nn.Module) -> nn.Module:
-    """What sees the data of a calibration: the observer inside a fake quantizer that watches then, or ``observer`` itself."""
+    """The module that calibration data reach: the calibrating observer of a fake quantizer, or ``observer`` itself."""
     if isinstance(observer, FakeQuantize):
         return observer.watching
     return getattr(observer, "activation_post_process", observer)
 
 
 def is_converted(module: GraphModule) -> bool:
-    """Whether ``module`` holds quantize or dequantize operators already."""
+    """Whether ``module`` contains quantize or dequantize operators."""
     targets = (n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
     return any(target.namespace in ("quantized_decomposed", "torchao") for target in targets)
 
 
 def observer_of(node: Node, module: GraphModule) -> nn.Module | None:
-    """The observer that ``node`` calls in ``module``, None where it calls none."""
+    """The observer in ``module`` that ``node`` calls; None if it calls none."""
     if node.op != "call_module":
         return None
     called = module.get_submodule(str(node.target))
@@ -74,7 +75,7 @@ def observer_of(node: Node, module: GraphModule) -> nn.Module | None:
 
 
 def has_seen_data(observer: nn.Module) -> bool:
-    """Whether ``observer`` has a range to quantize with. One with fixed parameters, or dynamic, needs none."""
+    """Whether ``observer`` has a range to quantize with. Dynamic observers and fixed parameters need none."""
     if getattr(observer, "is_dynamic", False):
         return True
     inner = getattr(observer, "activation_post_process", observer)
@@ -85,18 +86,18 @@ def has_seen_data(observer: nn.Module) -> bool:
 
 
 def saw_no_number(observer: nn.Module) -> bool:
-    """Whether ``observer`` saw NaN or infinity in its data."""
+    """Whether NaN or infinity is in the range of ``observer``."""
     inner = getattr(observer, "activation_post_process", observer)
     low, high = inner.min_val, inner.max_val
     return bool(low.isnan().any() or high.isnan().any() or (low == float("-inf")).any() or (high == float("inf")).any())
 
 
 def qparams_of(observer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point to convert with: those that training used, where there was training."""
+    """The scale and zero point to convert with: after QAT, those that training used."""
     theirs = is_fake_quantizer(observer) and not isinstance(observer, FakeQuantize)
     if theirs and isinstance(
         getattr(observer, "scale", None), torch.Tensor
-    ):  # they would compute it anew, by another rule
+    ):  # torchao's fake quantizers compute them again, by another formula
         return observer.scale.detach(), observer.zero_point.detach()
     scale, zero_point = observer.calculate_qparams()
     return scale.detach(), zero_point.detach()

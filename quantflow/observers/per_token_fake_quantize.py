@@ -9,9 +9,9 @@ from quantflow.qparams.per_token import round_per_token
 
 
 class PerTokenFakeQuantize(FakeQuantize):
-    """Rounds each row of the last dimension to a grid of its own, as linear layers on dynamic int8 do at run time.
+    """Fake-quantizes each row of the last dimension with its own scale and zero point, as dynamic int8 linear layers do.
 
-    Nothing is observed: ``scale`` and ``zero_point`` stay as they are made.
+    It observes nothing: ``scale`` and ``zero_point`` keep their initial values.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Ranges that leave out a fixed share of the values at either end."""
+"""Percentile observers: ranges that exclude a fixed share of the values at either end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from quantflow.observers.sampled import SampledObserver
 
 
 class PercentileObserver(SampledObserver):
-    """From the ``100 - percentile`` to the ``percentile`` percentile of the sample (McKinstry et al. 2019, arXiv:1809.04191).
+    """Takes the ``100 - percentile`` to the ``percentile`` percentile of the sample (McKinstry et al. 2019, arXiv:1809.04191).
 
-    Simple and robust against outliers that mean nothing; it clips as many where outliers mean much.
+    It is simple, and robust against outliers that do not matter. It clips as many values where outliers matter.
 
     Args:
         percentile: In (50, 100]; 100 takes the exact extremes.
-        spec: The grid, as for :class:`Observer`.
+        spec: The arguments of :class:`Observer`, by name.
+
+    Raises:
+        QuantflowError: at stage ``"prepare"``, when ``percentile`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import MinMaxObserver, PercentileObserver
+        >>> x = torch.cat([torch.linspace(-1, 1, 2000), torch.tensor([3.0])])
+        >>> percentile, min_max = PercentileObserver(99.0), MinMaxObserver()
+        >>> _ = percentile(x), min_max(x)
+        >>> bool(percentile.calculate_qparams()[0] < min_max.calculate_qparams()[0])
+        True
     """
 
     def __init__(self, percentile: float = 99.99, **spec: Any) -> None:
@@ -30,7 +42,7 @@ class PercentileObserver(SampledObserver):
     def choose_range(
         self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The percentiles, for each channel."""
+        """Return the percentiles of each channel."""
         if self.percentile == 100:
             return low, high
         share = 1 - self.percentile / 100
@@ -40,4 +52,15 @@ class PercentileObserver(SampledObserver):
 
 
 class PerChannelPercentileObserver(PercentileObserver):
-    """The same for per-channel schemes (torchao hands ``ch_axis`` only to classes named so)."""
+    """:class:`PercentileObserver` for per-channel schemes.
+
+    torchao passes ``ch_axis`` only to classes with PerChannel in their name.
+
+    Example:
+        >>> import torch
+        >>> from quantflow.observers import PerChannelPercentileObserver
+        >>> observer = PerChannelPercentileObserver(qscheme=torch.per_channel_symmetric, ch_axis=0)
+        >>> _ = observer(torch.randn(4, 100))
+        >>> tuple(observer.calculate_qparams()[0].shape)
+        (4,)
+    """

@@ -1,4 +1,4 @@
-"""The base of observers that look at more than extremes: a bounded sample of what was seen."""
+"""The base class of observers that need a distribution: a bounded random sample of the observed values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SampledObserver(MinMaxObserver):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Clear the extremes and the sample."""
         super().reset()
         device = self.min_val.device
         self.register_buffer("sample", torch.empty(0, 1, _PER_TENSOR, device=device))
@@ -56,7 +56,7 @@ class SampledObserver(MinMaxObserver):
         place = seen = int(self.batches)
         random = torch.Generator().manual_seed(seen)
         self.batches = self.batches + 1
-        if seen >= BATCHES:  # reservoir sampling: each batch is as likely to stay as any other
+        if seen >= BATCHES:  # reservoir sampling: every batch is kept with the same probability
             place = int(torch.randint(seen + 1, (), generator=random))
         rows = x.detach()
         rows = rows.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else rows.reshape(1, -1)
@@ -71,13 +71,11 @@ class SampledObserver(MinMaxObserver):
         return x
 
     def hold_in_common(self) -> None:
-        """Remember that all processes hold what was seen so far."""
+        """Mark the current statistics as common to all processes."""
         self._common = {"sample": self.sample, "count": self.count, "batches": self.batches}
 
     def synchronize(self) -> None:
-        """Take the extremes and the samples of all processes together, the same in each; what they held in common before counts
-        once.
-        """
+        """Merge the extremes and the samples of all processes. Statistics that they had in common before count once."""
         super().synchronize()
         everyone = gathered({"sample": self._own_rows(), "count": self.count, "batches": self.batches})
         if len(everyone) == 1:
@@ -95,7 +93,7 @@ class SampledObserver(MinMaxObserver):
         self.hold_in_common()
 
     def _own_rows(self) -> torch.Tensor:
-        """The rows of the sample that this process drew since all held the same."""
+        """The rows of the sample that this process drew since :meth:`hold_in_common`."""
         known = self.sample[:0] if self._common is None else self._common["sample"].to(self.sample.device)
         ours = [i >= len(known) or not torch.equal(row, known[i]) for i, row in enumerate(self.sample)]
         return self.sample[torch.tensor(ours, dtype=torch.bool, device=self.sample.device)]
@@ -113,11 +111,28 @@ class SampledObserver(MinMaxObserver):
     def choose_range(
         self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range of each channel, given its sample ``values`` [channels, values] and its extremes [channels]."""
+        """Return the range of each channel.
+
+        Args:
+            values: The sample, float32 [channels, values].
+            low: The least value of each channel over all data, [channels].
+            high: The greatest value of each channel over all data, [channels].
+
+        Returns:
+            The lower and the upper ends, [channels].
+        """
         raise NotImplementedError
 
     def grid(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point for ranges of any shape."""
+        """Return the scale and the zero point of ranges.
+
+        Args:
+            low: The lower ends, of any shape.
+            high: The upper ends, of the same shape.
+
+        Returns:
+            The scale (float32) and the zero point (int32), of that shape.
+        """
         return choose_qparams(
             low, high, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric, eps=self.eps
         )
@@ -128,13 +143,13 @@ class SampledObserver(MinMaxObserver):
 
 
 def drawn_together(known: Sequence[T], own: Sequence[Sequence[T]], most: int, share: float) -> list[T]:
-    """A sample of what several processes drew.
+    """A sample of the draws of several processes.
 
     Args:
-        known: What all of them held before, of which the same are taken in each, at random.
-        own: What each drew since, which are taken in turn.
-        most: The size of the sample; of fewer draws all are in it.
-        share: How much of it is to be known, 0 to 1.
+        known: Draws that all processes have in common; a random part of them is taken, the same in each process.
+        own: The draws of each process since then, taken in turn.
+        most: The largest size of the sample.
+        share: The share of ``known`` draws in the sample, 0 to 1.
     """
     turns = [drawn[i] for i in range(most) for drawn in own if i < len(drawn)]
     few = min(len(known), max(round(most * share), most - len(turns)))
@@ -143,7 +158,7 @@ def drawn_together(known: Sequence[T], own: Sequence[Sequence[T]], most: int, sh
 
 
 def _pick(size: int, most: int, random: torch.Generator) -> torch.Tensor:
-    """Which of ``size`` values to keep, ``most`` in number: all of few, so that no tail is missed; some of many."""
+    """Indices of at most ``most`` of ``size`` values: all of them if there are few, else a random choice."""
     if size <= most:
         return torch.arange(most) % size
     if size <= 8 * most:

@@ -1,4 +1,4 @@
-"""What the observers of a graph saw in several processes, put together."""
+"""Synchronization of observer statistics between processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantflow.observers.base import Observer
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import is_fake_quantizer, observers_of, watching
 
-# Observers of torchao that hold extremes and nothing else.
+# Torchao's observers whose only state is the extremes.
 _EXTREMES = frozenset(
     {
         pt2e_observer.MinMaxObserver,
@@ -28,10 +28,10 @@ _EXTREMES = frozenset(
 
 
 def check_synchronizable(graph: GraphModule) -> None:
-    """Refuse observers whose ranges would differ between processes after a calibration.
+    """Raise for observers whose ranges would differ between processes after a calibration.
 
     Raises:
-        QuantflowError: at stage ``"calibrate"``, naming the first.
+        QuantflowError: at stage ``"calibrate"``, naming the first such observer.
     """
     for name, inner in _of_torchao(graph):
         if type(inner) not in _EXTREMES or is_fake_quantizer(graph.get_submodule(name)):
@@ -39,10 +39,10 @@ def check_synchronizable(graph: GraphModule) -> None:
 
 
 def check_synchronizable_in_training(graph: GraphModule) -> None:
-    """Refuse fake quantizers whose ranges would follow, in each of several processes, its own data alone.
+    """Raise for fake quantizers whose ranges would follow only the data of their own process.
 
     Raises:
-        QuantflowError: at stage ``"train"``, naming the first.
+        QuantflowError: at stage ``"train"``, naming the first such fake quantizer.
     """
     for name, inner in _of_torchao(graph):
         outer = graph.get_submodule(name)
@@ -51,7 +51,7 @@ def check_synchronizable_in_training(graph: GraphModule) -> None:
 
 
 def _of_torchao(graph: GraphModule) -> Iterator[tuple[str, nn.Module]]:
-    """What watches the data by torchao's rules and holds a range, by the name of the observer; nothing in one process."""
+    """Torchao's calibrating observers with a range, by the name of the observer; nothing in a single process."""
     for name, observer in observers_of(graph).items() if world_size() > 1 else ():
         inner = watching(observer)
         theirs = is_fake_quantizer(observer) and not isinstance(observer, FakeQuantize)
@@ -60,16 +60,16 @@ def _of_torchao(graph: GraphModule) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _refusal(stage: str, name: str, inner: nn.Module) -> QuantflowError:
-    reason = f"what {type(inner).__name__} of torchao saw in each of several processes can't be put together"
+    reason = f"what {type(inner).__name__} of torchao saw in several processes can't be merged"
     remedy = f"{stage} in one process, or with a quantizer whose observers are quantflow's"
     return QuantflowError(stage, reason, node=name, remedy=remedy)
 
 
 def begin_together(graph: GraphModule, peers: Peers) -> None:
-    """Before a calibration: what all processes hold alike was seen once, by all, and not once by each.
+    """Mark the statistics that all processes have in common before a calibration, so that they count once.
 
     Raises:
-        QuantflowError: at stage ``"calibrate"``, where the processes have other graphs.
+        QuantflowError: at stage ``"calibrate"``, if the graphs of the processes differ.
     """
     if world_size() == 1:
         return
@@ -77,14 +77,14 @@ def begin_together(graph: GraphModule, peers: Peers) -> None:
     everyone = peers.answers([digest(inner.state_dict()) for inner in watched])
     if (other := next((rank for rank, all_ in enumerate(everyone) if len(all_) != len(watched)), None)) is not None:
         remedy = "the same script for all processes"
-        raise QuantflowError("calibrate", "it has other observers", node=f"rank {other}", remedy=remedy)
+        raise QuantflowError("calibrate", "its observers differ from rank 0's", node=f"rank {other}", remedy=remedy)
     for inner, digests in zip(watched, zip(*everyone, strict=True), strict=True):
         if len(set(digests)) == 1:
             inner.hold_in_common()
 
 
 def synchronize(graph: GraphModule) -> None:
-    """Let each observer that watches a calibration take what all processes saw, the same in each."""
+    """Merge the statistics of all processes in each calibrating observer."""
     for observer in observers_of(graph).values():
         inner = watching(observer)
         if isinstance(inner, Observer):

@@ -1,1 +1,1 @@
-"""The whole flow in one verb, :func:`quantflow.quantize`."""
+"""The whole flow in one call: :func:`quantflow.quantize`."""

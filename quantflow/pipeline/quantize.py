@@ -1,4 +1,4 @@
-"""All verbs in one: from an eager model to a quantized program."""
+"""``quantize``: from an eager model to a quantized program in one call."""
 
 from __future__ import annotations
 
@@ -66,12 +66,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Result:
-    """A quantized program and how it came about.
+    """A quantized program, the graph it was lowered from, and a report of what was done.
 
     Attributes:
-        program: The program, for the example's own shapes.
-        graph: The converted graph it was lowered from.
-        report: What was done.
+        program: The program, for the shapes of the example inputs.
+        graph: The converted graph that the program was lowered from.
+        report: The plan, the recovery, the seconds of each stage, the bytes of the program and the delegated fraction.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> result = qf.quantize(model, (x,), [torch.randn(4, 3, 8, 8)], recover=False, progress=False)
+        >>> result.report.delegated_fraction
+        1.0
     """
 
     program: Program
@@ -95,33 +104,53 @@ def quantize(
     validation: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> Result:
-    """Post-training quantization of ``model``, from export to a program.
+    """Quantize ``model`` after training (PTQ) and lower it to a program.
+
+    The stages are export, prepare, calibrate, recover, convert and lower. A warning names the operators that the delegate
+    leaves to portable kernels.
 
     Args:
         model: An eager model.
-        args: Example positional inputs; the program is lowered for their shapes.
-        data: Calibration batches, of any batch size.
+        args: Example positional inputs, a tuple; the program is lowered for their shapes.
+        data: Calibration batches, of any batch size, as for :func:`quantflow.calibrate`. With ``max_drop`` they are gone
+            through more than once.
         kwargs: Example keyword inputs.
-        quantizer: By default the one registered for ``delegate`` (entry point group ``quantflow.quantizers``).
-        delegate: What to lower to, as in ``CoreAten.to_edge``.
+        quantizer: A torchao pt2e ``Quantizer``; by default the one registered for ``delegate`` (entry point group
+            ``quantflow.quantizers``).
+        delegate: The delegate to lower to, as in ``CoreAten.to_edge``.
         dynamic_batch: Calibrate with any batch size; False for models that can't be captured so.
         dynamic_shapes: Lower for varying shapes, as in ``torch.export``.
         inputs: Picks the inputs out of a calibration batch, where that is ambiguous.
-        recover: ``"auto"`` tries to win back what quantizing loses (:func:`quantflow.recover`), on a sample of ``data``, and
-            keeps what helps on examples held out; the report says what. False leaves it out.
-        max_drop: The share of examples that a classifier may lose, 0 to 1, on the runtime: the fewest layers are left in
-            float with which it holds, and the report says which. Where none hold, the best found comes with a warning.
-        validation: Batches to evaluator the drop by; by default ``data``. With ``(inputs, target)`` the drop is that of
-            accuracy; without targets, the share of examples that get another class than in float.
-        progress: Show a progress bar.
+        recover: ``"auto"`` or True runs :func:`quantflow.recover` on a sample of ``data`` and keeps what helps on examples
+            held out; the report lists the steps. False leaves it out.
+        max_drop: The share of examples that a classifier may lose, 0 to 1, measured on the runtime. The fewest layers found
+            with which the program keeps it are left in float, and the report names them. Where none is found, the best
+            program comes with a warning. None for no limit.
+        validation: Batches to measure the drop on; by default ``data``. With ``(inputs, target)`` the drop is that of
+            accuracy; without targets it is the share of examples that get another class than in float.
+        progress: Show progress bars.
+
+    Returns:
+        The program, its graph and the report.
 
     Raises:
-        QuantflowError: naming the stage that failed.
+        QuantflowError: naming the stage that failed; at stage ``"accuracy-control"``, when ``max_drop`` is no share, the
+            quantizer has no overrides by layer, or the data can be gone through once only.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+        >>> data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+        >>> result = qf.quantize(model.eval(), (x,), data, progress=False)
+        >>> tuple(result.program(x).shape), result.report.delegated_fraction
+        ((1, 4), 1.0)
     """
     if recover not in ("auto", True, False):
         raise QuantflowError("recover", f"{recover!r} is no way to recover", node="recover", remedy='"auto" or False')
     if not isinstance(dynamic_batch, bool):
-        reason = f"{dynamic_batch!r} is no yes or no: it is for calibration, and the program takes the example's batch"
+        reason = f"{dynamic_batch!r} is not a bool: it is for calibration, and the program takes the example's batch"
         remedy = "dynamic_shapes=..., or the stages one by one with qf.export(converted, (x,), dynamic_batch=N)"
         raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     quantizer = quantizer or default_quantizer(delegate)
@@ -146,7 +175,7 @@ def quantize(
 
 @dataclass
 class _Job:
-    """What is quantized, for whatever quantizer."""
+    """The captured model and the data, from which programs are built with different quantizers."""
 
     graph: TrainableGraphModule
     args: Sequence[Any]
@@ -158,11 +187,11 @@ class _Job:
     recover: bool
     progress: bool
     seconds: dict[str, float]
-    calibrated: TrainableGraphModule | None = None  # of the last build, before recovery
+    calibrated: TrainableGraphModule | None = None  # the graph of the last build, before recovery
     sample: Sample = field(default_factory=Sample)
 
     def build(self, quantizer: Quantizer) -> Result:
-        """From the captured graph to a program."""
+        """Quantize the captured graph and lower it to a program."""
         from quantflow.lowering.core_aten import straight_to_edge
 
         with _timed("prepare", self.seconds):
@@ -214,10 +243,10 @@ def _within_max_drop(job: _Job, quantizer: Any, max_drop: float, validation: Ite
 
 
 def default_quantizer(delegate: Any, **settings: Any) -> Quantizer:
-    """A quantizer for the delegate of that name, made with ``settings``.
+    """The quantizer registered for ``delegate``, constructed with ``settings``.
 
     Raises:
-        QuantflowError: at stage ``"prepare"``, when none is registered under it.
+        QuantflowError: at stage ``"prepare"``, if no quantizer is registered for ``delegate``.
     """
     registered = {entry.name: entry for entry in entry_points(group="quantflow.quantizers")}
     if not isinstance(delegate, str) or delegate not in registered:
@@ -230,8 +259,8 @@ def default_quantizer(delegate: Any, **settings: Any) -> Quantizer:
     return registered[delegate].load()(**settings)
 
 
-class _timed:  # noqa: N801  a context manager reads as a verb
-    """Note the seconds that a stage takes."""
+class _timed:  # noqa: N801  a context manager, named like a function
+    """Add the seconds of the block to ``seconds[stage]``."""
 
     def __init__(self, stage: str, seconds: dict[str, float]) -> None:
         self.stage, self.seconds = stage, seconds

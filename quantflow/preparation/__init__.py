@@ -1,1 +1,1 @@
-"""Preparation: annotations become observers or fake quantizers in the captured graph."""
+"""Preparation: inserts observers or fake quantizers into the captured graph where annotations ask for them."""

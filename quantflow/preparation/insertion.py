@@ -1,4 +1,4 @@
-"""Making observers from annotations and putting them into the graph."""
+"""Construction of observers from annotations, and their insertion into the graph."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from quantflow.preparation.sharing import annotation_of, sharing_groups
 from quantflow.qparams.per_token import is_per_token
 from quantflow.qparams.qparams import PER_CHANNEL
 
-# Where observers live in the module: "quantization.<name of the observed node>".
+# The submodule that holds the observers: "quantization.<name of the observed node>".
 CONTAINER = "quantization"
 
 ObserverMap = dict[EdgeOrNode, nn.Module]
 
 
 def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] | None) -> ObserverMap:
-    """One observer (or ``fake_quantize``, where given) for every group of annotated edges and outputs that share one."""
+    """One observer (or ``fake_quantize``, if given) for each group of annotated edges and outputs."""
     made: ObserverMap = {}
     groups = sharing_groups(graph_module.graph)
     derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
@@ -72,7 +72,7 @@ def _make_observer(
     if isinstance(observer, PerGroupMinMaxObserver):
         remedy = "quantize after training, or train with one scale a channel"
         raise QuantflowError("prepare", "weights in groups can't be trained", node="scheme", remedy=remedy)
-    if observer.is_dynamic:  # its grid is each input's own
+    if observer.is_dynamic:  # scale and zero point are computed from each input
         return FakeQuantize(for_training(observer, weight=weight))
     return fake_quantize(for_training(observer, weight=weight), None if weight else observer)
 
@@ -86,15 +86,15 @@ def _construct(spec: QuantizationSpec) -> nn.Module:
 
 
 def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
-    """Call the observers on the tensors they are annotated for, and let the users of those read their output."""
+    """Insert a call of each observer on its annotated tensor, and replace the tensor by the output in its users."""
     device = next((p.device for p in (*module.parameters(), *module.buffers())), None)
-    names: dict[int, str] = {}  # by identity: a shared observer is one submodule
+    names: dict[int, str] = {}  # by id: a shared observer is one submodule
     written = written_tensors(module.graph)
 
     def call(observer: nn.Module, observed: Node, given: Node, reader: Node | None = None) -> Node:
         if id(observer) not in names:
             names[id(observer)] = _add_submodule(module, observed.name, observer.to(device))
-        # Behind what makes the tensor; where that is written in place, only when it is read.
+        # The call follows the producer of the tensor; a tensor that is written in place is observed right before its reader.
         place = module.graph.inserting_after(given) if reader is None else module.graph.inserting_before(reader)
         with place:
             node = module.graph.call_module(names[id(observer)], (given,))
@@ -124,7 +124,7 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
 
 
 def drop_uncalled_observers(module: GraphModule) -> None:
-    """Delete the observers that no node calls any more: those of branches that led nowhere."""
+    """Delete the observers that no node calls after dead code elimination."""
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     container = module._modules.get(CONTAINER) or nn.Module()
     for name in [name for name in container._modules if f"{CONTAINER}.{name}" not in called]:
@@ -136,7 +136,7 @@ def _calls(node: Node, name: str | None) -> bool:
 
 
 def _observed(node: Node) -> Node:
-    """The tensor beneath the observers that ``node`` calls."""
+    """The tensor that a chain of observer calls ending in ``node`` observes."""
     while node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -145,7 +145,7 @@ def _observed(node: Node) -> Node:
 def _add_submodule(module: GraphModule, name: str, observer: nn.Module) -> str:
     container = module._modules.get(CONTAINER)
     unique, count = name, 0
-    while hasattr(container or nn.Module(), unique):  # "to" and "half" are taken as well
+    while hasattr(container or nn.Module(), unique):  # nn.Module has attributes such as "to" and "half"
         count += 1
         unique = f"{name}_{count}"
     module.add_submodule(f"{CONTAINER}.{unique}", observer)

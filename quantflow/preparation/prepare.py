@@ -1,4 +1,4 @@
-"""The verb that makes a captured graph observe (PTQ) or train with (QAT) the integers it will have."""
+"""``prepare``: inserts observers (PTQ) or fake quantizers (QAT) into a captured graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from quantflow.preparation.writes import check_annotated_writes
 def prepare(
     graph: GraphModule, quantizer: Quantizer, *, qat: bool = False, fake_quantize: type[FakeQuantize] = FakeQuantize
 ) -> TrainableGraphModule:
-    """Annotate ``graph`` and insert what its annotations ask for.
+    """Annotate ``graph`` with ``quantizer`` and insert the observers or fake quantizers that the annotations ask for.
 
     For PTQ, batch norm is folded into the layer before it and observers are inserted; calibrate the result. For QAT, batch
     norm stays, fused with the weights' fake quantization, and fake quantizers are inserted; train the result. Both end in
@@ -43,11 +43,27 @@ def prepare(
         graph: What ``Exported.module()`` returned, or any pre-dispatch ATen ``GraphModule``. It is left as it was.
         quantizer: Any torchao pt2e ``Quantizer``.
         qat: Prepare for training.
-        fake_quantize: How training rounds: :class:`FakeQuantize`, whose ranges follow the data, or
-            :class:`LearnedStepSize`, whose scales are trained.
+        fake_quantize: The class of the fake quantizers in QAT: :class:`FakeQuantize`, whose ranges follow the data, or
+            :class:`LearnedStepSize`, whose scales are trained. Not used for PTQ.
+
+    Returns:
+        The prepared graph: for PTQ in inference mode, for QAT in the mode of ``graph``.
 
     Raises:
-        QuantflowError: at stage ``"prepare"``, when ``graph`` is no captured graph or nothing in it was quantized.
+        QuantflowError: at stage ``"prepare"``, when ``graph`` is no captured graph, nothing in it was quantized, or a tensor
+            that is written in place and read elsewhere was annotated; at stage ``"plan"``, when a quantizer of this project
+            refuses.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.observers import Observer
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> graph = qf.export(model, (torch.randn(1, 3, 8, 8),)).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())  # observes the input, the weight and the output of the relu
+        >>> sum(isinstance(module, Observer) for module in prepared.modules())
+        3
     """
     _check(graph, quantizer)
     training = graph.training
@@ -71,7 +87,7 @@ def prepare(
     quantizer.prepare_obs_or_fq_callback(prepared, observers)
     insert_observers(prepared, observers)
     for node in prepared.graph.nodes:
-        node.meta.pop(Q_ANNOTATION_KEY, None)  # it names nodes of this graph only, and has been carried out
+        node.meta.pop(Q_ANNOTATION_KEY, None)  # it is applied, and names nodes of this graph only
     if qat:
         for pair in normed_layers(prepared.graph):
             _fuse_weight_with_batch_norm(prepared, pair)
@@ -83,7 +99,7 @@ def prepare(
 
 
 def observe_constants(module: GraphModule) -> None:
-    """Show each observer of a weight its weight, so that calibration need not do it at every batch."""
+    """Run each weight observer once on its weight, so that calibration does not repeat it for every batch."""
     seen: set[nn.Module] = set()
     for node in module.graph.nodes:
         observer = observer_of(node, module)
@@ -102,7 +118,7 @@ def observe_constants(module: GraphModule) -> None:
 
 def _check(graph: nn.Module, quantizer: Quantizer) -> None:
     if isinstance(graph, CoreAten):
-        reason, remedy = "core ATen is no graph to quantize", "prepare Exported.module(), then export again"
+        reason, remedy = "a core ATen graph can't be prepared", "prepare Exported.module(), then export again"
         raise QuantflowError("prepare", reason, node="graph", remedy=remedy)
     if isinstance(graph, Exported) or not isinstance(graph, GraphModule):
         reason = f"{type(graph).__name__} is no captured graph"
@@ -120,7 +136,7 @@ def _check(graph: nn.Module, quantizer: Quantizer) -> None:
 
 
 def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer) -> None:
-    """Put the fake quantizer of the layer's weight on the grid of the folded weight, where that is another grid."""
+    """Make the fake quantizer of the layer's weight use the scale of the folded weight, if that scale differs."""
     node = argument(pair.layer, "weight")
     if not is_inserted_fake_quantizer(module, node):
         return
@@ -129,9 +145,9 @@ def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer
         return
     if pair.transposed and argument(pair.layer, "groups") != 1:
         remedy = "use per-channel symmetric weights, or leave the layer in float"
-        reason = "grouped transposed convolution with batch norm has no per-tensor grid to train on"
+        reason = "grouped transposed convolution with batch norm can't be trained with a per-tensor scale"
         raise QuantflowError("prepare", reason, node=label(pair.layer), remedy=remedy)
-    if len(node.users) > 1:  # another layer shares the weight, but not this grid
+    if len(node.users) > 1:  # another layer shares the weight, but not this scale
         fake_quantize = copy.deepcopy(fake_quantize)
         with module.graph.inserting_after(node):
             own = module.graph.node_copy(node)
@@ -147,7 +163,7 @@ def _fuse_weight_with_batch_norm(module: TrainableGraphModule, pair: NormedLayer
 
 
 def scales_with_channels(observer: nn.Module, axis: int) -> bool:
-    """Whether the grid of a weight observer scales exactly along with each output channel, in dimension ``axis``."""
+    """Whether the scale of a weight observer is proportional to each output channel (dimension ``axis``)."""
     return (
         getattr(observer, "qscheme", None) is torch.per_channel_symmetric
         and getattr(observer, "ch_axis", None) == axis

@@ -1,7 +1,8 @@
-"""Which tensors share an observer: the groups that annotations form.
+"""Groups of annotated tensors that share an observer.
 
 This is torchao's annotation protocol: an edge ``(producer, consumer)`` or an output ``node`` may be annotated to share with
-another one, and the edges out of one tensor share with each other and with its output where they want the same grid.
+another one. The edges out of one tensor share with each other and with its output if their specs ask for the same
+quantization parameters.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import label
 
-# Two specs that agree in all of these want the same grid.
+# Two specs that agree in all of these attributes ask for the same quantization parameters.
 _GRID = ("dtype", "is_dynamic", "quant_min", "quant_max", "qscheme", "ch_axis", "scale", "zero_point")
 
 
 def annotation_of(node: Node) -> QuantizationAnnotation | None:
-    """The quantization annotation of ``node``."""
+    """The quantization annotation of ``node``; None if it has none."""
     return node.meta.get(Q_ANNOTATION_KEY)
 
 
@@ -40,7 +41,7 @@ def annotated_specs(graph: Graph) -> dict[EdgeOrNode, QuantizationSpecBase]:
 
 @dataclass
 class Group:
-    """Edges and outputs that share one observer, and the spec that it is made from."""
+    """Edges and outputs that share one observer, and the spec of that observer."""
 
     spec: QuantizationSpecBase
     members: list[EdgeOrNode] = field(default_factory=list)
@@ -95,7 +96,7 @@ def _root_spec(key: EdgeOrNode, specs: dict[EdgeOrNode, QuantizationSpecBase]) -
             reason = f"shares quantization with {target}, which has no annotation"
             raise QuantflowError("prepare", reason, node=label(node), remedy="annotate that edge or node too")
         if target in seen:
-            reason = "shares quantization in a circle"
+            reason = "shares quantization in a cycle"
             raise QuantflowError("prepare", reason, node=label(node), remedy="give one member a spec of its own")
         seen.add(target)
         spec = specs[target]

@@ -1,4 +1,4 @@
-"""Refusal of integers for tensors that are written in place: the write would go into a quantized copy, or past one."""
+"""Checks against quantizing tensors that are written in place: the write would change a copy, or not reach the copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantflow.preparation.sharing import annotation_of
 
 
 def check_annotated_writes(graph: Graph) -> None:
-    """Refuse annotations, of quantizers that do not look, for integers where what is written in place is seen by others.
+    """Raise for annotations on tensors that are written in place and read elsewhere; stock quantizers do not check for this.
 
     Raises:
         QuantflowError: at stage ``"prepare"``, naming the node.
@@ -29,7 +29,7 @@ def check_annotated_writes(graph: Graph) -> None:
 
 
 def check_observed_writes(module: GraphModule) -> None:
-    """Refuse a prepared graph in which what is observed, to become a copy in integers, is written where others see it.
+    """Raise if an observed tensor of a prepared graph is written in place and read elsewhere.
 
     Raises:
         QuantflowError: at stage ``"convert"``, naming the node.
@@ -48,7 +48,7 @@ def check_observed_writes(module: GraphModule) -> None:
 
 
 def _writer(node: Node) -> Node:
-    """What writes into the memory of ``node``."""
+    """The node that writes into the memory of ``node``."""
     for user in node.users:
         if written_by(user) is node:
             return user
@@ -58,6 +58,6 @@ def _writer(node: Node) -> Node:
 
 
 def _refusal(stage: str, node: Node) -> QuantflowError:
-    reason = f"the quantizer asks for integers where {node.target} writes into what others read"
+    reason = f"the quantizer asks for integers where {node.target} writes into a tensor that other nodes read"
     remedy = "leave the layer in float, as quantizers.XNNPACKQuantizer does, or write it without in-place operators"
     return QuantflowError(stage, reason, node=label(node), remedy=remedy)

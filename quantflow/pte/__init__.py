@@ -1,4 +1,4 @@
-"""What a ``.pte`` says of itself, read in plain Python: neither torch nor the runtime sees bytes that may come from anyone."""
+"""A reader of ``.pte`` files in plain Python, so that neither torch nor the runtime reads untrusted bytes."""
 
 from quantflow.pte.contents import SIGNATURE_METHOD, Contents, Method, TensorType, read
 from quantflow.pte.header import check_header

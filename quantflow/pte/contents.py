@@ -1,4 +1,4 @@
-"""Methods, operators, delegates and memory of a ``.pte``, by executorch's ``schema/program.fbs``."""
+"""Methods, operators, delegates and memory of a ``.pte``, read by executorch's ``schema/program.fbs``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantflow.pte.tables import CorruptError, Reader, Table
 
 T = TypeVar("T")
 
-# The constant method in which a program of quantflow carries its signature (JSON).
+# The constant method that holds the signature of a quantflow program (JSON).
 SIGNATURE_METHOD = "quantflow_signature"
 
 # c10::ScalarType
@@ -38,8 +38,8 @@ class TensorType:
     """One input or output.
 
     Attributes:
-        dtype: As torch names it; None for what is no tensor.
-        shape: The sizes; where ``dynamic``, their upper bounds.
+        dtype: The name of the torch dtype; None for an input or output that is no tensor.
+        shape: The sizes, or their upper bounds if ``dynamic``.
         dynamic: Whether sizes may vary.
     """
 
@@ -58,13 +58,13 @@ class Method:
     """One method of a program.
 
     Attributes:
-        name: Its name.
-        inputs: What it takes, flat.
-        outputs: What it returns, flat.
+        name: The name of the method.
+        inputs: The flat inputs.
+        outputs: The flat outputs.
         kernels: Calls of executorch's own kernels, by operator.
         delegates: Calls of delegates, by backend.
-        planned_bytes: Size of each buffer that memory planning laid out.
-        text: What it returns where that is one constant string, else None.
+        planned_bytes: Size of each buffer of the memory plan.
+        text: The constant string that the method returns, or None if it returns something else.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a ``.pte`` holds.
+    """The contents of a ``.pte``.
 
     Attributes:
         size: Bytes of the file.
-        program_size: Of these, the program itself; the rest is constants and what delegates compiled.
-        methods: By name.
+        program_size: Bytes of the program itself. The rest of the file is constants and the compiled data of delegates.
+        methods: The methods, by name.
     """
 
     size: int
@@ -92,10 +92,10 @@ class Contents:
 
 
 def read(buffer: bytes) -> Contents:
-    """What ``buffer``, the bytes of a ``.pte``, holds. Nothing in it is loaded or run.
+    """Read the contents of ``buffer``, the bytes of a ``.pte``, without loading or running them.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, for bytes that are no whole, well-formed program.
+        QuantflowError: at stage ``"runtime"``, for bytes that are not a complete and well-formed program.
     """
     header = check_header(buffer)
     try:
@@ -117,7 +117,7 @@ def read(buffer: bytes) -> Contents:
 def _check_segments(root: Table, header: Header) -> None:
     for segment in root.tables(4):
         if segment.number(0, "Q") + segment.number(1, "Q") > (header.segment_size or 2**62):
-            raise CorruptError("a data segment lies outside the file")
+            raise CorruptError("a data segment is outside the file")
     data, segments = sum(1 for _ in root.tables(3)), sum(1 for _ in root.tables(4))
     for plan in root.tables(1):
         for delegate in plan.tables(7):
@@ -147,14 +147,14 @@ def _method(plan: Table) -> Method:
         tuple(_tensor_type(v) for v in outputs),
         kernels,
         delegates,
-        tuple(plan.numbers(8, "q")[1:]),  # the first is reserved
+        tuple(plan.numbers(8, "q")[1:]),  # the first number is reserved
         _constant_text(outputs),
     )
 
 
 def _at(items: list[T], index: int) -> T:
     if not 0 <= index < len(items):
-        raise CorruptError("an index points at nothing")
+        raise CorruptError("an index is out of range")
     return items[index]
 
 

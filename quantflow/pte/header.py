@@ -1,4 +1,4 @@
-"""The head of a ``.pte``: which file it is, and how long the file must be."""
+"""The header of a ``.pte``, which identifies the file type and gives the length of the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from quantflow.errors import QuantflowError
 
-# A flatbuffer: the offset of its root, an identifier; then executorch's extended header.
+# A flatbuffer begins with the offset of its root and an identifier. executorch's extended header follows.
 _IDENTIFIER = b"ET"
 _EXTENDED = b"eh00"
 _SHORTEST, _WITH_SEGMENT_SIZE = 24, 32
@@ -15,7 +15,7 @@ _REMEDY = "the file may be cut short, or made by another version of executorch: 
 
 
 class Header(NamedTuple):
-    """Sizes in bytes: of the flatbuffer, and where the data segments begin and how long they are (0: it has none)."""
+    """The size of the flatbuffer, and the offset and size of the data segments, in bytes (0 without data segments)."""
 
     program_size: int
     segment_base: int
@@ -23,10 +23,10 @@ class Header(NamedTuple):
 
 
 def check_header(buffer: bytes) -> Header:
-    """The header of ``buffer``, the bytes of a ``.pte``.
+    """Return the header of ``buffer``, the bytes of a ``.pte``.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, for bytes that are no ExecuTorch program or not a whole one.
+        QuantflowError: at stage ``"runtime"``, for bytes that are not a complete ExecuTorch program.
     """
     size = len(buffer)
     if size < 8 or buffer[4:6] != _IDENTIFIER:
@@ -51,18 +51,18 @@ def check_header(buffer: bytes) -> Header:
         raise _cut_short(needed, size)
     (root,) = struct.unpack_from("<I", buffer)
     if not 8 <= root <= header.program_size - 4:
-        raise QuantflowError("runtime", "its root lies outside the program", remedy=_REMEDY)
+        raise QuantflowError("runtime", "the root table is outside the program", remedy=_REMEDY)
     return header
 
 
 def _cut_short(needed: int, size: int) -> QuantflowError:
     return QuantflowError(
-        "runtime", f"the program does not load: {size:,} bytes, where it needs {needed:,}", remedy=_REMEDY
+        "runtime", f"the program does not load: {size:,} bytes, but it needs {needed:,}", remedy=_REMEDY
     )
 
 
 def _what_else(buffer: bytes) -> str:
-    """What a file is that was taken for a ``.pte``, ``""`` if that can't be told."""
+    """The type of a file that is no ``.pte``; ``""`` if the type is unknown."""
     starts = {
         b"": "empty" if not buffer else "",
         b"PK\x03\x04": "a zip archive, as torch.save and torch.export.save write",

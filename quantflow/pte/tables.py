@@ -1,48 +1,48 @@
-"""Reading flatbuffer tables within bounds and within a budget, so that hostile offsets end in an error, not in a crash."""
+"""A flatbuffer reader that checks bounds and limits the number of reads, so that malicious offsets raise an error."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
 
-# Vectors may point at one table many times: a small file can describe a huge program. A whole one takes a tenth of this.
+# Vectors may point at one table many times, so a small file can describe a huge program. A valid program needs a tenth.
 _MOST_READS_A_BYTE = 1
 
 
 class CorruptError(ValueError):
-    """The bytes are no well-formed flatbuffer."""
+    """An error for bytes that are not a well-formed flatbuffer."""
 
 
 class Reader:
-    """Numbers out of ``buffer``, little-endian."""
+    """A reader of little-endian numbers from ``buffer``."""
 
     def __init__(self, buffer: bytes) -> None:
         self.buffer = buffer
         self.reads = 0
 
     def number(self, kind: str, position: int) -> int:
-        """The number of the ``struct`` kind at ``position``."""
+        """Return the number of the ``struct`` format ``kind`` at ``position``."""
         self.spend(1)
         if position < 0:
             raise CorruptError("an offset points before the file")
         try:
             return struct.unpack_from("<" + kind, self.buffer, position)[0]
         except struct.error:
-            raise CorruptError("an offset points behind the end") from None
+            raise CorruptError("an offset points beyond the file") from None
 
     def spend(self, reads: int) -> None:
-        """Count ``reads`` towards the most that a program takes."""
+        """Add ``reads`` to the count, and raise if it exceeds the limit for a program of this size."""
         self.reads += reads
         if self.reads > _MOST_READS_A_BYTE * len(self.buffer):
             raise CorruptError("more tables than a program has")
 
     def root(self) -> Table:
-        """The root table."""
+        """Return the root table."""
         return Table(self, self.number("I", 0))
 
 
 class Table:
-    """One flatbuffer table; fields by their place in the schema."""
+    """One flatbuffer table, with fields given by their position in the schema."""
 
     def __init__(self, reader: Reader, position: int) -> None:
         self._reader, self._position = reader, position
@@ -57,43 +57,43 @@ class Table:
         return self._position + offset if offset else None
 
     def number(self, field: int, kind: str, default: int = 0) -> int:
-        """A number."""
+        """Return a number."""
         place = self._place(field)
         return default if place is None else self._reader.number(kind, place)
 
     def table(self, field: int) -> Table | None:
-        """A table, None where it is left out."""
+        """Return a table, or None if it is left out."""
         place = self._place(field)
         return None if place is None else Table(self._reader, place + self._reader.number("I", place))
 
     def text(self, field: int) -> str:
-        """A string."""
+        """Return a string."""
         start, length = self._vector(field)
         if start + length > len(self._reader.buffer):
-            raise CorruptError("a string runs over the end")
+            raise CorruptError("a string extends beyond the file")
         self._reader.spend(length)  # many fields may point at one long string
         try:
             return self._reader.buffer[start : start + length].decode()
         except UnicodeDecodeError:
-            raise CorruptError("a name is no text") from None
+            raise CorruptError("a name is not valid UTF-8") from None
 
     def name(self, field: int) -> str:
-        """A string to show to people: it writes nothing else on their terminal."""
+        """Return a string without control characters, which is safe to print on a terminal."""
         text = self.text(field)
         if text and not text.isprintable():
             raise CorruptError("a name holds control characters")
         return text
 
     def numbers(self, field: int, kind: str) -> list[int]:
-        """A vector of numbers."""
+        """Return a vector of numbers."""
         start, length = self._vector(field)
         width = struct.calcsize(kind)
         if start + length * width > len(self._reader.buffer):
-            raise CorruptError("a vector runs over the end")
+            raise CorruptError("a vector extends beyond the file")
         return [self._reader.number(kind, start + width * i) for i in range(length)]
 
     def tables(self, field: int) -> Iterator[Table]:
-        """A vector of tables."""
+        """Yield the tables of a vector."""
         start, length = self._vector(field)
         for place in range(start, start + 4 * length, 4):
             yield Table(self._reader, place + self._reader.number("I", place))

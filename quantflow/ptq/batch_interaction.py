@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from quantflow.metrics import signal_to_noise
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 
 _SQNR = 40.0  # dB: what the order of sums may make of float outputs
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.data.sample import Inputs
-from quantflow.simulation.interpreter import steps
+from quantflow.simulation.interpreter import Interpreter
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def channel_ranges(graph: GraphModule, axes: Mapping[Node, int], sample: Iterabl
     """
     found: dict[Node, torch.Tensor] = {}
     for batch in sample:
-        for node, values in steps(graph, batch):
+        for node, values in Interpreter(graph).run(batch):
             if node in axes:
                 largest = rows_of_channels(values[node], axes[node]).abs().amax(0).double()
                 found[node] = torch.maximum(found[node], largest) if node in found else largest

@@ -17,16 +17,32 @@ _ROUNDS = 3
 
 
 def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> TrainableGraphModule:
-    """A copy of ``graph`` with each activation's range where it moves the outputs least, to first order.
+    """Return a copy of ``graph`` with each activation's range where it moves the outputs least, to first order.
 
     A narrow range rounds finely and saturates more. Rounding errors count as noise, each by its squared gradient; those of
     saturation are added up over an example before they are squared, since they have one sign: a few clipped outliers that no
     output depends on cost nothing, however large. (Choosing ranges by a loss of the whole network: Nahshan et al. 2019,
-    arXiv:1911.07190; gradients as gradients of errors: Li et al. 2021, BRECQ, arXiv:2102.05426.)
+    arXiv:1911.07190; gradients as weights of errors: Li et al. 2021, BRECQ, arXiv:2102.05426.)
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
-        gradients: What :func:`quantflow.simulation.output_gradients` found for it.
+        gradients: What :func:`quantflow.ptq.output_gradients` found for it.
+
+    Returns:
+        The copy, with a ``FixedQParamsObserver`` for each activation that the outputs depend on.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import optimize_ranges, output_gradients
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model, sample = torch.nn.Linear(8, 4).eval(), qf.Sample()
+        >>> graph = qf.export(model, (torch.randn(1, 8),), dynamic_batch=True).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())
+        >>> _ = qf.calibrate(prepared, [torch.randn(16, 8)], sample=sample, progress=False)
+        >>> optimized = optimize_ranges(prepared, output_gradients(prepared, sample.batches(), progress=False))
+        >>> sum(type(module).__name__ == "FixedQParamsObserver" for module in optimized.modules())
+        2
     """
     names = {module: name for name, module in graph.named_modules()}
     fixed = adopt(graph)

@@ -24,21 +24,27 @@ from quantflow.ptq.range_optimization import optimize_ranges
 from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
 from quantflow.signature.signature import Signature
 from quantflow.simulation.float_weights import with_float_weights
-from quantflow.simulation.interpreter import outputs
+from quantflow.simulation.network import outputs
 from quantflow.simulation.output_gradients import OutputGradients, output_gradients
 from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that recovery tried.
+    """One step that recovery tried.
 
     Attributes:
-        name: What it is called.
-        sqnr: Signal to noise of the outputs after it, dB, simulated on data that it was not fitted to; NaN where nothing was
-            measured.
+        name: The name of the step.
+        sqnr: Signal to noise of the outputs after it, dB, simulated on held-out batches (with one batch, on that batch); NaN
+            where nothing was measured.
         kept: Whether the graph has it.
-        seconds: What it took.
+        seconds: The seconds that it took.
+
+    Example:
+        >>> from quantflow.ptq import Step
+        >>> step = Step("fitted weights", sqnr=31.5, kept=True, seconds=0.2)
+        >>> print(step)
+        fitted weights: 31.5 dB (0.2 s)
     """
 
     name: str
@@ -54,18 +60,29 @@ class Step:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """A prepared graph after recovery, and what was tried on it.
+    """A prepared graph after recovery, and the steps that were tried on it.
 
     Attributes:
-        graph: Prepared and calibrated, as before; convert it.
-        steps: What was tried, in order; the first is the graph as it came.
+        graph: The graph, prepared and calibrated as before; convert it.
+        steps: The steps that were tried, in order; the first is the graph as it came.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> data = [torch.randn(8, 8) for _ in range(4)]
+        >>> graph = qf.export(torch.nn.Linear(8, 4).eval(), (data[0],), dynamic_batch=True).module()
+        >>> prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), data, progress=False)
+        >>> recovered = qf.recover(prepared, data, progress=False)
+        >>> [step.name for step in recovered.steps]
+        ['as calibrated', 'ranges by their effect', 'fitted weights']
     """
 
     graph: TrainableGraphModule
     steps: tuple[Step, ...]
 
     def to_json(self) -> str:
-        """What was tried, as a JSON object; a signal to noise of infinity as null."""
+        """Return the steps as a JSON object; a signal to noise that is not finite is null."""
         steps = [asdict(s) | {"sqnr": s.sqnr if math.isfinite(s.sqnr) else None} for s in self.steps]
         return json.dumps({"steps": steps}, indent=2)
 
@@ -82,10 +99,10 @@ def recover(
 ) -> RecoveryResult:
     """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
 
-    Each step is judged by the signal to noise of the simulated outputs on every fourth batch, which it was not fitted to, and
-    kept where that rises. A graph that keeps state stays as calibrated: a sample of calls says nothing of what the state, and
-    what follows from it, comes to over many. So does one in which the examples of a batch act on each other: the batches of a
-    sample hold other examples together.
+    The signal to noise of the simulated outputs is measured after each step, on every fourth batch, to which nothing is fitted
+    (of fewer than four batches on the last; of one batch on that batch). A step is kept where it rises. Two kinds of graph
+    stay as calibrated: one that keeps state, since a sample of calls says nothing of the state over many calls, and one in
+    which the examples of a batch act on each other, since the batches of a sample hold other examples together.
 
     Args:
         graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
@@ -94,9 +111,24 @@ def recover(
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show progress bars.
 
+    Returns:
+        The graph and the steps that were tried.
+
     Raises:
-        QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, or a batch does not
-            fit it.
+        QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, there is no data, or
+            a batch does not fit it.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> data = [torch.randn(8, 8) for _ in range(4)]
+        >>> graph = qf.export(torch.nn.Linear(8, 4).eval(), (data[0],), dynamic_batch=True).module()
+        >>> prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), data, progress=False)
+        >>> recovered = qf.recover(prepared, data, progress=False)
+        >>> converted = qf.convert(recovered.graph)
+        >>> recovered.steps[0].name, recovered.steps[0].kept
+        ('as calibrated', True)
     """
     check_calibrated(graph, "recover")
     current = adopt(graph).eval()

@@ -1,1 +1,1 @@
-"""Quantization parameters: from a range to scale and zero point, and rounding to integers."""
+"""Quantization parameters: their computation from ranges, and rounding to integers."""

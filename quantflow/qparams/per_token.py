@@ -1,4 +1,4 @@
-"""Dynamic quantization per token: each row of the last dimension on a grid of its own, chosen at run time."""
+"""Dynamic quantization per token, with a scale and zero point for each row of the last dimension at run time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ QUANT_MIN, QUANT_MAX = -128, 127
 
 
 def is_per_token(observer: Any, readers: Iterable[Node]) -> bool:
-    """Whether what ``observer`` quantizes for ``readers`` gets a range for each row at run time.
+    """Whether the tensor that ``observer`` quantizes for ``readers`` gets a range per row at run time.
 
-    Kernels of linear layers on dynamic int8 take one, though a quantization spec can say no more than that the range of a
-    tensor is dynamic.
+    Kernels of linear layers with dynamic int8 inputs use a range per row. A quantization spec can't express this; it only
+    states that the range of a tensor is dynamic.
 
     Args:
         observer: An observer or fake quantizer, ours or torchao's, or a quantization spec.
-        readers: The nodes that read what it quantizes.
+        readers: The nodes that read the quantized tensor.
     """
     limits = (getattr(observer, "quant_min", None), getattr(observer, "quant_max", None))
     affine = getattr(observer, "qscheme", None) is torch.per_tensor_affine and limits == (QUANT_MIN, QUANT_MAX)
@@ -38,9 +38,9 @@ def _is_linear(reader: Node) -> bool:
 
 
 def round_per_token(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [..., features] with each row rounded to 256 levels between its extremes and zero.
+    """Round each row of ``x`` [..., features] to 256 levels over a range that contains its minimum, its maximum and zero.
 
-    The gradient is one: no element saturates but by rounding.
+    The gradient is one, because no element saturates other than by rounding.
     """
     if x.ndim == 1:
         return round_per_token(x[None])[0]

@@ -1,11 +1,11 @@
-"""From a range to a scale and a zero point: the one routine that observers, fake quantize and convert share."""
+"""The computation of scale and zero point from a range, which observers, fake quantize and convert share."""
 
 from __future__ import annotations
 
 import torch
 
-# A scale no smaller than this: what float32 tells apart from zero near one. (A larger floor, 2**-12 in the stock XNNPACK
-# quantizer, costs channels with small weights their levels.)
+# The smallest scale: the machine epsilon of float32. (With a larger floor, such as 2**-12 in the stock XNNPACK quantizer,
+# channels with small weights lose levels.)
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
 PER_CHANNEL = frozenset({torch.per_channel_affine, torch.per_channel_symmetric})
@@ -21,14 +21,14 @@ def choose_qparams(
     symmetric: bool,
     eps: float = SMALLEST_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point that map a real range onto ``[quant_min, quant_max]``; zero is always exact.
+    """Return the scale and zero point that map a real range onto ``[quant_min, quant_max]``. Zero is always exact.
 
     Args:
-        min_val: Lower ends, float32, any shape (one a channel, or a scalar).
-        max_val: Upper ends, same shape.
+        min_val: Lower ends of the ranges, float32, any shape (one per channel, or a scalar).
+        max_val: Upper ends of the ranges, same shape.
         quant_min: Smallest integer.
         quant_max: Largest integer.
-        symmetric: Centre the grid on zero, which is then the zero point of a signed grid.
+        symmetric: Use the zero point 0 for signed integers, or the middle of the range for unsigned integers.
         eps: Smallest scale.
 
     Returns:
@@ -47,18 +47,18 @@ def choose_qparams(
 
 
 def reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """``1 / scale``, rounded once: quantizing multiplies by it, in training, in conversion and in the graph."""
+    """Return ``1 / scale``, rounded once. Training, conversion and the graph all quantize by multiplying with it."""
     return (1.0 / scale.double()).to(scale.dtype)
 
 
 def broadcast(qparam: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
-    """``qparam`` if it has one value a channel, shaped to broadcast against a tensor of ``ndim`` dimensions along ``axis``."""
+    """Return ``qparam``, reshaped if it has one value per channel to broadcast along ``axis`` of ``ndim`` dimensions."""
     return qparam if qparam.ndim != 1 else qparam.reshape([-1 if d == axis else 1 for d in range(ndim)])
 
 
 def quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, axis: int = 0
 ) -> torch.Tensor:
-    """The integers nearest to ``x`` on the grid, as float values (ties to even)."""
+    """Quantize ``x`` to integers in ``[quant_min, quant_max]``, returned as float values (ties to even)."""
     inverse, zero_point = broadcast(reciprocal(scale), x.ndim, axis), broadcast(zero_point, x.ndim, axis)
     return (torch.round(x * inverse) + zero_point).clamp(quant_min, quant_max)

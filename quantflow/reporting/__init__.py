@@ -1,4 +1,4 @@
-"""The report: what was done to a model, whether it holds and what it won, as one page that needs no network."""
+"""The report: quantization, accuracy, size and latency of a model, as one self-contained HTML page."""
 
 from quantflow.reporting.report import report
 

@@ -1,4 +1,4 @@
-"""What was done: training, recovery, the budget, and how long each stage took."""
+"""Report sections on training, recovery, accuracy control and the time of each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantflow.training import History
 
 
 def built(report: Report) -> Markup:
-    """What :func:`quantflow.quantize` did."""
+    """The section on :func:`quantflow.quantize`."""
     pictures = []
     measured = [] if report.recovered is None else [s for s in report.recovered.steps if not math.isnan(s.sqnr)]
     if measured:
@@ -24,7 +24,7 @@ def built(report: Report) -> Markup:
         pictures.append(bars("built-seconds", "Seconds by stage", times))
     control = report.accuracy_control
     controlled = _accuracy_control(control) if control is not None else []
-    return section("What was done", *controlled, element("div", *pictures, class_="pictures"))
+    return section("Quantization", *controlled, element("div", *pictures, class_="pictures"))
 
 
 def _accuracy_control(control: AccuracyControl) -> list[Markup]:
@@ -37,7 +37,7 @@ def _accuracy_control(control: AccuracyControl) -> list[Markup]:
 
 
 def trained(history: History) -> Markup:
-    """What training measured."""
+    """The section on training."""
     pictures = [curves("training-loss", "Training loss", {"loss": history.loss}, "epoch")] if history.loss else []
     scores: dict[str, Sequence[float]] = {"fake-quantized": history.metric, "converted": history.converted_metric}
     scores = {name: values for name, values in scores.items() if values}

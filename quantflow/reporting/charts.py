@@ -1,4 +1,4 @@
-"""The kinds of picture that a report draws."""
+"""The charts of a report: bars, curves and ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST = 38  # characters of a name that fit over a bar
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, with its name over it and ``shown`` at its right; what is not finite has no length."""
+    """One bar with its name above it and ``shown`` to its right. A value that is not finite has no length."""
 
     name: str
     value: float | None
@@ -25,10 +25,10 @@ class Bar:
 
 
 def bars(name: str, caption: str, given: Sequence[Bar]) -> Markup:
-    """Bars from zero, the first on top."""
+    """A chart of bars from zero, the first on top."""
     with picture(name, caption, 0.15 + 0.44 * len(given)) as drawn:
         axis = drawn.figure.add_subplot()
-        over = axis.get_yaxis_transform()  # across in shares of the picture, down in bars
+        over = axis.get_yaxis_transform()  # x in axes fractions, y in bars
         for row, bar in enumerate(given):
             finite = bar.value is not None and math.isfinite(bar.value)
             length = bar.value if finite and bar.value is not None else 0.0
@@ -45,7 +45,7 @@ def bars(name: str, caption: str, given: Sequence[Bar]) -> Markup:
 
 
 def curves(name: str, caption: str, given: dict[str, Sequence[float]], across: str) -> Markup:
-    """Curves over 1, 2, 3, ..., each with its name in the legend."""
+    """A chart of curves over 1, 2, 3, ..., with their names in the legend."""
     with picture(name, caption, 2.4) as drawn:
         axis = drawn.figure.add_subplot()
         for (label, values), colour in zip(given.items(), (FIRST, SECOND, BAD), strict=False):
@@ -57,7 +57,7 @@ def curves(name: str, caption: str, given: dict[str, Sequence[float]], across: s
 
 
 def ranges(name: str, caption: str, layers: Sequence[LayerErrors]) -> Markup:
-    """For each layer, the share of float values in each sixteenth of its grid, and, in another colour, beyond its ends."""
+    """For each layer, the share of float values in each sixteenth of its integer range, and, in another color, outside it."""
     rows = math.ceil(len(layers) / 2)
     with picture(name, caption, 0.1 + 1.15 * rows) as drawn:
         axes = drawn.figure.subplots(rows, 2, squeeze=False).flatten()
@@ -75,6 +75,6 @@ def ranges(name: str, caption: str, layers: Sequence[LayerErrors]) -> Markup:
 
 
 def shortened(name: str, longest: int = _LONGEST) -> str:
-    """``name``, or its end: what tells layers apart stands there."""
+    """``name``, or its end, which distinguishes layers."""
     name = "".join(c if c.isprintable() else "?" for c in name)
     return name if len(name) <= longest else "…" + name[1 - longest :]

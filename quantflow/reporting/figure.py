@@ -1,4 +1,4 @@
-"""Pictures as inline SVG whose colours are the page's own, light or dark."""
+"""Figures as inline SVG that uses the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from quantflow.errors import QuantflowError
 from quantflow.reporting.markup import Markup, element
 
-# matplotlib wants colours, the page has variables: each of these stands for one, and is replaced by it.
+# matplotlib needs colors and the page has CSS variables: each of these colors is replaced by a variable.
 INK, MUTED, FIRST, SECOND, BAD = (f"#0{i}0{i}0{i}" for i in range(1, 6))
 _VARIABLES = {INK: "ink", MUTED: "muted", FIRST: "first", SECOND: "second", BAD: "bad"}
-_WIDTH = 4.8  # inches: text keeps its size on a phone
+_WIDTH = 4.8  # inches: text stays readable on a phone
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: searched, read aloud, in the page's font
-    "text.parse_math": False,  # names are the user's: "$" is no formula
+    "svg.fonttype": "none",  # text stays text: searchable, accessible, in the font of the page
+    "text.parse_math": False,  # user names may contain "$", which is not a formula
     "font.size": 10.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -30,7 +30,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class Picture:
-    """A picture being drawn: :attr:`figure` is matplotlib's, :meth:`markup` gives the HTML."""
+    """A figure to draw on: :attr:`figure` is matplotlib's, :meth:`markup` returns the HTML."""
 
     def __init__(self, name: str, caption: str, height: float) -> None:
         from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ class Picture:
         self.figure: Any = Figure(figsize=(_WIDTH, height), layout="constrained")
 
     def markup(self) -> Markup:
-        """The picture, with its caption above it."""
+        """The figure with its caption above it."""
         file = io.StringIO()
         self.figure.savefig(file, format="svg", transparent=True)
         return element("figure", element("figcaption", self.caption), _inline(file.getvalue(), self.name))
@@ -47,10 +47,10 @@ class Picture:
 
 @contextmanager
 def picture(name: str, caption: str, height: float) -> Iterator[Picture]:
-    """A picture to draw on, ``height`` inches high; ``name`` is its own on the page.
+    """A figure to draw on, ``height`` inches high; ``name`` is unique on the page.
 
     Raises:
-        QuantflowError: at stage ``"report"``, when matplotlib is missing.
+        QuantflowError: at stage ``"report"``, if matplotlib is missing.
     """
     try:
         import matplotlib as mpl
@@ -62,7 +62,7 @@ def picture(name: str, caption: str, height: float) -> Iterator[Picture]:
 
 
 def _inline(svg: str, name: str) -> Markup:
-    """The element alone: no prologue, no addresses, no size of its own, and ids that no other picture has."""
+    """The ``<svg>`` element without prologue, URLs and size, with ids that are unique on the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 role="img">', svg, count=1)

@@ -1,4 +1,4 @@
-"""HTML that is escaped unless it was made here."""
+"""HTML elements; text is escaped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _FIGURE = re.compile(r"[-+]?(\d|inf\b|nan\b).*|-?")
 
 
 class Markup(str):
-    """HTML, to be taken as it is. Any other string is text, and is escaped."""
+    """HTML that is not escaped again. Any other string is text, and is escaped."""
 
 
 def element(name: str, /, *children: str, **attributes: str) -> Markup:
-    """``<name ...>children</name>``. An attribute that is a Python keyword takes an underscore behind it."""
+    """``<name ...>children</name>``. An attribute that is a Python keyword is written with a trailing underscore."""
     shown = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
     if name in _VOID:
         return Markup(f"<{name}{shown}>")
@@ -23,12 +23,12 @@ def element(name: str, /, *children: str, **attributes: str) -> Markup:
 
 
 def joined(parts: Iterable[str]) -> Markup:
-    """One after the other."""
+    """The concatenation of ``parts``, escaped where they are text."""
     return Markup("".join(part if isinstance(part, Markup) else html.escape(part) for part in parts))
 
 
 def table(rows: Sequence[Sequence[str]]) -> Markup:
-    """A row of headings, then rows of cells; figures to the right. It scrolls within itself where the page is narrow."""
+    """A table: a row of headings, then rows of cells, figures right-aligned. It scrolls on narrow pages."""
     head, *body = rows
     figures = [all(_FIGURE.fullmatch(row[i]) for row in body) and any(row[i] for row in body) for i in range(len(head))]
     kinds = [{"class_": "figure"} if figure else {} for figure in figures]
@@ -38,15 +38,15 @@ def table(rows: Sequence[Sequence[str]]) -> Markup:
         "div",
         element("table", element("thead", lines[0]), element("tbody", *lines[1:])),
         class_="scroll",
-        tabindex="0",  # so that a keyboard can scroll it
+        tabindex="0",  # allows scrolling by keyboard
     )
 
 
 def details(summary: str, *children: str, opened: bool = False) -> Markup:
-    """What is shown when asked for."""
+    """A collapsible ``<details>`` element."""
     return element("details", element("summary", summary), *children, **({"open": ""} if opened else {}))
 
 
 def section(title: str, *children: str) -> Markup:
-    """A part of the page."""
+    """A section of the page."""
     return element("section", element("h2", title), *children)

@@ -1,4 +1,4 @@
-"""What was measured: stage by stage, layer by layer."""
+"""Report sections on verification, diagnosis and sensitivity."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from quantflow.reporting.charts import Bar, bars, ranges
 from quantflow.reporting.markup import Markup, details, element, joined, section, table
 from quantflow.reporting.summary import in_bytes
 
-_SHOWN = 12  # bars in a picture
+_SHOWN = 12  # bars in a figure
 
 
 def verified(verification: Verification) -> Markup:
-    """Every stage beside the first."""
+    """The section on verification: every stage compared with the first."""
     stages = verification.stages
     pictures = []
     noisy = [(s, s.output.sqnr_db) for s in stages if s.output.sqnr_db is not None]
@@ -30,25 +30,25 @@ def verified(verification: Verification) -> Markup:
         given = [Bar(s.name, t.median_ms, f"{t.median_ms:.2f} ms", (t.low_ms, t.high_ms)) for s, t in timed]
         pictures.append(bars("stages-latency", "Latency of a call: median, and quartiles as a line", given))
     notes = (element("p", note, class_="note") for note in verification.notes())
-    return section("Does it hold?", table(verification.table()), *notes, _side_by_side(pictures))
+    return section("Verification", table(verification.table()), *notes, _side_by_side(pictures))
 
 
 def diagnosed(diagnosis: Diagnosis) -> Markup:
-    """Where accuracy went."""
+    """The section on diagnosis: layers by their error."""
     erring = [e for e in diagnosis.layers if math.isfinite(e.excess)]
     first = [Bar(e.layer or e.node, e.excess, f"{e.excess:.1f} dB", bad=e.excess > 3) for e in erring]
     effects = [(e.layer or e.node, e.effect) for e in diagnosis.by_effect() if e.effect is not None]
     most = [Bar(name, effect, f"{effect:.1f} dB") for name, effect in effects if math.isfinite(effect)]
-    pictures = [bars("layers-excess", "Error beyond what so many levels must cost, the most first", first[:_SHOWN])]
+    pictures = [bars("layers-excess", "Error in excess of the expected rounding error, largest first", first[:_SHOWN])]
     if most:
         caption = "Signal to noise of the outputs if this layer alone were quantized, the least first"
         pictures.append(bars("layers-effect", caption, most[:_SHOWN]))
     gridded = [e for e in diagnosis.layers if e.histogram][:6]
     if gridded:
-        pictures.append(ranges("layers-ranges", "Where float values lie on the grid; beyond its ends in red", gridded))
-    said = "Ranked by excess: an error that a layer of so many bits need not have. About 0 dB is a layer that is right."
+        pictures.append(ranges("layers-ranges", "Float values along the integer range; clipped in red", gridded))
+    said = "Ranked by error in excess of the rounding error that the bits of a layer explain. About 0 dB is expected."
     return section(
-        "Where did accuracy go?",
+        "Diagnosis",
         element("p", said, class_="note"),
         _side_by_side(pictures),
         details(f"All {len(diagnosis.layers)} layers", table(diagnosis.table())),
@@ -56,7 +56,7 @@ def diagnosed(diagnosis: Diagnosis) -> Markup:
 
 
 def layer_costs(sensitivities: Sensitivities) -> Markup:
-    """What each layer costs."""
+    """The section on sensitivity: the noise that each layer causes."""
     alone = [Bar(c.layer, c.to_integers, f"{c.to_integers:.1f} dB") for c in sensitivities.layers]
     gain = sorted(
         ((c.to_float - sensitivities.all_integers, c.layer) for c in sensitivities.layers), key=lambda g: -g[0]
@@ -65,12 +65,12 @@ def layer_costs(sensitivities: Sensitivities) -> Markup:
         bars("costs-alone", "Signal to noise of the outputs, this layer alone in integers", alone[:_SHOWN]),
         bars(
             "costs-gain",
-            "Won by leaving this layer alone in float",
+            "Gained by leaving only this layer in float",
             [Bar(n, g, f"{g:.1f} dB") for g, n in gain[:_SHOWN]],
         ),
     ]
     return section(
-        "What does each layer cost?",
+        "Sensitivity",
         element("p", f"With every layer in integers: {sensitivities.all_integers:.1f} dB.", class_="note"),
         _side_by_side(pictures),
         details(f"All {len(sensitivities.layers)} layers", table(sensitivities.table())),

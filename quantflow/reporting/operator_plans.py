@@ -1,4 +1,4 @@
-"""The graph: what becomes of each operator."""
+"""Report sections on the graph: the plan of each operator, and the delegation of the program."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from quantflow.delegates.delegation import Delegation
 from quantflow.reporting.markup import Markup, details, element, section, table
 
-_LARGE = 40  # operators of one group that are still read at a glance
+_LARGE = 40  # the largest group that is shown opened
 
 
 class OperatorPlan(Protocol):
-    """One row of a plan, as ``quantizers`` tells it."""
+    """One row of a plan, as ``quantizers.OperatorPlan`` has it."""
 
     layer: str
     node: str
@@ -24,11 +24,11 @@ class OperatorPlan(Protocol):
 
     @property
     def becomes(self) -> str:
-        """In integers, in float, and where it runs."""
+        """Integers or float, and where the operator runs."""
 
 
 def graph(operators: Sequence[OperatorPlan]) -> Markup:
-    """Every operator as a cell, in the order of the graph; then tables by module."""
+    """The section with every operator as a cell, in graph order, then tables by module."""
     counts = Counter(operator.becomes for operator in operators)
     keys = {operator.becomes: _kind(operator) for operator in operators}
     legend = (
@@ -45,7 +45,7 @@ def graph(operators: Sequence[OperatorPlan]) -> Markup:
 
 
 def grouped(operators: Iterable[OperatorPlan]) -> dict[str, list[OperatorPlan]]:
-    """By the first part of the layer's name, or by two parts where that makes groups too large to read."""
+    """Operators grouped by the first part of the layer's name, or by two parts if these groups are too large."""
     operators = list(operators)
     sizes = Counter(operator.layer.split(".")[0] for operator in operators)
     groups: dict[str, list[OperatorPlan]] = {}
@@ -75,7 +75,7 @@ def _told(operator: OperatorPlan) -> str:
 
 
 def lowered(delegation: Delegation) -> Markup:
-    """Who runs the operators of the program."""
+    """The section on delegation: the operators of the program by delegate, float and kernel."""
     runs: list[tuple[str, Any]] = [
         ("delegate", delegation.delegated),
         ("delegate, in float", delegation.floating),
@@ -85,5 +85,5 @@ def lowered(delegation: Delegation) -> Markup:
     rows += [[who, name, str(count)] for who, counts in runs for name, count in counts.most_common()]
     said = f"{delegation.fraction:.1%} of operators delegated, in {delegation.calls} calls."
     if not delegation.portable:
-        said += " Nothing is left outside."
+        said += " No operator is left outside."
     return section("The program", element("p", said, class_="note"), details("All operators", table(rows)))

@@ -1,4 +1,4 @@
-"""The page: its frame, and the parts in the order in which they are asked for."""
+"""The HTML document: its frame and the order of its sections."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def _sections(parts: Parts) -> list[Markup]:
 
 
 def _origin(command: str, environment: Environment) -> Markup:
-    """By what, and with what, it was made."""
+    """The command and the versions of the environment."""
     rows = [["package", "version", "needs"]]
     rows += [[p.name, p.found or "not installed", p.needed or "any"] for p in environment.packages]
     return section(
-        "How it was made",
+        "Command and environment",
         element("div", element("pre", element("code", command)), class_="scroll", tabindex="0")
         if command
         else joined(()),

@@ -1,4 +1,4 @@
-"""What a report is made of."""
+"""The parts of a report: results of the functions of quantflow."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from quantflow.training import History
 
 @dataclass(frozen=True)
 class Parts:
-    """Whatever there is to report on; None for what there is not.
+    """The results to report on; None for those that are not available.
 
     Attributes:
-        title: What the report is on.
-        command: What made it.
-        made: When, UTC.
-        environment: The versions it was made with.
-        built: What :func:`quantflow.quantize` did.
-        program: What came of it.
-        plan: The operator of each operator, as ``quantizers.Plan`` tells it.
-        history: What training measured.
-        verification: What :func:`quantflow.verify` found.
-        diagnosis: What :func:`quantflow.diagnose` found.
-        sensitivities: What :func:`quantflow.sensitivity` found.
+        title: The heading.
+        command: The command that produced the results.
+        made: The date and time, UTC.
+        environment: The versions of packages.
+        built: The report of :func:`quantflow.quantize`.
+        program: The program.
+        plan: The plan of each operator, a ``quantizers.Plan``.
+        history: The result of :func:`quantflow.train`.
+        verification: The result of :func:`quantflow.verify`.
+        diagnosis: The result of :func:`quantflow.diagnose`.
+        sensitivities: The result of :func:`quantflow.sensitivity`.
     """
 
     title: str
@@ -49,23 +49,23 @@ class Parts:
     def of(
         cls, title: str, command: str, made: str, environment: Environment, result: Result | None, **given: Any
     ) -> Parts:
-        """``given``, with the program and the plan of ``result`` where they were not.
+        """``given`` as parts; ``result`` provides the program and the plan if they are missing.
 
         Raises:
-            QuantflowError: at stage ``"report"``, when a part is missing or is something else.
+            QuantflowError: at stage ``"report"``, if there is no part, or if one has another type.
         """
         given["built"] = result.report if result is not None else None
         if result is not None:
             given["program"] = given["program"] or result.program
-            # A quantizer from elsewhere may plan in a form of its own.
+            # The plan of another quantizer may have another type.
             given["plan"] = given["plan"] or (result.report.plan if hasattr(result.report.plan, "operators") else None)
         if all(part is None for part in given.values()):
-            remedy = "pass what the verbs returned: result=qf.quantize(...), verification=qf.verify(...)"
+            remedy = "pass returned results: result=qf.quantize(...), verification=qf.verify(...)"
             raise QuantflowError("report", "there is nothing to report on", remedy=remedy)
         return cls(title, command, made, environment, **given)
 
     def to_json(self) -> str:
-        """All figures, as a JSON object: each part's own."""
+        """The figures of all parts, as a JSON object."""
         found: dict[str, Any] = {"title": self.title, "command": self.command, "made": self.made}
         told = {name: json.loads(part.to_json()) for name, part in self._telling().items() if part is not None}
         if self.program is not None:
@@ -88,7 +88,7 @@ class Parts:
 
 
 def checked(**given: Any) -> None:
-    """See that each part is what its name says.
+    """Check the type of each part.
 
     Raises:
         QuantflowError: at stage ``"report"``, naming the part.

@@ -1,4 +1,4 @@
-"""The verb that shows what was done to a model, whether it holds and what it won, to someone who was not there."""
+"""``report``: writes the results of quantization, training and verification as an HTML page and JSON."""
 
 from __future__ import annotations
 
@@ -37,27 +37,35 @@ def report(
 ) -> Path:
     """Write ``report.html``, one file that needs no network, and ``report.json`` beside it with the same figures.
 
-    Whatever parts there are make a section each; at least one is needed. Needs matplotlib.
+    Each part that is given makes a section; at least one is needed. Needs matplotlib.
 
     Args:
-        path: Of the page, ``.html``; the figures go to the same name with ``.json``.
-        title: Its heading; the name of the model, say.
+        path: The path of the page, ``.html`` or ``.htm``; the figures go to the same name with ``.json``.
+        title: The heading; the name of the model, say.
         result: What :func:`quantflow.quantize` returned; it brings ``program`` and ``plan`` with it.
         program: The program, where there is no ``result``.
         plan: What ``quantizer.plan(graph)`` returned, where there is no ``result``.
         history: What :func:`quantflow.train` returned.
-        verification: What :func:`quantflow.verify` returned. The summary speaks of its last stage beside its first.
+        verification: What :func:`quantflow.verify` returned. The summary compares its last stage with its first.
         diagnosis: What :func:`quantflow.diagnose` returned.
         sensitivities: What :func:`quantflow.sensitivity` returned.
-        command: What to say made it; by default the command line of this process, of whose absolute paths only the last
-            name is told.
+        command: The command line to show; by default that of this process, with absolute paths cut to their last name.
 
     Returns:
         The path of the page.
 
     Raises:
-        QuantflowError: at stage ``"report"``, when there is nothing to report on, a part is something else, matplotlib is
-            missing, or the files can't be written.
+        QuantflowError: at stage ``"report"``, when there is nothing to report on, a part is something else, ``path`` is no
+            page, matplotlib is missing, or the files can't be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> import quantflow as qf
+        >>> history = qf.History(loss=[1.2, 0.7, 0.5])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = qf.report(os.path.join(folder, "report.html"), title="A small network", history=history)
+        ...     print(sorted(os.listdir(folder)))
+        ['report.html', 'report.json']
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -80,7 +88,7 @@ def report(
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command line, without where things lie on this machine."""
+    """The command line without the folders of absolute paths."""
     program, *rest = arguments
     return shlex.join([Path(program).name, *(_without_folders(argument) for argument in rest)])
 

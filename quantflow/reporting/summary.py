@@ -1,4 +1,4 @@
-"""First of all: does it hold, what it cost, what it won."""
+"""The summary of a report: accuracy, size and latency."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantflow.reporting.parts import Parts
 
 
 def summary(parts: Parts) -> Markup:
-    """The verdict in a sentence, and the figures that matter."""
+    """The result in one sentence, and the main figures."""
     tone, said = _verdict(parts)
     tiles = [
         element("div", element("dt", name), element("dd", figure, element("small", note)))
@@ -20,7 +20,7 @@ def summary(parts: Parts) -> Markup:
 
 
 def _verdict(parts: Parts) -> tuple[str, str]:
-    """Whether it holds: ``"good"``, ``"bad"`` or ``"open"`` where nobody said what would be good; and the words."""
+    """The result as ``"good"``, ``"bad"`` or ``"open"`` (no criterion was given), and its sentence."""
     budget = parts.built.accuracy_control if parts.built is not None else None
     if budget is not None:
         what = "accuracy" if budget.labelled else "agreement with float"
@@ -30,7 +30,7 @@ def _verdict(parts: Parts) -> tuple[str, str]:
     if verification is None or len(verification.stages) < 2:
         return "open", "Not verified against float: what it costs in accuracy is not known here."
     first, last = verification.stages[0], verification.stages[-1]
-    compared, figures = f"{last.name} beside {first.name}, {verification.examples:,} examples", last.output
+    compared, figures = f"{last.name} against {first.name}, {verification.examples:,} examples", last.output
     if figures.drop is not None and figures.drop_interval is not None:
         lost = f"{figures.drop:.2f} ± {figures.drop_interval:.2f} points of top-1"
         if figures.drop > figures.drop_interval:
@@ -42,7 +42,7 @@ def _verdict(parts: Parts) -> tuple[str, str]:
 
 
 def _tiles(parts: Parts) -> Iterator[tuple[str, str, str]]:
-    """Name, figure, note."""
+    """Name, figure and note of each tile."""
     if parts.verification is not None:
         yield from _verified(parts.verification)
     elif parts.program is not None:
@@ -59,7 +59,7 @@ def _tiles(parts: Parts) -> Iterator[tuple[str, str, str]]:
         calls = f"of operators, in {delegation.calls} call{'s' if delegation.calls != 1 else ''}"
         yield "Delegated", f"{delegation.fraction:.0%}", calls
     if parts.built is not None:
-        yield "Made in", f"{sum(parts.built.seconds.values()):.0f} s", "from export to program"
+        yield "Time", f"{sum(parts.built.seconds.values()):.0f} s", "from export to program"
 
 
 def _verified(verification: Verification) -> Iterator[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The ExecuTorch runtime: in this process, and in one of its own for programs that may crash it."""
+"""The ExecuTorch runtime, in this process or in a separate process for programs that may crash it."""
 
 from quantflow.runtime.in_process import execute, leave_out_exir, load_method, load_program, start, threads
 

@@ -1,7 +1,7 @@
-"""The fork server and its children as this process holds them; :mod:`quantflow.runtime.worker` is the other side.
+"""The client side of the fork server and its child processes; :mod:`quantflow.runtime.worker` is the server side.
 
-All of it goes over pairs of sockets without a name. A socket whose other end is closed tells that the other side is gone, also
-where it was killed, and nothing is left behind.
+Client and server communicate through unnamed socket pairs. A closed socket shows that the other process has ended, also if it
+was killed. No file is left behind.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection, wait
 from quantflow.errors import QuantflowError
 
 NUMBER = 16  # bytes of a number that the server sends
-_START = 120.0  # seconds for imports, on a machine that is busy
-REMEDY = "see that this Python runs `import quantflow.runtime.worker` in a process of its own"
+_START = 120.0  # seconds for imports on a busy machine
+REMEDY = "check that this Python runs `import quantflow.runtime.worker` in a new process"
 
 
 class Log:
-    """A file without a name that another process writes and this one reads."""
+    """An unnamed file that another process writes and this process reads."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  open as long as the process that writes it
@@ -34,7 +34,7 @@ class Log:
         return self._file.fileno()
 
     def news(self) -> str:
-        """What was written since this was last asked."""
+        """Return the text that was written since the last call."""
         size = os.fstat(self.fileno()).st_size - self._read
         text = os.pread(self.fileno(), size, self._read)  # both processes share the file's position
         self._read += len(text)
@@ -45,9 +45,9 @@ class Log:
 
 
 class ForkServer:
-    """A process with the runtime loaded that forks a child for each process that asks.
+    """A process with the runtime loaded that forks a child process for each client.
 
-    Forks of the process that started it share it. It ends once all of them have.
+    Forks of the process that started the server share it. The server ends when all of them have ended.
     """
 
     def __init__(self) -> None:
@@ -62,24 +62,24 @@ class ForkServer:
             raise
 
     def fork(self) -> Worker:
-        """A new child of it.
+        """Return a new child process of the server.
 
         Raises:
-            ConnectionError: where it has ended, or can't fork.
-            QuantflowError: at stage ``"runtime"``, where it does not answer.
+            ConnectionError: if the server has ended or can't fork.
+            QuantflowError: at stage ``"runtime"``, if the server does not answer.
         """
         return Worker(self)
 
     def gone(self) -> bool:
-        """Whether it has ended."""
+        """Whether the server has ended."""
         return hung_up(self._requests)
 
     def ask(self, control: socket.socket, connection: socket.socket, log: Log) -> None:
-        """Have it fork a child with these."""
+        """Request a child process that uses these sockets and this log."""
         socket.send_fds(self._requests, [b"+"], [control.fileno(), connection.fileno(), log.fileno()])
 
     def answer(self, control: socket.socket) -> int:
-        """The number of the child that it forked for the owner of ``control``."""
+        """Return the process id of the child that was forked for the owner of ``control``."""
         ready = wait([control, self._requests], _START)
         if not ready:
             raise QuantflowError("runtime", f"the fork server does not answer in {_START:g} s", remedy=REMEDY)
@@ -88,10 +88,10 @@ class ForkServer:
         return pid
 
     def close(self) -> str:
-        """Let go of it; the last line that it logged."""
+        """Release the server and return the last line of its log."""
         lines = self._log.news().strip().splitlines()
         if self._owner == os.getpid() and self.gone():
-            with contextlib.suppress(ChildProcessError):  # whoever ignores such signals has none to wait for
+            with contextlib.suppress(ChildProcessError):  # a process that ignores SIGCHLD has no child to wait for
                 os.waitpid(self.pid, 0)
         self._requests.close()
         self._log.close()
@@ -99,13 +99,13 @@ class ForkServer:
 
 
 class Worker:
-    """A child of the server that runs this process's programs.
+    """A child process of the server that runs the programs of this process.
 
     Attributes:
-        pid: Its number.
-        connection: Over which it takes programs and answers.
-        log: What it and the runtime write.
-        idle: Whether it has answered all that it was sent.
+        pid: The process id.
+        connection: The connection for programs and answers.
+        log: The output of the child and the runtime.
+        idle: Whether the child has answered all messages.
     """
 
     def __init__(self, server: ForkServer) -> None:
@@ -122,11 +122,11 @@ class Worker:
             raise
 
     def gone(self) -> bool:
-        """Whether it has ended."""
+        """Whether the child has ended."""
         return hung_up(self.connection)
 
     def ended(self) -> int | None:
-        """How it ended, once it has: an exit code, or a signal as a negative number; None where the server is gone as well."""
+        """Wait for the end of the child and return its exit code, or a signal as a negative number; None without a server."""
         try:
             code = self._control.recv(NUMBER)
         except ConnectionError:
@@ -134,15 +134,15 @@ class Worker:
         return int(code) if code else None
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the child."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
-        if self.ended() is None and not self.gone():  # a process without a parent that could end it
+        if self.ended() is None and not self.gone():  # the server has ended and can't kill the child
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of it; the server ends it once no process holds it."""
+        """Release the child. The server ends it when no process uses it."""
         for held in (self._control, self.connection, self.log):
             held.close()
 
@@ -155,12 +155,12 @@ def hung_up(end: socket.socket | Connection) -> bool:
 
 
 def start(requests: socket.socket, log: Log) -> int:
-    """Start a server that reads ``requests`` and writes to ``log``; its number.
+    """Start a server that reads ``requests`` and writes to ``log``, and return its process id.
 
-    A session of its own keeps the signals of a terminal and of a notebook from it.
+    The server gets its own POSIX session, so it receives no signals of a terminal or notebook.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, where this machine can't start it.
+        QuantflowError: at stage ``"runtime"``, if this machine can't start the server.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     command = [sys.executable, "-P", "-m", "quantflow.runtime.worker"]

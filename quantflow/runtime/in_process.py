@@ -14,8 +14,8 @@ from quantflow.pte import check_header, read
 
 @functools.cache
 def start() -> Any:
-    """The runtime, with all of its kernels."""
-    # Loading the runtime alone leaves the undelegated quantize and dequantize operators without kernels.
+    """Return the runtime, with all of its kernels."""
+    # The runtime alone has no kernels for quantize and dequantize operators outside a delegate.
     import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
@@ -23,22 +23,23 @@ def start() -> Any:
 
 
 def leave_out_exir() -> None:
-    """Let this process start the runtime without executorch's compiler, of which it needs one warning class: seconds less.
+    """Make the runtime start without the import of executorch's compiler, which takes seconds.
 
-    For processes that only run programs; nothing of ``executorch.exir`` can be imported in them any more.
+    The runtime needs only one warning class of the compiler. This function is for processes that only run programs:
+    ``executorch.exir`` can't be used in them afterwards.
     """
     spec = importlib.util.find_spec("executorch.exir")
     if spec is not None and "executorch.exir" not in sys.modules:
         package = types.ModuleType("executorch.exir")
-        package.__path__ = list(spec.submodule_search_locations or ())  # its files are found, its __init__ does not run
+        package.__path__ = list(spec.submodule_search_locations or ())  # submodules are found without its __init__
         sys.modules["executorch.exir"] = package
 
 
 def load_program(buffer: bytes) -> Any:
-    """An ``executorch.runtime.Program`` of ``buffer``.
+    """Return an ``executorch.runtime.Program`` of ``buffer``.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, for bytes that are no whole program.
+        QuantflowError: at stage ``"runtime"``, for bytes that are not a complete program.
     """
     check_header(buffer)
     try:
@@ -52,7 +53,7 @@ def load_program(buffer: bytes) -> Any:
 
 
 def load_method(program: Any, name: str, buffer: bytes) -> Any:
-    """The method ``name`` of ``program``, which was read from ``buffer``, ready to run.
+    """Return the method ``name`` of ``program``, which was read from ``buffer``, ready to run.
 
     Raises:
         QuantflowError: at stage ``"runtime"``, naming the operators whose kernels this runtime lacks, if those are the cause.
@@ -61,7 +62,7 @@ def load_method(program: Any, name: str, buffer: bytes) -> Any:
         return program.load_method(name)
     except RuntimeError as error:
         if lacking := missing_kernels(buffer, name):
-            reason = f"the method {name} does not load: this runtime has no kernels for them"
+            reason = f"the method {name} does not load: this runtime has no kernels for these operators"
             remedy = "rewrite the layers in terms of other operators, or link a runtime that has these kernels"
             raise QuantflowError("runtime", reason, node=", ".join(lacking), remedy=remedy) from error
         reason = f"the method does not load: {error}"
@@ -70,7 +71,7 @@ def load_method(program: Any, name: str, buffer: bytes) -> Any:
 
 
 def missing_kernels(buffer: bytes, name: str) -> list[str]:
-    """The operators that the method ``name`` of the program ``buffer`` calls and this runtime has no kernels for."""
+    """Return the operators that the method ``name`` of the program ``buffer`` calls without a kernel in this runtime."""
     there = start().operator_registry.operator_names
     called = read(buffer).methods.get(name)
     return [] if called is None else sorted(kernel for kernel in called.kernels if kernel not in there)
@@ -90,7 +91,7 @@ def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
 
 
 def threads() -> int:
-    """How many threads the runtime computes with."""
+    """Return the number of threads that the runtime uses."""
     from executorch.extension.pybindings import portable_lib
 
     return int(portable_lib._threadpool_get_thread_count())

@@ -1,7 +1,7 @@
-"""Programs run in a process of their own: one that crashes the runtime leaves the caller's process alive.
+"""Execution of programs in a separate process, so that a crash of the runtime does not end the calling process.
 
-A server process is started once, with the runtime loaded; it forks a child for each process that has programs to run, and
-with another after a crash.
+A server process with the runtime loaded is started once. It forks a child for each process that has programs to run, and
+another one after a crash.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from quantflow.runtime.messages import explanation, failed_operators
 
 @dataclass(frozen=True)
 class Trial:
-    """How a program fared.
+    """The result of running a program.
 
     Attributes:
         outputs: The flat outputs of each call that ran.
         loaded: Whether ``forward`` loaded.
-        failure: Why it does not load or run; ``""`` where all calls ran.
-        operators: Operators whose kernel is missing or failed, where the runtime names them.
+        failure: Why the program does not load or run; ``""`` if all calls ran.
+        operators: Operators whose kernel is missing or failed, if the runtime names them.
     """
 
     outputs: list[list[Any]] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Trial:
 
 
 def warm_up() -> None:
-    """Start the server now, to be ready when the first program is. Where it can't start, :func:`run` says so."""
+    """Start the server before the first program needs it. If the server can't start, :func:`run` raises the error."""
     with _LOCK, contextlib.suppress(QuantflowError):
         _server()
 
@@ -49,18 +49,18 @@ def run(buffer: bytes, calls: Sequence[Sequence[Any]] = (), *, seconds: float = 
 
     Args:
         buffer: The bytes of a ``.pte``.
-        calls: The flat inputs of each call: tensors, numbers, texts and None.
-        seconds: How long all of it may take.
+        calls: The flat inputs of each call: tensors, numbers, strings and None.
+        seconds: The time limit for all calls together.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, where no process can be started to run it.
+        QuantflowError: at stage ``"runtime"``, if no process can be started.
     """
     from quantflow.runtime.worker import decode, encode
 
     messages = (buffer, *encode([list(inputs) for inputs in calls]))
     with _LOCK:
         worker = _worker()
-        worker.idle = False  # until its answer is whole: what was interrupted would answer the next program
+        worker.idle = False  # after an interrupt, a late answer would be read as that of the next program
         try:
             for message in messages:
                 worker.connection.send_bytes(message)
@@ -90,11 +90,11 @@ def _with(reason: str, log: str) -> str:
 
 def _how_it_ended(code: int | None, log: str) -> str:
     if code is None:
-        return "the process that tried it ended, and so did the fork server, which knew how"
+        return "the process that ran it ended, and so did the fork server, which held its exit code"
     if code < 0:
         return f"the runtime crashes on it: {signal.Signals(-code).name}"
     last = log.strip().splitlines()[-1:]
-    return f"the process that tried it failed with exit code {code}" + (f": {last[0][:200]}" if last else "")
+    return f"the process that ran it failed with exit code {code}" + (f": {last[0][:200]}" if last else "")
 
 
 _LOCK = threading.Lock()
@@ -112,17 +112,17 @@ def _server() -> ForkServer:
 
 
 def _drop_server() -> str:
-    """Let go of the server; the last line that it logged."""
+    """Release the server and return the last line of its log."""
     global _shared
     server, _shared = _shared, None
     return server.close() if server is not None else ""
 
 
 def _worker() -> Worker:
-    """A child of the server that has nothing to do.
+    """An idle child process of the server.
 
     Raises:
-        QuantflowError: at stage ``"runtime"``, where there is none.
+        QuantflowError: at stage ``"runtime"``, if no child can be started.
     """
     global _own
     if _own is not None:
@@ -130,13 +130,13 @@ def _worker() -> Worker:
             _own.log.news()
             return _own
         _drop_worker()
-    for _ in range(2):  # a server that ends may take a request still
+    for _ in range(2):  # a server that is about to end may still accept a request
         try:
             _own = _server().fork()
             return _own
         except ConnectionError:
             last = _drop_server()
-    reason = "the fork server ends when it is asked" + (f": {last}" if last else "")
+    reason = "the fork server ends on a request" + (f": {last}" if last else "")
     raise QuantflowError("runtime", reason, remedy=REMEDY)
 
 
@@ -148,7 +148,7 @@ def _drop_worker() -> None:
 
 
 def _after_fork() -> None:
-    """In the child of a fork: a thread that held the lock is not there, and the worker is the parent's."""
+    """After a fork, in the child: replace the lock, whose thread may be missing, and drop the worker of the parent."""
     global _LOCK
     _LOCK = threading.Lock()
     _drop_worker()

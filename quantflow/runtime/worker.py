@@ -1,7 +1,7 @@
-"""The other side of :mod:`quantflow.runtime.isolated`: a server that forks a child for each client that has programs to run.
+"""The server side of :mod:`quantflow.runtime.isolated`: a process that forks a child for each client with programs to run.
 
-The server has the runtime loaded and no other thread, so a child is there at once, also in place of one that crashed. A child
-ends when its client does, and the server when the last process that could ask it does.
+The server has the runtime loaded and a single thread, so a child starts at once, also after a crash. A child ends when its
+client ends. The server ends when the last process that can send requests ends.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from quantflow.errors import QuantflowError
 from quantflow.runtime.fork_server import NUMBER
 from quantflow.runtime.in_process import missing_kernels
 
-IDLE = 300.0  # seconds without a program, after which a child ends
+IDLE = 300.0  # seconds without a program after which a child ends
 
 
 def encode(values: list[list[Any]]) -> tuple[bytes, bytes]:
-    """Lists of tensors, numbers, texts and None: as JSON that names tensors, and the tensors."""
+    """Encode lists of tensors, numbers, strings and None as JSON that refers to tensors by name, and the tensors."""
     tensors: dict[str, torch.Tensor] = {}
 
     def told(value: Any) -> Any:
@@ -46,16 +46,16 @@ def encode(values: list[list[Any]]) -> tuple[bytes, bytes]:
 
 
 def decode(text: bytes, blob: bytes) -> list[list[Any]]:
-    """What :func:`encode` was given."""
+    """Return the argument of :func:`encode` from its result."""
     tensors = load(blob)
     return [[tensors[v["tensor"]] if "tensor" in v else v["value"] for v in row] for row in json.loads(text)]
 
 
 def serve(connection: Connection) -> None:
-    """Run programs until the connection ends or nothing comes for a while.
+    """Run programs until the connection ends or no program arrives within the idle time.
 
-    Each is sent as three messages: its bytes, and the inputs of its calls as :func:`encode` has them. Answered by a message of
-    JSON and the outputs of the calls that ran.
+    A program arrives as three messages: its bytes, and the inputs of its calls from :func:`encode`. The answer is a JSON
+    message and the encoded outputs of the calls that ran.
     """
     while connection.poll(IDLE):
         try:
@@ -79,18 +79,19 @@ def serve(connection: Connection) -> None:
 
 
 def _own(value: Any) -> Any:
-    """``value`` in memory of its own: the next call writes into that of the runtime."""
+    """A copy of ``value``, because the next call overwrites the memory of the runtime."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @dataclass(frozen=True)
 class _Child:
-    """A process that serves one client.
+    """A child process that serves one client.
 
     Attributes:
-        pid: Its number.
-        control: Tells the client how the child ended; that the client is gone, or wants it ended, is the end of what it reads.
-        life: Ends when the child does.
+        pid: The process id.
+        control: A socket that sends the exit code to the client. Its end of file means that the client has ended or wants
+            the child to end.
+        life: A pipe that closes when the child ends.
     """
 
     pid: int
@@ -98,7 +99,7 @@ class _Child:
     life: Connection
 
     def end(self, ready: Sequence[Any]) -> bool:
-        """End it, where the client is ``ready``; whether it has ended."""
+        """Kill the child if its control socket is ``ready``. Return whether the child has ended."""
         if self.control in ready:
             os.kill(self.pid, signal.SIGKILL)
         elif self.life not in ready:
@@ -111,10 +112,10 @@ class _Child:
 
 
 def listen(requests: socket.socket) -> None:
-    """Fork a child for each of the ``requests``, until nobody is left who could make one.
+    """Fork a child for each of the ``requests``, until no process is left that can send one.
 
-    A request is one byte and three files: the ``control`` of the child, the connection that it serves, and its log. It is
-    answered by the number of the child, 0 for none; then, once the child has ended, by its exit code.
+    A request is one byte and three file descriptors: the ``control`` of the child, the connection that it serves, and its log.
+    The answer is the process id of the child, 0 for none, and its exit code once the child has ended.
     """
     children: list[_Child] = []
     while True:
@@ -131,8 +132,8 @@ def listen(requests: socket.socket) -> None:
 
 
 def _forked(files: list[int], held: list[socket.socket]) -> _Child | None:
-    """A child for the client that sent ``files``, without what the server ``held``; None where there can't be one."""
-    if len(files) < 3:  # no more can be open
+    """Fork a child for the client that sent ``files``; None if that fails. The child closes ``held``, the server's sockets."""
+    if len(files) < 3:  # the process has reached its limit of open files
         for file in files:
             os.close(file)
         return None
@@ -158,13 +159,13 @@ def _forked(files: list[int], held: list[socket.socket]) -> _Child | None:
 
 
 def _tell(control: socket.socket, number: int) -> None:
-    """Send ``number`` to a client, which may be gone."""
+    """Send ``number`` to a client, which may have ended."""
     with contextlib.suppress(OSError):
         control.send(str(number).encode().ljust(NUMBER))
 
 
 def _serve_and_end(connection: Connection, log: int) -> None:
-    """Serve one client, in a child of this process, which ends with it."""
+    """Serve one client in a child process, then end the process."""
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
@@ -175,18 +176,18 @@ def _serve_and_end(connection: Connection, log: int) -> None:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(code)  # nothing of the parent's is to be ended twice
+        os._exit(code)  # the exit handlers of the parent must not run in the child
 
 
 def main() -> None:
-    """Listen on the socket that is the standard input."""
+    """Listen on the socket passed as standard input."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     runtime.leave_out_exir()
     runtime.start()
-    torch.set_num_threads(1)  # a thread of the parent would be missing in its children
+    torch.set_num_threads(1)  # a fork does not copy the other threads of a process
     requests = socket.socket(fileno=os.dup(0))
-    os.dup2(1, 0)  # a program has no part in them
+    os.dup2(1, 0)  # programs must not read requests
     listen(requests)
 
 

@@ -1,1 +1,1 @@
-"""What a program takes and returns."""
+"""The signature of a program: its inputs and outputs."""

@@ -1,4 +1,4 @@
-"""Which serialised pytree specs are read: those that name nothing to import, since a program may come from anyone."""
+"""A safety check for serialized pytree specs of untrusted programs: a spec must not import any module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FACTORIES = {"list", "dict", "int", "float", "set"}
 def spec_is_plain(text: str) -> bool:
     """Whether reading ``text`` with ``torch.utils._pytree.treespec_loads`` imports no module by name.
 
-    It does for keys that are enumerations, and for the factory of a ``defaultdict``: builtin factories are plain.
+    An enumeration key and a ``defaultdict`` factory import a module. Builtin factories are accepted.
     """
     try:
         _, spec = json.loads(text)
@@ -30,7 +30,7 @@ def _plain(spec: dict[str, Any]) -> bool:
 
 
 def _unwrapped(context: Any) -> Any:
-    """A context is JSON inside JSON; the enumerations would be made while the inner one is read."""
+    """The decoded ``context``. A context is JSON inside JSON, and loading the inner JSON would create the enumerations."""
     if not isinstance(context, str):
         return context
     try:

@@ -1,4 +1,4 @@
-"""What a program takes and returns: names, shapes, dtypes and structure, checked before anything runs."""
+"""The inputs and outputs of a program: names, shapes, dtypes and structure, and checks of inputs against them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantflow.signature.pytree_safety import spec_is_plain
 
 @dataclass(frozen=True)
 class DynamicDim:
-    """A dimension that varies from call to call: equal wherever its name stands, within its bounds (None: open)."""
+    """A dimension that varies between calls within bounds (None: unbounded). Dimensions of one name have one size per call."""
 
     name: str
     min: int
@@ -32,7 +32,7 @@ class DynamicDim:
 
 @dataclass(frozen=True)
 class Input:
-    """One input: a tensor of ``shape`` and ``dtype``, or, where ``dtype`` is None, the constant ``constant``."""
+    """One input: a tensor of ``shape`` and ``dtype`` or, if ``dtype`` is None, the constant ``constant``."""
 
     name: str
     dtype: str | None = None
@@ -47,10 +47,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """The flat inputs of a program and the structures around inputs ``(args, kwargs)`` and outputs.
+    """The flat inputs of a program, and the structures of its inputs ``(args, kwargs)`` and outputs.
 
-    The structures are ``torch.utils._pytree`` specs, or None for a program of which only the flat form is known. ``written``
-    are the positions of the inputs that the program writes: it returns their new values before its outputs.
+    The structures are ``torch.utils._pytree`` specs, or None if only the flat form is known. ``written`` holds the positions of
+    the inputs that the program writes. The program returns their new values before its outputs.
     """
 
     inputs: tuple[Input, ...]
@@ -60,7 +60,7 @@ class Signature:
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Signature:
-        """The signature of an exported program, with the bounds of its dynamic dimensions."""
+        """Return the signature of an exported program, with the bounds of its dynamic dimensions."""
         nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
         inputs: list[Input] = []
         written: list[int] = []
@@ -79,7 +79,7 @@ class Signature:
 
     @classmethod
     def of_graph(cls, module: GraphModule) -> Signature:
-        """The signature of a captured graph: the one it was captured with, or what its placeholders tell."""
+        """Return the signature recorded when a graph was captured, or one read from its placeholders."""
         if "quantflow_signature" in module.meta:
             return module.meta["quantflow_signature"]
         names: dict[str, str] = {}
@@ -88,7 +88,7 @@ class Signature:
         return cls(tuple(inputs), info.in_spec if info else None, info.out_spec if info else None)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:
-        """The flat inputs of the call ``(*args, **kwargs)``.
+        """Return the flat inputs of the call ``(*args, **kwargs)``.
 
         Raises:
             QuantflowError: at ``stage``, when the structure, count, dtype or shape differs from the signature.
@@ -100,7 +100,7 @@ class Signature:
         return flat
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:
-        """As :meth:`flatten`, of any shapes and dtypes: only structure and count are checked."""
+        """Return the flat inputs as :meth:`flatten` does, but check only their structure and count."""
         if self.in_spec is None:
             names = [i.name for i in self.inputs][len(args) :]
             if sorted(names) != sorted(kwargs) and kwargs:
@@ -117,7 +117,7 @@ class Signature:
             if spec != self.in_spec and len(flat) == len(self.inputs):
                 raise QuantflowError(
                     stage,
-                    f"the inputs are structured as {spec}, the program takes {self.in_spec}",
+                    f"the inputs have the structure {spec}, the program takes {self.in_spec}",
                     remedy="pass positional and keyword inputs, tuples and dicts as at export",
                 )
         if len(flat) != len(self.inputs):
@@ -129,38 +129,38 @@ class Signature:
         return flat
 
     def call(self, flat: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
-        """Positional and keyword inputs out of flat ones; by position where the structure is unknown."""
+        """Return positional and keyword inputs from flat inputs; all are positional if the structure is unknown."""
         if self.in_spec is None:
             return tuple(flat), {}
         args, kwargs = pytree.tree_unflatten(list(flat), self.in_spec)
         return tuple(args), kwargs
 
     def write_back(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
-        """Give the flat ``inputs`` of a call the values that the program wrote to them, and return the other ``outputs``."""
+        """Copy the values that the program wrote into the flat ``inputs`` of a call, and return the other ``outputs``."""
         with torch.no_grad():
             for position, new in zip(self.written, outputs, strict=False):
                 inputs[position].copy_(new)
         return outputs[len(self.written) :]
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """``outputs`` in the model's own structure; where that is unknown, one output alone or a tuple."""
+        """Return ``outputs`` in the model's own structure. If it is unknown, return the single output or a tuple."""
         if self.out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         if len(outputs) != self.out_spec.num_leaves:
-            reason = f"{len(outputs)} outputs, where the model returns {self.out_spec.num_leaves}"
+            reason = f"{len(outputs)} outputs, but the model returns {self.out_spec.num_leaves}"
             raise QuantflowError("runtime", reason, remedy="lower it again: the program is of another model")
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def describe_inputs(self) -> str:
-        """The inputs on one line."""
+        """Return a description of the inputs on one line."""
         return "; ".join(map(str, self.inputs)) or "none"
 
     def unbounded(self) -> list[tuple[Input, DynamicDim]]:
-        """The dynamic dimensions without an upper bound."""
+        """Return the dynamic dimensions without an upper bound."""
         return [(i, d) for i in self.inputs for d in i.shape if isinstance(d, DynamicDim) and d.max is None]
 
     def to_json(self) -> str:
-        """A JSON text from which :meth:`from_json` builds an equal signature."""
+        """Return JSON from which :meth:`from_json` builds an equal signature."""
         inputs = [
             {
                 "name": i.name,
@@ -181,7 +181,7 @@ class Signature:
 
     @classmethod
     def from_json(cls, text: str) -> Signature:
-        """The signature that :meth:`to_json` wrote."""
+        """Return the signature that :meth:`to_json` wrote."""
         data = json.loads(text)
         inputs = tuple(
             Input(
@@ -199,7 +199,7 @@ class Signature:
 def _dump_spec(spec: pytree.TreeSpec | None) -> str | None:
     try:
         return None if spec is None else pytree.treespec_dumps(spec)
-    except (NotImplementedError, TypeError):  # a container type that has no serialised form
+    except (NotImplementedError, TypeError):  # a container type that can't be serialized
         return None
 
 
@@ -208,7 +208,7 @@ def _load_spec(text: str | None) -> pytree.TreeSpec | None:
         return None
     try:
         return pytree.treespec_loads(text)
-    except Exception:  # a container type that this process has not registered; and a file may say anything
+    except Exception:  # a container type that is not registered in this process, or invalid text in the file
         return None
 
 
@@ -223,7 +223,7 @@ def _input(node: torch.fx.Node, ranges: Mapping[Any, Any], names: dict[str, str]
 def _dim(size: int | torch.SymInt, position: int, ranges: Mapping[Any, Any], names: dict[str, str]) -> int | DynamicDim:
     if isinstance(size, int):
         return size
-    # The tracer numbers its symbols; a person reads "batch".
+    # The tracer numbers its symbols. The name "batch" is clearer in messages.
     wanted = "batch" if position == 0 and "batch" not in names.values() else f"dim{len(names)}"
     name = names.setdefault(str(size), wanted)
     bounds = ranges.get(size.node.expr)
@@ -254,17 +254,15 @@ def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> No
     if not _fits(tuple(given.shape), declared.shape, sizes):
         reason = f"shape {list(given.shape)} given, [{', '.join(map(str, declared.shape))}] taken"
         if given.shape[1:] == declared.shape[1:]:
-            remedy += (
-                "; for batches of up to N give dynamic_batch=N to the export that is lowered, of the converted graph"
-            )
+            remedy += "; for batches of up to N, export the converted graph with dynamic_batch=N before you lower it"
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
 
 
 def _equals(given: Any, constant: Any) -> bool:
-    """Whether ``given`` is the ``constant``; a tensor is none, nor is what can't be compared with it."""
+    """Whether ``given`` equals ``constant``; False for a tensor and for a value that can't be compared."""
     try:
         return not isinstance(given, torch.Tensor) and bool(given == constant)
-    except (TypeError, ValueError, RuntimeError):  # an array, for one
+    except (TypeError, ValueError, RuntimeError):  # for example, an array
         return False
 
 

@@ -1,176 +1,133 @@
-"""Walking a prepared graph node by node, as the float network that it was and the integer network that it will be."""
+"""The interpreter: a captured graph run node by node, in float, in integers, or with some of its observers quantizing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.conversion.biases import as_converted
 from quantflow.graph.aten import op
-from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.graph.state import is_written, writes_for_others
-from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.observers.observation import observer_of, qparams_of
-from quantflow.qparams.per_token import is_per_token, round_per_token
-from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
-from quantflow.qparams.rounding import round_to_grid
-from quantflow.simulation.float_weights import attribute, given_input
+from quantflow.graph.state import aliased_by, is_written, writes_for_others
+from quantflow.observers.observation import observer_of
+from quantflow.simulation.fake_quantized import fake_quantized
+from quantflow.simulation.float_weights import attribute, float_weight, given_input
 
-# A walk has a grad mode of its own, and no autocast.
+# The interpreter has a gradient mode of its own, and no autocast.
 _MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast)
 
 Values = dict[Node, Any]
+UNKNOWN = object()
+# Values that need not be computed: by node, or a function of the node and the values before it that may return UNKNOWN.
+Known = Mapping[Node, Any] | Callable[[Node, Values], Any]
 
 
-def last_reads(graph: Graph) -> dict[Node, list[Node]]:
-    """For each node, the nodes whose value nothing reads after it."""
-    last: dict[Node, Node] = {}
-    for node in graph.nodes:
-        for read in (node, *node.all_input_nodes):
-            last[read] = node
-    dead: dict[Node, list[Node]] = {}
-    for read, node in last.items():
-        dead.setdefault(node, []).append(read)
-    return dead
+class Interpreter:
+    """Runs a captured, prepared or converted graph node by node. The graph, its state and its observers stay as they are.
+
+    Args:
+        graph: The graph.
+        quantize: Whether observers quantize what they observe; or the nodes of those that do.
+        float_weights: Read each weight as it was before post-training algorithms changed it.
+        gradients: Let float inputs, and what is computed from integer inputs, require a gradient.
+        observers: Observers to use instead of the graph's own, by the node that calls them.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        *,
+        quantize: bool | Collection[Node] = False,
+        float_weights: bool = False,
+        gradients: bool = False,
+        observers: Mapping[Node, nn.Module] | None = None,
+    ) -> None:
+        self.graph, self.float_weights, self.gradients = graph, float_weights, gradients
+        self._quantize, self._observers = quantize, observers or {}
+
+    def run(
+        self,
+        inputs: Iterable[Any] = (),
+        *,
+        nodes: Iterable[Node] | None = None,
+        values: Values | None = None,
+        known: Known | None = None,
+        keep: bool = False,
+    ) -> Iterator[tuple[Node, Values]]:
+        """Compute each node in turn, and yield it with the values that are alive, its own among them.
+
+        The caller may replace the value of a node when it is yielded. ``output`` comes last and has no value.
+
+        Args:
+            inputs: The flat inputs of one batch.
+            nodes: What to compute; by default the whole graph.
+            values: Where the values are held, with those that ``nodes`` read from before them.
+            known: Values that need not be computed.
+            keep: Hold all values; otherwise a value is dropped behind its last reader.
+        """
+        values, feed = {} if values is None else values, iter(inputs)
+        lookup = known if callable(known) else lambda node, _: (known or {}).get(node, UNKNOWN)
+        for node in self.graph.graph.nodes if nodes is None else nodes:
+            if node.op != "output":
+                held = lookup(node, values)
+                values[node] = self.value(node, values, feed) if held is UNKNOWN else held
+            yield node, values
+            if not keep:
+                for read in self._last_reads.get(node, ()):
+                    values.pop(read, None)
+
+    def value(self, node: Node, values: Values, inputs: Iterator[Any] = iter(())) -> Any:  # noqa: B008  it is empty
+        """The value of ``node``, which is not the output, from those of the nodes that it reads.
+
+        Args:
+            node: The node.
+            values: The values before it.
+            inputs: The flat inputs that are left; a placeholder takes the next one.
+        """
+        if node.op == "placeholder":
+            x = next(inputs)
+            if self.gradients and isinstance(x, torch.Tensor) and x.is_floating_point():
+                x = x.detach().clone().requires_grad_()  # a leaf can't be written: given_input copies it
+            return given_input(node, x)
+        if node.op == "get_attr":
+            now = attribute(self.graph, node)
+            return float_weight(node, now) if self.float_weights else now
+        if node.op == "call_function":
+            x = evaluate(node, values)
+            return _with_gradient(node, x) if self.gradients else x
+        observer = self._observers[node] if node in self._observers else observer_of(node, self.graph)
+        args = map_arg(node.args, lambda n: values[n])
+        if observer is None:
+            return self.graph.get_submodule(str(node.target))(*args)
+        return fake_quantized(observer, args[0], node.users) if self._quantizes(node) else args[0]
+
+    def _quantizes(self, node: Node) -> bool:
+        return self._quantize if isinstance(self._quantize, bool) else node in self._quantize
+
+    @functools.cached_property
+    def _last_reads(self) -> dict[Node, list[Node]]:
+        """For each node, the nodes whose value nothing reads after it."""
+        last = {read: node for node in self.graph.graph.nodes for read in (node, *node.all_input_nodes)}
+        dead: dict[Node, list[Node]] = {}
+        for read, node in last.items():
+            dead.setdefault(node, []).append(read)
+        return dead
 
 
 def evaluate(node: Node, values: Values) -> Any:
-    """The value of the operator ``node``, given those of the nodes before it."""
+    """The value of the operator ``node`` from those of the nodes that it reads.
+
+    An in-place operator is called as its functional form, unless other nodes are to see what it writes.
+    """
     if node.target in _MODES:
         return None
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
-    return _target(node)(*args, **kwargs)
-
-
-def _target(node: Node) -> Any:
-    """What to call: an in-place operator as its functional twin, unless others are to see what it writes."""
-    return node.target if writes_for_others(node) else op(node)
-
-
-def quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ()) -> torch.Tensor:
-    """``x`` as ``observer`` will quantize it for the nodes that read it; these matter where its range is taken at run time."""
-    if getattr(observer, "is_dynamic", False):
-        if is_per_token(observer, readers):
-            return round_per_token(x)
-        scale, zero_point = choose_qparams(
-            x.detach().min().float(),
-            x.detach().max().float(),
-            quant_min=observer.quant_min,
-            quant_max=observer.quant_max,
-            symmetric=observer.qscheme in SYMMETRIC,
-        )
-    elif not has_grid(observer):
-        return x
-    else:
-        scale, zero_point = qparams_of(observer)
-    if isinstance(observer, PerGroupMinMaxObserver):  # the groups of a weight are rows of their own
-        rows, scale, zero_point = x.reshape(-1, observer.group), scale.reshape(-1), zero_point.reshape(-1)
-        return round_to_grid(
-            rows, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, 0
-        ).reshape(x.shape)
-    axis = int(observer.ch_axis) if observer.qscheme in PER_CHANNEL else 0
-    if observer.qscheme not in PER_CHANNEL:
-        scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    return round_to_grid(x, scale.to(x.device), zero_point.to(x.device), observer.quant_min, observer.quant_max, axis)
-
-
-def has_grid(observer: nn.Module) -> bool:
-    """Whether ``observer`` has an integer grid of the plain kind (torchao's affine ones have another)."""
-    dtype = getattr(observer, "dtype", torch.float32)
-    return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
-
-
-def steps(
-    graph: GraphModule, batch: tuple, *, integers: bool = False, known: Values | None = None
-) -> Iterator[tuple[Node, Values]]:
-    """Run ``graph`` on one batch: each node in turn, the ``output`` last, with the values that live then.
-
-    Args:
-        graph: A captured or prepared graph.
-        batch: Its flat inputs.
-        integers: Quantize what its observers will.
-        known: Values that need not be computed.
-    """
-    dead, given = last_reads(graph.graph), iter(batch)
-    values: Values = {}
-    for node in graph.graph.nodes:
-        if known is not None and node in known:
-            values[node] = known[node]
-        elif node.op != "output":
-            values[node] = value_at(graph, node, values, given, integers=integers)
-        yield node, values
-        for read in dead.get(node, ()):
-            values.pop(read, None)
-
-
-class Simulation:
-    """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
-
-    Observers learn nothing from it, and state is its own, which goes on from call to call. Returns all that the graph returns,
-    flat.
-    """
-
-    @torch.no_grad()
-    def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
-        self.graph, self.integers = graph, integers
-        self.constants = {
-            node: quantized(observer, tensor_of(graph, node.args[0]))
-            for node in graph.graph.nodes
-            if integers and (observer := observer_of(node, graph)) is not None and is_constant(node.args[0])
-        }
-        if integers:
-            self.constants |= as_converted(graph)
-        self.state = {n: attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr" and is_written(n)}
-
-    @torch.no_grad()
-    def __call__(self, *batch: Any) -> list[Any]:
-        result: list[Any] = []
-        for node, values in steps(self.graph, batch, integers=self.integers, known=self.constants | self.state):
-            if node.op == "output":
-                result = returned(node, values)
-        return result
-
-
-def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
-    """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
-    simulation = Simulation(graph, integers=integers)
-    return [_floats(simulation(*batch)) for batch in batches]
-
-
-@torch.no_grad()
-def peak_bytes(graph: GraphModule, batch: tuple) -> int:
-    """The most memory that values of the float network take at one time for ``batch``."""
-    most = 1
-    for node, values in steps(graph, batch):
-        if node.op not in ("get_attr", "output"):
-            storages = {
-                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for n, t in values.items()
-                if isinstance(t, torch.Tensor) and n.op != "get_attr"
-            }
-            most = max(most, sum(storages.values()))
-    return most
-
-
-def value_at(graph: GraphModule, node: Node, values: Values, given: Any = (), *, integers: bool) -> Any:
-    """The value of any ``node`` but the output, of those of the nodes before it; an input's is the next of ``given``."""
-    if node.op == "placeholder":
-        return given_input(node, next(given))
-    if node.op == "get_attr":
-        return attribute(graph, node)
-    if node.op == "call_function":
-        return evaluate(node, values)
-    observer = observer_of(node, graph)
-    args = map_arg(node.args, lambda n: values[n])
-    if observer is None:
-        return graph.get_submodule(str(node.target))(*args)
-    return quantized(observer, args[0], node.users) if integers else args[0]
+    return (node.target if writes_for_others(node) else op(node))(*args, **kwargs)
 
 
 def returned(output: Node, values: Values) -> list[Any]:
@@ -178,10 +135,18 @@ def returned(output: Node, values: Values) -> list[Any]:
     return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
 
 
-def float_outputs(output: Node, values: Values) -> list[torch.Tensor]:
-    """The float tensors among what the ``output`` node returns."""
-    return _floats(returned(output, values))
-
-
-def _floats(leaves: list[Any]) -> list[torch.Tensor]:
+def float_tensors(leaves: Iterable[Any]) -> list[torch.Tensor]:
+    """The float tensors among ``leaves``."""
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _with_gradient(node: Node, x: Any) -> Any:
+    """``x``, the value of ``node``, as the start of a gradient where it is float and depends on none, as an embedding does."""
+    if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.requires_grad:
+        return x
+    if all(n.op == "get_attr" for n in node.all_input_nodes):
+        return x
+    if not is_written(node):
+        return x.detach().requires_grad_()
+    # A part of an older tensor is written there, and has a gradient once something with one is written.
+    return x if aliased_by(node) is not None else x.detach().requires_grad_().clone()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +16,9 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from quantflow.data.sample import Inputs
-from quantflow.graph.state import aliased_by, is_written
 from quantflow.observers.observation import observer_of
-from quantflow.simulation.float_weights import attribute, float_weight, given_input
-from quantflow.simulation.interpreter import Values, evaluate, float_outputs, has_grid, last_reads
+from quantflow.simulation.fake_quantized import is_affine
+from quantflow.simulation.interpreter import Interpreter, float_tensors, returned
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 BINS = 1024
@@ -47,11 +45,24 @@ class ValueGradients:
 
 @dataclass
 class OutputGradients:
-    """Of every activation of a graph.
+    """The gradients of the outputs at every activation of a graph, as :func:`output_gradients` finds them.
 
     Attributes:
-        values: By observer.
-        rows: By layer, for each batch, the squared gradient of each drawn row of its output. [groups, rows]
+        values: By observer, the gradients by value of the tensors that it observes.
+        rows: By layer, for each batch, the squared gradient of each drawn row of its output, [groups, rows].
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import output_gradients
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model, sample = torch.nn.Linear(8, 4).eval(), qf.Sample()
+        >>> graph = qf.export(model, (torch.randn(1, 8),), dynamic_batch=True).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())
+        >>> _ = qf.calibrate(prepared, [torch.randn(16, 8)], sample=sample, progress=False)
+        >>> gradients = output_gradients(prepared, sample.batches(), progress=False)
+        >>> len(gradients.values), [layer.name for layer in gradients.rows]
+        (2, ['linear'])
     """
 
     values: dict[nn.Module, ValueGradients] = field(default_factory=dict)
@@ -59,12 +70,31 @@ class OutputGradients:
 
 
 def output_gradients(graph: GraphModule, sample: Sequence[Inputs], *, progress: bool = True) -> OutputGradients:
-    """Price errors by one forward and one backward pass of the float network over ``sample``.
+    """Find how much errors in each activation move the outputs, by a forward and a backward pass of the float network.
+
+    The outputs get random signs (Hutchinson's estimator): the expectation of the squared gradient is the squared change of
+    the outputs, to first order.
 
     Args:
         graph: A prepared and calibrated graph.
-        sample: Batches of flat inputs.
+        sample: Batches of flat inputs, as ``Sample.batches()`` returns them.
         progress: Show a progress bar.
+
+    Returns:
+        The gradients, by observer and by layer.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import output_gradients
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model, sample = torch.nn.Linear(8, 4).eval(), qf.Sample()
+        >>> graph = qf.export(model, (torch.randn(1, 8),), dynamic_batch=True).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer())
+        >>> _ = qf.calibrate(prepared, [torch.randn(16, 8)], sample=sample, progress=False)
+        >>> gradients = output_gradients(prepared, sample.batches(), progress=False)
+        >>> len(gradients.values)  # of the input and of the output
+        2
     """
     found = OutputGradients()
     layers = quantized_layers(graph)
@@ -99,58 +129,25 @@ Moved = dict[tuple[nn.Module, int], torch.Tensor]  # by observer and number of r
 def _one_batch(
     graph: GraphModule, layers: dict[Node, Layer], batch: tuple, number: int, found: OutputGradients
 ) -> None:
-    dead = last_reads(graph.graph)
-    given, returned = iter(batch), []
-    values: Values = {}
+    returned_floats: list[torch.Tensor] = []
     moved: Moved = {}
     with torch.enable_grad():
-        for node in graph.graph.nodes:
+        for node, values in Interpreter(graph, float_weights=True, gradients=True).run(batch):
             if node.op == "output":
-                returned = float_outputs(node, values)
-            else:
-                values[node] = float_value(graph, node, values, given)
-            x = values.get(node)
-            if isinstance(x, torch.Tensor) and x.requires_grad:
+                returned_floats = float_tensors(returned(node, values))
+                break
+            x, observer = values[node], observer_of(node, graph)
+            if isinstance(x, torch.Tensor) and x.requires_grad and (node in layers or observer is not None):
+                values[node] = x = x.view_as(x)  # what comes next may write into it
                 if node in layers:
-                    values[node] = x = x.view_as(x)  # what comes next may write into it
                     _keep_row_gradients(layers[node], x, number, found)
-                elif (observer := observer_of(node, graph)) is not None:
-                    values[node] = x = x.view_as(x)
+                elif observer is not None:
                     _keep_value_gradients(observer, x, moved, found)
-            for read in dead.get(node, ()):
-                values.pop(read, None)
-        outputs = [y for y in returned if y.requires_grad]
+        outputs = [y for y in returned_floats if y.requires_grad]
         random = torch.Generator().manual_seed(number)
         torch.autograd.backward(outputs, [random_signs(y, random) for y in outputs])
     for (observer, _), sums in moved.items():
         found.values[observer].sums.append(sums.float())
-
-
-def float_value(graph: GraphModule, node: Node, values: Values, given: Any) -> Any:
-    """The value of ``node`` in the float network; what is given to it, and what it makes of integers, requires a gradient."""
-    if node.op == "placeholder":
-        x = next(given)
-        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return given_input(node, x.detach().clone().requires_grad_() if floating else x)  # a leaf can't be written
-    if node.op == "get_attr":
-        return float_weight(node, attribute(graph, node))
-    if node.op == "call_function":
-        x = evaluate(node, values)
-        floating = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.is_floating_point()
-        if floating and not x.requires_grad and any(n.op != "get_attr" for n in node.all_input_nodes):
-            return _with_gradient(node, x)  # as an embedding of token numbers
-        return x
-    if observer_of(node, graph) is not None:
-        return values[node.args[0]]  # type: ignore[index]
-    return graph.get_submodule(str(node.target))(*(values[a] for a in node.all_input_nodes))
-
-
-def _with_gradient(node: Node, x: torch.Tensor) -> torch.Tensor:
-    """``x``, which depends on no gradient, as the start of one; a leaf, unless ``node`` is written later."""
-    if not is_written(node):
-        return x.detach().requires_grad_()
-    # A part of an older tensor is written there, and has a gradient once something with one is written.
-    return x if aliased_by(node) is not None else x.detach().requires_grad_().clone()
 
 
 def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -170,7 +167,7 @@ def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: Outpu
 
 
 def _keep_value_gradients(observer: nn.Module, y: torch.Tensor, moved: Moved, found: OutputGradients) -> None:
-    if not has_grid(observer) or getattr(observer, "is_dynamic", False) or not hasattr(observer, "min_val"):
+    if not is_affine(observer) or getattr(observer, "is_dynamic", False) or not hasattr(observer, "min_val"):
         return
     low, high = float(observer.min_val.min().clamp(max=0.0)), float(observer.max_val.max().clamp(min=0.0))
     if not low < high:

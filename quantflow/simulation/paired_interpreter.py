@@ -1,4 +1,4 @@
-"""The float network and the integer network side by side, stopping at every layer: what corrections are fitted on."""
+"""The paired interpreter: the float network and the integer network side by side, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tqdm import tqdm
 
 from quantflow.data.sample import Inputs
 from quantflow.graph.state import is_written
-from quantflow.observers.observation import observer_of
-from quantflow.simulation.float_weights import attribute, float_weight, given_input
-from quantflow.simulation.interpreter import Values, evaluate, last_reads, quantized
+from quantflow.simulation.fake_quantized import fake_quantized
+from quantflow.simulation.float_weights import FLOAT_WEIGHT, attribute
+from quantflow.simulation.interpreter import UNKNOWN, Interpreter, Known, Values
 from quantflow.simulation.quantized_layers import Layer
 
 
 @dataclass(frozen=True)
 class LayerPair:
-    """The walk at a layer.
+    """A layer in both networks.
 
     Attributes:
         layer: The layer.
-        floats: For each batch, the values of the float network, the layer's output among them.
+        floats: For each batch, the values of the float network that are alive, the layer's output among them.
         integers: For each batch, those of the integer network, the layer's quantized inputs and weight among them.
     """
 
@@ -38,10 +38,10 @@ class LayerPair:
 def run_paired(
     graph: GraphModule, sample: Sequence[Inputs], layers: dict[Node, Layer], *, title: str, progress: bool
 ) -> Iterator[LayerPair]:
-    """Walk ``graph`` as both networks, stopping at each of ``layers``.
+    """Run ``graph`` as the float network and as the integer network, and stop at each of ``layers``.
 
-    At a pair the weight, its observer and the bias may be changed in ``graph``: the integer network goes on with what is there
-    then, the float network with the output that it has.
+    At a stop the caller may change the weight, its observer and the bias in ``graph``: the integer network goes on with these,
+    the float network with the output that it has.
 
     Args:
         graph: A prepared and calibrated graph; the caller recompiles what it changed.
@@ -50,69 +50,57 @@ def run_paired(
         title: Of the progress bar.
         progress: Show it.
     """
-    weights = {layer.weight for layer in layers.values()}
-    dead = last_reads(graph.graph)
-    written = {node for node in graph.graph.nodes if is_written(node)}
+    float_network, integer_network = Interpreter(graph, float_weights=True), Interpreter(graph, quantize=True)
     floats: list[Values] = [{} for _ in sample]
     integers: list[Values] = [{} for _ in sample]
-    given = [iter(batch) for batch in sample]
-    bar = tqdm(total=len(layers), desc=title, unit="layer", disable=not progress, leave=False)
-    for node in list(graph.graph.nodes):
-        if node.op == "output":
-            break
-        for batch, (reference, values) in enumerate(zip(floats, integers, strict=True)):
-            if node.op == "placeholder":
-                x = next(given[batch])
-                values[node] = given_input(node, x)
-                reference[node] = given_input(node, x) if is_written(node) else values[node]
-            elif node.op == "get_attr":
-                values[node] = attribute(graph, node)
-                reference[node] = attribute(graph, node) if is_written(node) else float_weight(node, values[node])
-            elif node in weights and batch:
-                reference[node], values[node] = floats[0][node], integers[0][node]
-            elif node.op == "call_module":
-                _call(graph, node, reference, values)
-                values[node] = _own(node, reference, values, written)
-            else:
-                same = all(reference[n] is values[n] for n in node.all_input_nodes)
-                reference[node] = evaluate(node, reference)
-                if node not in layers:
-                    values[node] = reference[node] if same else evaluate(node, values)
-                    values[node] = _own(node, reference, values, written)
+    weights = {layer.weight for layer in layers.values()}
+    written = {node for node in graph.graph.nodes if is_written(node)}
+    runs: list[Iterator[tuple[Node, Values]]] = []
+    for batch, reference, values in zip(sample, floats, integers, strict=True):
+        first_floats = floats[0] if reference is not floats[0] else {}
+        first_integers = integers[0] if values is not integers[0] else {}
+        runs += [
+            float_network.run(batch, values=reference, known=_computed(weights, first_floats)),
+            integer_network.run(
+                batch, values=values, known=_shared(_computed(weights, first_integers), reference, layers, written)
+            ),
+        ]
+    with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress, leave=False) as bar:
+        for node in (step[0][0] for step in zip(*runs, strict=True)):
+            if node in layers:
+                yield LayerPair(layers[node], floats, integers)
+                _read_again(integer_network, layers[node], integers)
+                bar.update()
+
+
+def _computed(weights: set[Node], first: Values) -> Known:
+    """The quantized weights are those of the first batch, which is computed before the others."""
+    return lambda node, _: first.get(node, UNKNOWN) if node in weights else UNKNOWN
+
+
+def _shared(computed: Any, reference: Values, layers: dict[Node, Layer], written: set[Node]) -> Known:
+    """The integer network has the float network's values until something is quantized. A layer is computed after its stop."""
+
+    def known(node: Node, values: Values) -> Any:
         if node in layers:
-            yield LayerPair(layers[node], floats, integers)
-            _reread(graph, layers[node], integers)
-            bar.update()
-        for values in (*floats, *integers):
-            for read in dead.get(node, ()):
-                values.pop(read, None)
-    bar.close()
+            return None
+        if node.op == "get_attr":
+            return UNKNOWN if node in written or FLOAT_WEIGHT in node.meta else reference[node]
+        if node.op == "call_function" and all(reference[n] is values[n] for n in node.all_input_nodes):
+            same = reference[node]  # both networks would write into it
+            return pytree.tree_map_only(torch.Tensor, torch.clone, same) if node in written else same
+        return computed(node, values)
+
+    return known
 
 
-def _call(graph: GraphModule, node: Node, reference: Values, values: Values) -> None:
-    observer = observer_of(node, graph)
-    if observer is None:
-        module = graph.get_submodule(str(node.target))
-        for env in (reference, values):
-            env[node] = module(*(env[n] for n in node.all_input_nodes))
-        return
-    observed: Node = node.args[0]  # type: ignore[assignment]
-    reference[node] = reference[observed]
-    values[node] = quantized(observer, values[observed], node.users)
-
-
-def _own(node: Node, reference: Values, values: Values, written: set[Node]) -> Any:
-    """The value of ``node`` in the integer network, a copy where both networks would write into one tensor."""
-    if node not in written or values[node] is not reference[node]:
-        return values[node]
-    return pytree.tree_map_only(torch.Tensor, torch.clone, values[node])
-
-
-def _reread(graph: GraphModule, layer: Layer, integers: list[Values]) -> None:
-    """The layer's output in the integer network, of the weight and bias that ``graph`` has now."""
-    weight = quantized(observer_of(layer.weight, graph), attribute(graph, layer.weight.args[0]))  # type: ignore[arg-type]
+def _read_again(network: Interpreter, layer: Layer, integers: list[Values]) -> None:
+    """Compute the layer's output in the integer network from the weight and bias that the graph has now."""
+    graph = network.graph
+    observer = graph.get_submodule(str(layer.weight.target))
+    weight = fake_quantized(observer, attribute(graph, layer.weight.args[0]))  # type: ignore[arg-type]
     for values in integers:
         values[layer.weight] = weight
         if layer.bias is not None:
             values[layer.bias] = attribute(graph, layer.bias)
-        values[layer.node] = evaluate(layer.node, values)
+        values[layer.node] = network.value(layer.node, values)

@@ -13,7 +13,7 @@ from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowError
 from quantflow.observers.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.signature.signature import Signature
-from quantflow.simulation.interpreter import peak_bytes
+from quantflow.simulation.network import peak_bytes
 
 MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 

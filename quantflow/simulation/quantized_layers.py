@@ -15,7 +15,7 @@ from quantflow.graph.parameters import is_constant, reads_of, tensor_of
 from quantflow.observers import PerGroupMinMaxObserver
 from quantflow.observers.observation import is_fake_quantizer, observer_of
 from quantflow.qparams.qparams import PER_CHANNEL
-from quantflow.simulation.interpreter import has_grid
+from quantflow.simulation.fake_quantized import is_affine
 
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
 _SOLVABLE = 4608  # features a group; solving grows with their cube
@@ -124,7 +124,7 @@ def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
     if not isinstance(weight, Node) or not weight.args or not is_constant(weight.args[0]) or output is None:
         return None
     observer = observer_of(weight, graph)
-    if observer is None or is_fake_quantizer(observer) or not has_grid(observer) or len(weight.users) > 1:
+    if observer is None or is_fake_quantizer(observer) or not is_affine(observer) or len(weight.users) > 1:
         return None
     if observer.qscheme in PER_CHANNEL and int(observer.ch_axis) != 0:  # type: ignore[arg-type]
         return None

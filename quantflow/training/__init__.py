@@ -1,4 +1,4 @@
-"""Training of captured graphs: the loop, and the pieces of it for a loop of one's own."""
+"""Training of captured graphs: the training loop, and its parts for custom training loops."""
 
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation

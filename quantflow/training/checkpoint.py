@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, checked when read, and never unpickled."""
+"""Training checkpoints on disk: written atomically, verified by a digest when read, and free of pickle."""
 
 from __future__ import annotations
 
@@ -24,13 +24,24 @@ _PREFIX, _SUFFIX = "step-", ".safetensors"
 class Checkpoints:
     """A folder of checkpoints of one training.
 
-    Each is one safetensors file: tensors, and in its header a JSON text and the digest of both. The last two are kept, so
-    that there is a good one at any moment.
+    Each checkpoint is one safetensors file: tensors, and in its header a JSON text and the digest of both. The last two are
+    kept, so that there is a good one at any moment.
 
     Attributes:
-        folder: Where they lie; made if need be.
-        every: Steps between two checkpoints; one is written after each epoch besides.
-        resume: Go on from the last good one in the folder, where there is one; otherwise start anew.
+        folder: The folder; it is made if need be.
+        every: Steps between two checkpoints, 1 or more; one is written after each epoch besides.
+        resume: Go on from the last good checkpoint in the folder, where there is one; otherwise start anew.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import quantflow as qf
+        >>> graph = qf.export(torch.nn.Linear(8, 4), (torch.randn(2, 8),)).module()
+        >>> data = [(torch.randn(2, 8), torch.tensor([0, 1])) for _ in range(3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoints = qf.Checkpoints(folder, every=2)
+        ...     history = qf.train(graph, data, checkpoints=checkpoints, progress=False)
+        ...     print([path.name for path in checkpoints.paths()])
+        ['step-000000002.safetensors', 'step-000000003.safetensors']
     """
 
     folder: Path
@@ -43,7 +54,19 @@ class Checkpoints:
             raise QuantflowError("train", f"every {self.every} steps is no interval", node="checkpoints", remedy=remedy)
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of ``step``; the last but one and older ones are removed."""
+        """Write the checkpoint of a step and remove all but the last two.
+
+        Args:
+            step: The number of steps done.
+            tensors: The tensors by name, on any device.
+            state: What JSON can hold.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            QuantflowError: at stage ``"train"``, when the file can't be written.
+        """
         folder = Path(self.folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +82,18 @@ class Checkpoints:
         return path
 
     def paths(self) -> list[Path]:
-        """The checkpoints in the folder, oldest first."""
+        """Return the checkpoints in the folder, oldest first."""
         return sorted(Path(self.folder).glob(f"{_PREFIX}*{_SUFFIX}"))
 
     def last_good(self, fingerprint: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is whole and of the training with ``fingerprint``; each one passed over is warned of."""
+        """Read the newest whole checkpoint of a training; a warning names each one that is passed over.
+
+        Args:
+            fingerprint: The digest that the training was saved with.
+
+        Returns:
+            Its tensors and its state; None where there is none.
+        """
         for path in reversed(self.paths()):
             try:
                 tensors, state = read_checkpoint(path)
@@ -74,7 +104,7 @@ class Checkpoints:
                 continue
             if state.get("fingerprint") == fingerprint:
                 return tensors, state
-            reason = "the checkpoint of another training (another graph, optimizer or set of options): passed over"
+            reason = "the checkpoint of another training (another graph, optimizer or set of options) is skipped"
             remedy = "use a folder of its own for each training"
             warnings.warn(QuantflowWarning("train", reason, node=str(path), remedy=remedy), stacklevel=2)
         return None

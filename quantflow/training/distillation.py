@@ -1,4 +1,4 @@
-"""Learning from the float model's outputs, and from what flows inside it."""
+"""Knowledge distillation: losses on the outputs and on the intermediate outputs of the float model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.training.features import FeatureRecorder, recorded_features
 
-# Of the task's loss, the output, and the inputs of a batch.
+# Arguments: the task's loss, the output, the positional and the keyword inputs of a batch.
 MixedLoss = Callable[[torch.Tensor, Any, tuple, dict[str, Any]], torch.Tensor]
-RecorderPairs = list[tuple[FeatureRecorder, FeatureRecorder]]  # of the student and of the teacher
+RecorderPairs = list[tuple[FeatureRecorder, FeatureRecorder]]  # (student, teacher)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Draws the outputs of the graph towards those of a teacher (Hinton et al. 2015, arXiv:1503.02531).
+    """Trains the graph towards the outputs of a teacher (Hinton et al. 2015, arXiv:1503.02531).
 
     The loss becomes ``(1 - weight)·loss(output, target) + weight·T²·KL(teacher/T ‖ output/T)``, and for each layer of
     ``features``, besides, ``feature_weight·‖layer - teacher's‖² / ‖teacher's‖²`` (after FitNets, Romero et al. 2015,
@@ -32,8 +32,19 @@ class Distillation:
         weight: Share of the teacher, 0 to 1.
         temperature: T, by which logits are divided.
         logits: Picks the logits, [batch, classes], out of an output; by default the output itself.
-        features: Layers whose outputs are to be the teacher's, by their dotted names in the eager model.
-        feature_weight: What one of them counts.
+        features: Layers whose outputs are trained towards the teacher's, by their dotted names in the eager model.
+        feature_weight: The factor of each feature loss.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> teacher = qf.export(torch.nn.Linear(8, 4), (torch.randn(2, 8),)).module().eval()
+        >>> student = qf.prepare(teacher, XNNPACKQuantizer(), qat=True)
+        >>> data = [(torch.randn(2, 8), torch.tensor([0, 1]))]
+        >>> history = qf.train(student, data, distill=qf.Distillation(teacher), progress=False)
+        >>> len(history.loss)
+        1
     """
 
     teacher: Callable[..., Any]
@@ -45,7 +56,14 @@ class Distillation:
 
     @contextlib.contextmanager
     def attached(self, graph: TrainableGraphModule) -> Iterator[MixedLoss]:
-        """While active, ``graph`` and the teacher show their features to the loss that this gives."""
+        """Record the features of ``graph`` and of the teacher while the context is active.
+
+        Args:
+            graph: The graph that is trained.
+
+        Returns:
+            A context manager, which gives the loss: of the task's loss, the output, and the positional and keyword inputs.
+        """
         with recorded_features(graph, self.features) as ours, recorded_features(self.teacher, self.features) as theirs:  # type: ignore[arg-type]
 
             def mixed(task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Nested state as JSON data and tensors, and back: what a checkpoint holds, without pickle."""
+"""Encoding of nested state as JSON data and tensors, without pickle, for checkpoints."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset
 
 
 def encode(value: Any, where: str, tensors: Tensors) -> Any:
-    """``value`` as JSON data from which :func:`decode` makes an equal one, of the same types.
+    """``value`` as JSON data; :func:`decode` restores an equal value of the same types.
 
     Args:
-        value: Numbers, texts, None, tensors, and lists, tuples, sets, deques, dicts and Counters of them, with keys of any of
-            these. What an entry of a dict calls is left out: its owner makes it anew.
+        value: Numbers, strings, None, tensors, and lists, tuples, sets, deques, dicts and Counters of them, with keys of any of
+            these. Callables in a dict are omitted: their owner constructs them again.
         where: The name of ``value``, for its tensors and for errors.
-        tensors: Takes the tensors, by names that begin with ``where``.
+        tensors: Receives the tensors, by names that begin with ``where``.
 
     Raises:
-        QuantflowError: at stage ``"train"``, naming what has no such form.
+        QuantflowError: at stage ``"train"``, naming a value of another type.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        while where in tensors:  # keys 1 and "1"
+        while where in tensors:  # the keys 1 and "1" give the same name
             where += "'"
         tensors[where] = value
         return {"tensor": where}
@@ -53,7 +53,7 @@ def encode(value: Any, where: str, tensors: Tensors) -> Any:
 
 
 def decode(data: Any, tensors: Tensors) -> Any:
-    """What :func:`encode` was given."""
+    """The value that :func:`encode` received."""
     if isinstance(data, list):
         return [decode(item, tensors) for item in data]
     if not isinstance(data, dict):
@@ -68,7 +68,7 @@ def decode(data: Any, tensors: Tensors) -> Any:
 
 
 def difference(one: Any, other: Any, tensors: Tensors, others: Tensors) -> str | None:
-    """Where two encoded states differ in as much as a bit, None where they do not; the order in a dict does not count."""
+    """The first place where two encoded states are not bitwise equal; None if they are. The order in a dict is ignored."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         (name,) = one.keys() - {"maxlen"}
         if name == "tensor":

@@ -1,4 +1,4 @@
-"""The batches of an epoch: in the order that the seed gives, from where the run stands, as many in each process."""
+"""The batches of each epoch: in seeded order, continued after a resume, equally many in each process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.training.randomness import random_state, seed_everything, set_random_state
 from quantflow.training.state import TrainingState
 
-_OF_DATA = 0x9E3779B9  # apart from the seeds of models
+_OF_DATA = 0x9E3779B9  # separates the random stream of the data from that of the model
 
 
 @dataclass
 class Epochs:
-    """Where the batches of a run come from.
+    """The source of the batches of a training run.
 
-    The data draw from a random stream of their own, so that they can be gone through again up to where a run stands without
-    what the network drew in between.
+    The data have their own random stream. A resumed run can therefore replay them without the random numbers that the network
+    drew.
 
     Attributes:
         data: A loader, iterated once an epoch.
         inputs: Picks the inputs out of a batch.
         device: Where the tensors go.
-        seed: Of the order.
-        steps: How many steps an epoch has, None where the data do not say.
+        seed: The seed of the order.
+        steps: The steps of an epoch; None if the data have no length.
     """
 
     data: Iterable[Any]
@@ -41,7 +41,7 @@ class Epochs:
     steps: int | None = None
 
     def agree(self, peers: distributed.Peers) -> None:
-        """Take as many steps an epoch as the shortest share of the data has."""
+        """Set the steps of an epoch to those of the process with the least data."""
         counts = peers.answers(count_of(self.data, stage="train"))
         self.steps = None if None in counts else min(counts)
         if self.steps is not None and max(counts) > self.steps:
@@ -49,14 +49,14 @@ class Epochs:
             self._warn(counts.index(self.steps), f"its share of the data has {self.steps} batches, {', '.join(longer)}")
 
     def start(self, run: TrainingState) -> None:
-        """Seed the streams of a new run."""
+        """Seed the random streams of a new run."""
         seed = self.seed + distributed.rank()
         seed_everything(seed ^ _OF_DATA)
         run.data_random = random_state()
         seed_everything(seed)
 
     def batches(self, run: TrainingState, peers: distributed.Peers) -> Iterator[Batch]:
-        """The batches of the epoch that are still to be done, until any process has none."""
+        """The remaining batches of the epoch, until any process has none."""
         done, feed = run.batch, self._begun(run)
         for _ in range(done):
             self._next(run, feed)
@@ -73,8 +73,8 @@ class Epochs:
             self._warn(have.index(False), f"its share of the data has {count} batches, and more has {longer}")
 
     def _begun(self, run: TrainingState) -> Iterator[Batch]:
-        """What this process's data give from the start of the epoch."""
-        if run.batch:  # resumed within the epoch
+        """An iterator over this process's data from the start of the epoch."""
+        if run.batch:  # the run was resumed within the epoch
             run.data_random = run.epoch_start
         run.epoch_start = run.data_random
         generator = getattr(self.data, "generator", None)
@@ -87,7 +87,7 @@ class Epochs:
         return batches(self.data, run.graph, stage="train", inputs=self.inputs, device=self.device)
 
     def _next(self, run: TrainingState, feed: Iterator[Batch]) -> Batch | None:
-        """The next batch, which draws from the stream of the data."""
+        """The next batch, drawn with the random stream of the data."""
         networks = random_state()
         set_random_state(run.data_random)
         try:

@@ -1,4 +1,4 @@
-"""What flows inside a captured graph, layer by layer, seen while it runs."""
+"""Recording of the outputs of layers while a captured graph runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantflow.graph.state import is_written
 
 
 class FeatureRecorder(nn.Module):
-    """Keeps the tensor that passes, with its gradient, until it is taken."""
+    """An identity module that keeps its last input, with its gradient, until :meth:`take`."""
 
     def __init__(self, *, overwritten: bool) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class FeatureRecorder(nn.Module):
         self.value: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.value = x.clone() if self.overwritten else x  # what comes next may write into it
+        self.value = x.clone() if self.overwritten else x  # a later operator writes into it
         return x
 
     def take(self) -> torch.Tensor:
-        """What passed last."""
+        """Return the last input and release it."""
         value, self.value = self.value, None
         assert value is not None, "the graph has not run"
         return value
@@ -38,7 +38,7 @@ class FeatureRecorder(nn.Module):
 
 @contextlib.contextmanager
 def recorded_features(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[FeatureRecorder]]:
-    """Taps on the outputs of ``layers`` (dotted names of the eager model), removed at the end.
+    """Insert recorders on the outputs of ``layers`` (dotted names of the eager model); remove them at the end.
 
     Raises:
         QuantflowError: at stage ``"train"``, when ``graph`` is no captured graph or has no such layer.

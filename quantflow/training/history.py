@@ -1,4 +1,4 @@
-"""What training measured, and a picture of it."""
+"""The losses and metrics of a training run, and a plot of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any
 
 @dataclass
 class History:
-    """One entry an epoch.
+    """The losses and metrics of a training.
 
     Attributes:
-        loss: Mean training loss.
-        metric: What ``validate`` returned for the graph with fake quantization; empty without it.
-        converted_metric: What it returned for the converted graph; empty unless asked for.
-        best_epoch: The epoch whose weights were kept, None where the last were.
+        loss: The mean training loss of each epoch.
+        metric: The value of ``validate`` after each epoch, for the graph with fake quantization; empty without ``validate``.
+        converted_metric: The value of ``validate`` after each epoch, for the converted graph; empty unless asked for.
+        best_epoch: The epoch whose weights were kept, from 0; None where those of the last were.
         resumed_at: The steps at which the run was resumed.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> graph = qf.export(torch.nn.Linear(8, 4), (torch.randn(2, 8),)).module()
+        >>> data = [(torch.randn(2, 8), torch.tensor([0, 1]))]
+        >>> history = qf.train(graph, data, epochs=3, validate=lambda graph: 0.5, progress=False)
+        >>> history.metric, history.best_epoch
+        ([0.5, 0.5, 0.5], 0)
     """
 
     loss: list[float] = field(default_factory=list)
@@ -25,7 +34,7 @@ class History:
     resumed_at: list[int] = field(default_factory=list)
 
     def plot(self) -> Any:
-        """A matplotlib figure of loss and metrics over epochs."""
+        """Draw loss and metrics over epochs, as a matplotlib figure."""
         import matplotlib.pyplot as plt
         from matplotlib.ticker import MaxNLocator
 

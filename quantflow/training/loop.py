@@ -1,4 +1,4 @@
-"""The verb that trains a graph prepared for QAT (or any captured graph)."""
+"""``train``: the training loop for graphs prepared for QAT and for any captured graph."""
 
 from __future__ import annotations
 
@@ -67,36 +67,55 @@ def train(
     (:class:`quantflow.distributed.Peers`).
 
     Args:
-        graph: A captured graph, prepared with ``qat=True`` to learn its integers. Trained in place; left in inference mode.
-        data: A loader, iterated once an epoch. For a run to be repeatable its order must follow from torch's random state
-            (a shuffling DataLoader does) or from its own ``generator``, which is seeded anew each epoch.
-        epochs: How many.
-        loss: Of output and target; scalar.
-        optimizer: By default SGD with momentum 0.9 at ``lr``, decaying along a cosine to zero.
+        graph: A captured graph, prepared with ``qat=True`` to train with fake quantization. Trained in place; left in
+            inference mode.
+        data: A loader of ``(inputs, target)`` batches, iterated once an epoch. For a run to be repeatable its order must
+            follow from torch's random state (a shuffling DataLoader does) or from its own ``generator``, which is seeded anew
+            each epoch.
+        epochs: The number of epochs.
+        loss: ``loss(output, target)``, a scalar tensor.
+        optimizer: By default SGD with momentum 0.9 at ``lr``.
         lr: Learning rate of the default optimizer.
         scheduler: A learning rate scheduler, stepped after each batch; ``ReduceLROnPlateau`` after each epoch, with what
-            ``validate`` gave (mode "max") or with the mean loss (mode "min").
+            ``validate`` gave (mode "max") or with the mean loss (mode "min"). By default the default optimizer decays along a
+            cosine to zero where ``data`` has a length, and an optimizer that is given has none.
         schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
-            QAT, never for one in float.
+            QAT, ``Schedule.never()`` for one in float.
         distill: Learn from a teacher besides.
-        clip_norm: Clip the norm of all gradients to this.
-        ema: Decay of an exponential moving average of the parameters, which is what is validated and kept.
+        clip_norm: The largest norm of all gradients together; None for no limit.
+        ema: Decay of an exponential moving average of the parameters, which is what is validated and kept; None for none.
         amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
         compile: Run forward and backward through ``torch.compile``.
         validate: Called with the graph in inference mode after each epoch; higher is better. The best epoch's state is kept.
             Of several processes each calls it, on data of its own or on all, and the mean over them counts.
-        validate_converted: Call it with the converted graph as well.
-        patience: Stop after so many epochs without a better figure.
+        validate_converted: Call ``validate`` with the converted graph as well.
+        patience: Stop after so many epochs without a better value of ``validate``; None to go on.
         checkpoints: Save the run as it goes, and resume it: killed at any moment and started again with the same arguments,
             it ends with the same bits on a CPU.
-        seed: Of data order, dropout and augmentation.
+        seed: The seed of data order, dropout and augmentation.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         device: Where to train; by default where the graph's parameters are.
         progress: Show a progress bar.
 
+    Returns:
+        The losses and metrics of all epochs.
+
     Raises:
-        QuantflowError: at stage ``"train"``, when there is no data or target, the loss stops being a number, the optimizer or
-            scheduler can't be used (or saved, with ``checkpoints``), or another process fails.
+        QuantflowError: at stage ``"train"``, when the graph is prepared for PTQ, converted or has no parameters to train,
+            there is no data or target, the loss stops being a number, the optimizer or scheduler can't be used (or saved, with
+            ``checkpoints``), or another process fails.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantizers import XNNPACKQuantizer
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+        >>> graph = qf.export(model, (torch.randn(2, 3, 8, 8),), dynamic_batch=True).module()
+        >>> graph = qf.prepare(graph, XNNPACKQuantizer(), qat=True)
+        >>> data = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(2)]
+        >>> history = qf.train(graph, data, epochs=2, lr=1e-2, progress=False)
+        >>> len(history.loss), graph.training
+        (2, False)
     """
     with distributed.Peers("train") as peers:
         if not isinstance(graph, TrainableGraphModule):
@@ -121,10 +140,10 @@ def train(
             if checkpoints is None:
                 return
             if run.step == 1:
-                run.check_can_be_saved()  # now that the optimizer has a state
+                run.check_can_be_saved()  # the optimizer has a state only after its first step
             if not ended and run.step % checkpoints.every:
                 return
-            tensors, plain = run.saved()  # all take part: each has a random state of its own
+            tensors, plain = run.saved()  # a collective call: each process has its own random state
             if distributed.rank() == 0:
                 checkpoints.save(run.step, tensors, {**plain, "fingerprint": fingerprint})
 
@@ -157,7 +176,7 @@ def train(
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()
                     switched = None
-                    # What is validated and converted is the graph without recorders.
+                    # Validation and conversion need the graph without recorders.
                     with distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed:
                         batch_loss.mixed = mixed
                         for batch in source.batches(run, peers):
@@ -182,7 +201,7 @@ def train(
 
 
 def _check(graph: TrainableGraphModule) -> None:
-    """Refuse a graph that would train without learning anything."""
+    """Raise for a graph that can't learn; warn of layers whose training behavior is not in the graph."""
     observed = [name for name, m in observers_of(graph).items() if not is_fake_quantizer(m)]
     if observed:
         reason = "the graph was prepared for PTQ: batch norm is folded away and nothing is rounded"
@@ -192,13 +211,13 @@ def _check(graph: TrainableGraphModule) -> None:
         raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
     if lost := graph.meta.get(INFERENCE_ONLY):
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        reason = "these may train otherwise than in eager mode: what they do in training besides is not in the graph"
-        remedy = "nothing, if a few epochs of QAT do without; else train such layers in eager mode first"
+        reason = "these may train differently than in eager mode: their behavior in training is not in the graph"
+        remedy = "for a few epochs of QAT often none is needed; otherwise train these layers in eager mode first"
         warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
 
 
 def _check_alike(everyone: list[list[Any]]) -> None:
-    """Refuse to train together what is not the same in all processes."""
+    """Raise if graphs, options or resumed steps differ between processes."""
     (kind, step), *others = everyone
     for rank, (theirs, their_step) in enumerate(others, 1):
         if theirs != kind:

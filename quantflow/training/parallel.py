@@ -1,4 +1,4 @@
-"""The loss of a batch, in one process or with gradients averaged over several."""
+"""The loss of a batch, with gradients averaged over processes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Loss = Callable[[Any, Any], torch.Tensor]
 
 
 class BatchLoss(nn.Module):
-    """From a batch to its loss: what is averaged over processes is the gradient of that, whatever else the graph returns.
+    """A module that computes the loss of a batch. Its gradient is what ``DistributedDataParallel`` averages.
 
     Args:
-        graph: What is trained.
-        loss: Of output and target.
-        compile: Run the graph through ``torch.compile``.
+        graph: The trained graph.
+        loss: The loss of output and target.
+        compile: Whether to run the graph through ``torch.compile``.
 
     Attributes:
-        mixed: What distillation makes of the loss, None without.
+        mixed: The loss with distillation; None without distillation.
     """
 
     def __init__(self, graph: TrainableGraphModule, loss: Loss, *, compile: bool) -> None:
@@ -51,8 +51,9 @@ class BatchLoss(nn.Module):
 def in_parallel(
     batch_loss: BatchLoss, graph: TrainableGraphModule, device: torch.device, schedule: Schedule
 ) -> nn.Module:
-    """``batch_loss`` of ``graph``, its gradients averaged over all processes. Buffers agree by synchronised statistics and
-    ranges.
+    """``batch_loss`` of ``graph`` with gradients averaged over all processes.
+
+    Buffers stay equal because batch norm statistics and ranges are synchronized.
     """
     if distributed.world_size() == 1:
         return batch_loss
@@ -65,7 +66,7 @@ def in_parallel(
 
 
 def _all_learn(graph: TrainableGraphModule) -> bool:
-    """Whether each parameter surely has a gradient in every step: where in doubt, not."""
+    """Whether each parameter certainly has a gradient in every step."""
     enabled, without = True, set()
     for node in graph.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
@@ -73,7 +74,7 @@ def _all_learn(graph: TrainableGraphModule) -> bool:
         elif not enabled or node.target in (aten.detach.default, aten.detach_.default) or _is_discrete(node):
             without.add(node)
     (output,) = graph.graph.find_nodes(op="output")
-    if len(output.all_input_nodes) > 1:  # the loss may take one of them
+    if len(output.all_input_nodes) > 1:  # the loss may read only some of the outputs
         return False
     learning, left = set[Node](), [output]
     while left:
@@ -87,6 +88,6 @@ def _all_learn(graph: TrainableGraphModule) -> bool:
 
 
 def _is_discrete(node: Node) -> bool:
-    """Whether the value of ``node`` is a tensor of integers or booleans, through which no gradient comes."""
+    """Whether the value of ``node`` is an integer or boolean tensor, which has no gradient."""
     val = value(node)
     return val is not None and not (val.is_floating_point() or val.is_complex())

@@ -1,4 +1,4 @@
-"""Random states, so that a resumed training draws the numbers that it would have drawn."""
+"""Random states of all generators: a resumed training draws the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The state of every generator, as tensors of bytes."""
+    """The state of every generator, as uint8 tensors."""
     state = {"torch": torch.get_rng_state()}
     for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         state[f"cuda{device}"] = torch.cuda.get_rng_state(device)
@@ -31,7 +31,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Bring every generator into the state that :func:`random_state` returned; GPUs that are not here are passed over."""
+    """Restore every generator to a state that :func:`random_state` returned. States of absent GPUs are ignored."""
     torch.set_rng_state(state["torch"])
     for device in range(torch.cuda.device_count()):
         if f"cuda{device}" in state:

@@ -1,4 +1,4 @@
-"""Everything that a training run is made of, to and from a checkpoint."""
+"""The state of a training run, and its conversion to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from quantflow.training.encoding import Tensors, decode, difference, encode
 from quantflow.training.history import History
 from quantflow.training.randomness import random_state, set_random_state
 
-# What has a state of its own, by the name of its attribute.
+# Attributes of the run whose objects have a state_dict.
 _STATEFUL = ("optimizer", "scheduler", "scaler")
 
 
 @dataclass
 class TrainingState:
-    """A run in progress.
+    """A training run in progress.
 
     Attributes:
-        graph: What is trained.
-        optimizer: Its optimizer.
+        graph: The trained graph.
+        optimizer: The optimizer.
         scheduler: Learning rate scheduler, or None.
-        scaler: Gradient scaler of mixed precision.
+        scaler: The gradient scaler of mixed precision.
         average: Exponential moving average of the parameters, or None.
-        history: Figures so far.
-        epoch: The epoch under way.
-        batch: How many of its batches are done.
-        step: How many batches are done in all.
-        loss_sum: Sum of their losses in this epoch.
-        best: The state of the graph with the best metric so far, None before any.
-        best_metric: That metric.
-        data_random: The random state in which the data go on: they draw from a stream of their own.
-        epoch_start: That in which this epoch's data began.
+        history: The losses and metrics so far.
+        epoch: The current epoch.
+        batch: The number of finished batches of this epoch.
+        step: The number of finished batches of all epochs.
+        loss_sum: The sum of the losses of this epoch.
+        best: The state of the graph with the best metric so far; None before the first.
+        best_metric: The best metric so far.
+        data_random: The current state of the data's random stream.
+        epoch_start: The state of that stream at the start of this epoch.
     """
 
     graph: TrainableGraphModule
@@ -60,12 +60,12 @@ class TrainingState:
     epoch_start: Tensors = field(default_factory=dict)
 
     def fingerprint(self, *options: Any) -> str:
-        """What a checkpoint must share to be one of this run: the graph, the optimizer, and ``options``."""
+        """A digest of the graph, the optimizer and ``options``, equal for all checkpoints of this run."""
         shapes = {name: list(t.shape) for name, t in self.graph.state_dict().items()}
         nodes = [n for n in self.graph.graph.nodes if n.op != "get_attr" and TRACKING not in n.meta]  # in either mode
         called = [f"{n.op} {target_name(n.target)}" for n in nodes]
         groups = [{k: v for k, v in g.items() if _plain(v)} for g in self.optimizer.state_dict()["param_groups"]]
-        # A scheduler moves the learning rate; where it started tells the run.
+        # A scheduler changes the learning rate, so the initial one identifies the run.
         moved = [{"params"} | ({"lr"} if "initial_lr" in g else set()) for g in groups]
         groups = [{k: v for k, v in g.items() if k not in left} for g, left in zip(groups, moved, strict=True)]
         kinds = [type(self.optimizer).__name__, type(self.scheduler).__name__]
@@ -73,10 +73,10 @@ class TrainingState:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def saved(self) -> tuple[Tensors, dict[str, Any]]:
-        """The tensors of the run, by name, and the rest of it, as JSON data. All processes take part.
+        """The tensors of the run by name, and the rest of its state as JSON data. All processes must call it.
 
         Raises:
-            QuantflowError: at stage ``"train"``, naming what can't be saved.
+            QuantflowError: at stage ``"train"``, naming a value that can't be saved.
         """
         parts: dict[str, Tensors] = {
             "graph": self.graph.state_dict(),
@@ -96,10 +96,10 @@ class TrainingState:
         return tensors | held, {**figures, **plain}
 
     def restore(self, tensors: Tensors, plain: dict[str, Any]) -> None:
-        """Bring the run into the state of a checkpoint.
+        """Restore the run from a checkpoint.
 
         Raises:
-            QuantflowError: at stage ``"train"``, when the optimizer, the scheduler or the scaler does not take up its own.
+            QuantflowError: at stage ``"train"``, if the optimizer, the scheduler or the scaler does not restore its own state.
         """
         parts: dict[str, Tensors] = {}
         for name, tensor in tensors.items():
@@ -122,21 +122,21 @@ class TrainingState:
         set_random_state(parts[f"random{distributed.rank()}"])
 
     def check_can_be_saved(self) -> None:
-        """Refuse what has no form in a checkpoint.
+        """Raise if the run has state that a checkpoint can't hold.
 
         Raises:
-            QuantflowError: at stage ``"train"``, naming it.
+            QuantflowError: at stage ``"train"``, naming that state.
         """
         self._stateful()
 
     def _stateful(self) -> tuple[dict[str, Any], Tensors]:
-        """The states of the optimizer, the scheduler and the scaler: JSON data, and their tensors."""
+        """The states of the optimizer, the scheduler and the scaler, as JSON data and tensors."""
         tensors: Tensors = {}
         owners = {name: getattr(self, name) for name in _STATEFUL}
         return {n: o if o is None else encode(o.state_dict(), n, tensors) for n, o in owners.items()}, tensors
 
     def _check_taken_up(self, tensors: Tensors, plain: dict[str, Any]) -> None:
-        """Refuse to go on from another state than the one saved: the run would end elsewhere, silently."""
+        """Raise if a restored state differs from the saved one: the run would silently end in another result."""
         now, held = self._stateful()
         for name in _STATEFUL:
             differs = difference(plain[name], now[name], tensors, held)

@@ -1,4 +1,4 @@
-"""The optimizer and the scheduler of a run: whether it can use them, and their steps."""
+"""The optimizer and the scheduler of a training run: their checks and their steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantflow.training.state import TrainingState
 
 
 def check_usable(run: TrainingState, *, validated: bool, saved: bool) -> None:
-    """Refuse, before any step, what the run can't step, or can't save where there are checkpoints.
+    """Raise, before the first step, for an optimizer or scheduler that the run can't step or, with checkpoints, can't save.
 
     Raises:
         QuantflowError: at stage ``"train"``.
@@ -28,7 +28,7 @@ def check_usable(run: TrainingState, *, validated: bool, saved: bool) -> None:
         raise QuantflowError("train", reason, node=type(run.optimizer).__name__, remedy=remedy)
     on_plateau = isinstance(run.scheduler, ReduceLROnPlateau)
     if on_plateau and run.scheduler.mode == "max" and not validated:
-        reason, remedy = 'mode "max" follows the figure of validate, and there is none', 'validate=..., or mode="min"'
+        reason, remedy = 'mode "max" needs the result of validate, and there is none', 'validate=..., or mode="min"'
         raise QuantflowError("train", reason, node="ReduceLROnPlateau", remedy=remedy)
     if saved:
         for name, owner in (("optimizer", run.optimizer), ("scheduler", run.scheduler)):
@@ -39,11 +39,11 @@ def check_usable(run: TrainingState, *, validated: bool, saved: bool) -> None:
 
 
 def update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> None:
-    """One step of the optimizer along the gradient of ``value``, and of the scheduler.
+    """Run backward from the loss ``value``, then one step of the optimizer and of the scheduler.
 
     Raises:
-        QuantflowError: at stage ``"train"``, when ``value`` is no number or depends on no parameter, or the optimizer does not
-            take the gradients.
+        QuantflowError: at stage ``"train"``, if ``value`` is not a finite scalar or depends on no parameter, or if the
+            optimizer fails on the gradients.
     """
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         given = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
@@ -70,7 +70,7 @@ def update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> 
 
 
 def end_epoch_on_plateau(run: TrainingState) -> None:
-    """Show the epoch's figure to a scheduler that waits for it to stop improving: validate's, or the training loss."""
+    """Step a ``ReduceLROnPlateau`` with the result of ``validate`` (mode "max") or the mean training loss (mode "min")."""
     if isinstance(run.scheduler, ReduceLROnPlateau):
         figures: dict[str, Any] = {"max": run.history.metric, "min": run.history.loss}
         run.scheduler.step(figures[run.scheduler.mode][-1])

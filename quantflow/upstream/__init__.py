@@ -1,1 +1,1 @@
-"""Private names of torch and executorch that quantflow replaces for a while, one concern a file."""
+"""Temporary replacements of private functions of torch and executorch."""

@@ -1,8 +1,8 @@
-"""Decomposition of small exported programs in half of its time, to the same graph.
+"""Faster decomposition of exported programs, to the same graph: half of the time for small programs.
 
-``ExportedProgram.run_decompositions`` asks the dispatcher for all composite operators once for each of some 40 namespaces, and
-registers some 6,000 kernels, each through a function whose annotations are evaluated anew. Together that takes half a second,
-whatever the size of the program.
+``ExportedProgram.run_decompositions`` asks the dispatcher for all composite operators once for each of some 40 namespaces. It
+also registers some 6,000 kernels, each through a new function whose annotations are evaluated. Both together take half a
+second, independent of the size of the program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quantflow.upstream.versions import supported
 
 @contextlib.contextmanager
 def fast_decomposition() -> Iterator[None]:
-    """Make ``run_decompositions`` fast for a while; with other versions, leave it as it is."""
+    """Make ``run_decompositions`` fast within the context. Nothing changes for versions that were not checked."""
     with exclusively(), contextlib.ExitStack() as stack:
         if supported():
             stack.enter_context(_operators_once())
@@ -30,7 +30,7 @@ def fast_decomposition() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _operators_once() -> Iterator[None]:
-    """The dispatcher is asked for its composite operators, and a namespace searched for them, once."""
+    """Cache the list of composite operators, of the dispatcher and of each namespace."""
     import torch._export.utils as utils
 
     with contextlib.ExitStack() as stack:
@@ -41,8 +41,8 @@ def _operators_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registered_at_once() -> Iterator[None]:
-    """A kernel for a dispatch key is written into the operator's table; anything else is registered as torch has it. The kernel
-    that stands for "no gradient" is made once an operator, not once a key.
+    """Write a kernel for a dispatch key directly into the operator's table, and register all others as torch does. The kernel
+    for operators without a gradient is created once per operator, not once per key.
     """
     from torch.export import exported_program
 

@@ -1,4 +1,4 @@
-"""Names of other modules, replaced for a while by one thread at a time."""
+"""Temporary replacement of attributes of other modules, by one thread at a time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 _lock = threading.RLock()
-_holder: int | None = None  # the thread that has it
-# What is replaced now: where, its name, what was there, and whether that was its own.
+_holder: int | None = None  # the thread that holds the lock
+# The current replacements: owner, name, old value, and whether the owner itself defined the name.
 _standing: list[tuple[Any, str, Any, bool]] = []
 
 
 @contextlib.contextmanager
 def exclusively() -> Iterator[None]:
-    """Let no other thread of this process in for a while. What is replaced is seen by all."""
+    """Keep other threads of this process out of this context. All threads see the replacements."""
     global _holder
     with _lock:
         before, _holder = _holder, threading.get_ident()
@@ -28,7 +28,7 @@ def exclusively() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
-    """``owner.name`` is ``new`` for a while; only within :func:`exclusively`."""
+    """Replace ``owner.name`` by ``new`` within the context. The caller must be within :func:`exclusively`."""
     entry = owner, name, getattr(owner, name), name in vars(owner)
     _standing.append(entry)
     setattr(owner, name, new)
@@ -44,7 +44,7 @@ def _put_back(owner: Any, name: str, old: Any, own: bool) -> None:
 
 
 def _alone() -> None:
-    """In a fork: what another thread had replaced is put back, and its lock is free, since that thread is not there."""
+    """After a fork, in the child: undo the replacements of another thread and free its lock, because the thread is missing."""
     global _lock, _holder
     if _holder not in (None, threading.get_ident()):
         while _standing:

@@ -1,4 +1,4 @@
-"""Images, for commands and recipes: what a package ships, torchvision's data sets, a folder a class, or a ``labels.csv``."""
+"""Image data sets for commands and recipes: scikit-learn's digits, torchvision data sets, image folders, ``labels.csv``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images, float32 [3, size, size] each with an integer label.
+    """Images, float32 [3, size, size], each with an integer label.
 
     Attributes:
-        train: To train and to calibrate on.
-        held_out: To score on.
-        classes: How many labels there are.
+        train: Images for training and calibration.
+        held_out: Images for scoring.
+        classes: The number of classes.
     """
 
     train: Dataset
@@ -57,7 +57,7 @@ def preprocessing(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Callable[[Any], torch.Tensor]:
-    """Resize (shorter side to 256/224 of the size, unless told not to), centre crop, scale to 0..1 and normalise."""
+    """Resize the shorter side to 256/224 of the size (optional), center crop, scale to 0..1 and normalize."""
     steps: list[Any] = [v2.ToImage()]
     if resize:
         steps.append(v2.Resize(image_size * 256 // 224, antialias=True))
@@ -123,7 +123,7 @@ class LabelledImages(Dataset):
 
 
 def labelled_folder(folder: Path, transform: Callable[[Any], torch.Tensor]) -> Dataset:
-    """A folder with ``labels.csv``, or one folder a class."""
+    """The images of a folder with ``labels.csv``, or with one folder per class."""
     try:
         if (folder / "labels.csv").is_file():
             return LabelledImages(folder, transform)

@@ -1,4 +1,4 @@
-"""torchvision classifiers, with weights by name or from a file, and exported programs from files."""
+"""Torchvision classifiers with weights by name or from a file, and exported programs from files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
     """The torchvision model ``name``.
 
     Args:
-        name: As in ``torchvision.models``.
-        classes: Size of its last layer; None for the size that the weights have (1,000 without).
+        name: Its name in ``torchvision.models``.
+        classes: Outputs of the last layer; None for those of the weights (1,000 without weights).
         weights: A torchvision weights name (``"DEFAULT"``, ``"IMAGENET1K_V1"``), a file with a state dict, or None for a
-            random initialisation. Layers whose shape differs because of ``classes`` start fresh.
+            random initialization. Layers whose shape differs because of ``classes`` are initialized randomly.
 
     Raises:
-        QuantflowError: at stage ``"model"``, for an unknown model and for weights that are missing or another model's.
+        QuantflowError: at stage ``"model"``, for an unknown model and for weights that are missing or of another model.
     """
     if name not in models.list_models(models):
         close = ", ".join(m for m in models.list_models(models) if m.startswith(name.split("_")[0]))
@@ -43,11 +43,11 @@ def read_program(path: Path, *, trust: bool) -> ExportedProgram:
     """The exported program in the ``.pt2`` file ``path``.
 
     Args:
-        path: What ``torch.export.save`` wrote.
-        trust: Whether it comes from someone trusted: opening such a file can run code that is in it.
+        path: A file that ``torch.export.save`` wrote.
+        trust: Whether its source is trusted: opening the file can run code in it.
 
     Raises:
-        QuantflowError: at stage ``"model"``, when it is not trusted, or can't be read.
+        QuantflowError: at stage ``"model"``, if the file is not trusted or can't be read.
     """
     node = f"--model {path}"
     if not path.is_file():
@@ -63,10 +63,10 @@ def read_program(path: Path, *, trust: bool) -> ExportedProgram:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in the file ``path``, as ``torch.save`` or safetensors wrote it. Nothing in the file is run.
+    """The state dict in the file ``path``, written by ``torch.save`` or safetensors. No code in the file runs.
 
     Raises:
-        QuantflowError: at stage ``"model"``, when it can't be read or holds none.
+        QuantflowError: at stage ``"model"``, if the file can't be read or has no state dict.
     """
     try:
         if path.suffix == ".safetensors":
@@ -106,15 +106,15 @@ def _state_dict(name: str, weights: str) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str, *, fresh_head: bool = False) -> None:
-    """Give ``model`` the tensors of ``state``, named ``weights`` in errors.
+    """Load ``state`` into ``model``; errors name it ``weights``.
 
     Raises:
-        QuantflowError: at stage ``"model"``, when they are another model's; the last layer's may be, with ``fresh_head``.
+        QuantflowError: at stage ``"model"``, if the tensors do not fit ``model``; ``fresh_head`` excepts the last layer.
     """
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     misfits = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
-    # A head of another size is what --weights with other classes is for: a weight and a bias, in the last place.
+    # --weights may have another number of classes: then the weight and the bias of the last layer do not fit.
     tolerated = 2 if fresh_head else 0
     if len(misfits) > tolerated or len(fits) < len(own) // 2:
         remedy = "name the weights of this model"

@@ -1,1 +1,1 @@
-"""XNNPACK: what it takes, how a program is partitioned for it, and what is written in other operators."""
+"""The XNNPACK delegate: supported operators, partitioner, and rewrites."""

@@ -1,4 +1,4 @@
-"""XNNPACK: optimised CPU kernels, float and int8 in one partitioner."""
+"""The XNNPACK delegate: optimized CPU kernels, with float and int8 in one partitioner."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_REWRITES, rewrite
 
 
 class Xnnpack(Delegate):
-    """Every operator that XNNPACK runs in float, static int8 or dynamic int8."""
+    """The delegate for XNNPACK, which runs operators in float, static int8 or dynamic int8."""
 
     def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Any]:
-        """The partitioner, leaving out the edge nodes named in ``refused``."""
+        """Return the partitioner, which leaves out the edge nodes named in ``refused``."""
         from quantflow.delegates.xnnpack.partitioner import (
-            Int8Partitioner,  # executorch is imported late: it costs seconds
+            Int8Partitioner,  # the import of executorch takes seconds, so it is late
         )
 
         return [Int8Partitioner(refused)]
 
     def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
-        """The partitioner, calling the delegate for each operator alone."""
+        """Return the partitioner that delegates each operator in a call of its own."""
         from quantflow.delegates.xnnpack.partitioner import Int8Partitioner
 
         return [Int8Partitioner(refused, one_by_one=True)]
 
     def rewrite(self, graph: GraphModule) -> None:
-        """Batch norm is folded, or written as a scale and a shift, since executorch's own fusion writes to weights that others
-        read; and what portable kernels lack is written as what they have. A float convolution over rows fails in the delegate
-        behind integers and where others read its weight; one over images does not.
+        """Fold batch norm or write it as a scale and a shift, and replace operators that portable kernels lack.
+
+        executorch's own batch norm fusion overwrites weights that other layers share. The delegate fails on a float 1-d
+        convolution beside an int8 operator or with a shared weight, so such a convolution becomes a 2-d one.
         """
         rewrite(graph, COMPOSITE_REWRITES)
         modes.mark_switched(graph.graph.nodes)
@@ -44,7 +45,7 @@ class Xnnpack(Delegate):
         rewrite(graph, ROW_REWRITES)
 
     def passes(self) -> list[Any]:
-        """What the edge program needs before it is partitioned."""
+        """Return the passes that run on the edge program before it is partitioned."""
         from quantflow.delegates.xnnpack.int8 import one_dequantize_per_user
         from quantflow.delegates.xnnpack.layout import softmax_over_rows
 

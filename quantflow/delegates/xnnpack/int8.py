@@ -1,7 +1,7 @@
-"""Every operator that XNNPACK runs in int8, and none that it would run wrongly, for the partitioner.
+"""Partitioner configurations for every operator that XNNPACK runs correctly in int8.
 
-executorch's own configurations keep most int8 kernels for float and accept nodes that the delegate then refuses to load.
-Each class here widens or guards one of them. Where a guard says no, the node runs in float between two conversions.
+executorch's own configurations restrict most operators to float, and accept nodes that the delegate then fails to load. Each
+class here extends or restricts one of these configurations. A rejected node runs in float between two conversions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 
 class _Integer(generic.GenericNodePartitionerConfig):
-    """Also in int8, where dequantizes feed the node, a quantize follows it, and :meth:`runs` agrees."""
+    """An operator in float, or in int8 if its inputs are dequantized, its output is quantized and :meth:`runs` is true."""
 
     def supported_precision_types(self) -> list[ConfigPrecisionType]:
         return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
@@ -42,7 +42,7 @@ class _Integer(generic.GenericNodePartitionerConfig):
 
 
 def _quantize_behind(node: Node) -> Node | None:
-    """The quantize that alone reads ``node``, or the clamp that is fused with it."""
+    """The quantize node that is the only user of ``node`` or of the clamp fused with it."""
     users = list(node.users)
     while len(users) == 1 and target_name(users[0]) in _FUSED:
         users = list(users[0].users)
@@ -53,14 +53,14 @@ _FUSED = {"relu.default", "hardtanh.default"}
 
 
 class _SameGrid(_Integer):
-    """Operators that move integers about: input and output must lie on one grid."""
+    """Operators that only move integers: input and output must have the same scale and zero point."""
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
         return all(i.args[1:3] == output.args[1:3] for i in inputs)
 
 
 def _bounded(low: float, high: float) -> type[_Integer]:
-    """Operators whose kernel multiplies in fixed point: the step of what they sum is ``low`` to ``high`` of the output's."""
+    """Operators with a fixed-point kernel: input scale (or product of scales) over output scale is in [``low``, ``high``)."""
 
     class Bounded(_Integer):
         def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
@@ -73,7 +73,7 @@ def _bounded(low: float, high: float) -> type[_Integer]:
 
 
 class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
-    """The kernel multiplies in fixed point with 8 fractional bits; beyond them it is wrong without a word."""
+    """Leaky ReLU. The kernel multiplies in fixed point with 8 fractional bits and gives wrong results outside that range."""
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
         slope: Any = node.args[1] if len(node.args) > 1 else 0.01
@@ -82,7 +82,7 @@ class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
 
 
 class _Elu(_Integer, generic.EluConfig):
-    """The delegate drops ``scale`` and ``input_scale`` (SELU has them), and reads an ``alpha`` that may be left out."""
+    """ELU. The delegate ignores ``scale`` and ``input_scale`` (SELU sets them), and fails if ``alpha`` is left out."""
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
         scales = [*node.args[2:4], 1, 1][:2]
@@ -90,14 +90,14 @@ class _Elu(_Integer, generic.EluConfig):
 
 
 class _BatchedMatmul(_Integer, generic.BMMConfig):
-    """The kernel knows no zero point in the second operand."""
+    """Batched matmul. The kernel supports no zero point in the second operand."""
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
         return node.args[1].args[2] == 0  # type: ignore[union-attr]
 
 
 class _Prelu(_Integer, PreluConfig):
-    """With a quantized slope in int8. Of another rank than 4, a pass of the delegate fails, in float too."""
+    """PReLU, in int8 if its slope is quantized. A pass of the delegate fails for ranks other than 4, also in float."""
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
         given: Any = node.args[0]
@@ -119,8 +119,8 @@ def _widened(
     return type(f"{kind.__name__.strip('_')}{base.__name__}", (kind, base), {})
 
 
-# Elementwise operators whose int8 kernels (tables, most of them) executorch keeps for float. Division, minimum and maximum
-# have int8 kernels too, 80 and 20 times slower than the float ones.
+# Elementwise operators with int8 kernels (mostly lookup tables) that executorch restricts to float. Division, minimum and
+# maximum have int8 kernels that are 80 and 20 times slower than the float kernels.
 _ELEMENTWISE = (
     generic.AbsConfig,
     generic.ExpConfig,
@@ -151,22 +151,22 @@ _OURS = (
     _BatchedMatmul,
     _Prelu,
 )
-# Batch norm is none of them: what is left of it reads what the program computes or writes to, which the delegate would take for
-# constants.
+# Batch norm is left out: a batch norm that was not folded reads tensors that the program computes or writes, and the delegate
+# would treat them as constants.
 _TARGETS = {config.target_name for config in (*_OURS, BatchNormConfig)}  # type: ignore[attr-defined]
 CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
 
 
 def target_name(node: Node) -> str:
-    """The name of the operator that ``node`` calls, as configurations have it; ``""`` where it calls none."""
+    """Return the name of the operator that ``node`` calls, in the form of the configurations; ``""`` for other nodes."""
     return format_target_name(node.target.__name__) if node.op == "call_function" else ""  # type: ignore[union-attr]
 
 
 def one_dequantize_per_user(module: GraphModule) -> PassResult:
-    """Give every user a dequantize of its own.
+    """Give every user of a dequantize node its own copy.
 
-    Decompositions make users that share one, and the delegate then confuses the memory layouts of float and int8 readers:
-    it fails to run, or with equal dimensions gives wrong numbers.
+    Decompositions create users that share one dequantize. The delegate then confuses the memory layouts of float and int8
+    users: it fails to run, or gives wrong results if the dimensions are equal.
     """
     changed = False
     for node in list(module.graph.nodes):

@@ -1,4 +1,4 @@
-"""Where XNNPACK's own order of memory, channels last, would change what an operator computes."""
+"""A pass for softmax, whose result XNNPACK's channels-last memory layout would change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 _edge = ops.edge.aten
-# What XNNPACK computes with channels last, and what brings its input back into order.
+# Operators that XNNPACK computes in channels-last layout, and operators that restore the contiguous layout.
 _CHANNELS_LAST = frozenset(
     {
         *(_edge.convolution.default, _edge.conv2d.default, _edge.avg_pool2d.default, _edge.max_pool2d.default),
@@ -26,9 +26,9 @@ _IMAGES = 4  # dimensions
 
 
 def softmax_over_rows(module: GraphModule) -> PassResult:
-    """Take the softmax of an image's rows over a view of three dimensions.
+    """Compute the softmax over the rows of an image on a view of three dimensions.
 
-    The delegate takes it over whatever dimension lies last in memory, which behind a convolution is the channels.
+    The delegate computes the softmax over the last dimension in memory. After a convolution this is the channel dimension.
     """
     changed = False
     for node in list(module.graph.nodes):
@@ -54,7 +54,7 @@ def softmax_over_rows(module: GraphModule) -> PassResult:
 
 
 def _behind_channels_last(node: Node) -> bool:
-    """Whether ``node`` reads what may lie with channels last."""
+    """Whether an input of ``node`` may have the channels-last layout."""
     ahead, seen = list(node.all_input_nodes), set[Node]()
     while ahead:
         given = ahead.pop()
@@ -69,7 +69,7 @@ def _behind_channels_last(node: Node) -> bool:
 
 
 def _rows(shape: list[int]) -> list[int]:
-    """``shape`` with its second and third dimension as one."""
+    """``shape`` with its second and third dimension merged."""
     return [shape[0], shape[1] * shape[2], shape[3]]
 
 

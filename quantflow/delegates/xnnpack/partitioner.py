@@ -1,4 +1,4 @@
-"""The partitioner for XNNPACK: as few calls as the order of the graph allows, of what the delegate runs right."""
+"""The partitioner for XNNPACK: as few delegate calls as the graph order allows, of operators that run correctly."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from quantflow.delegates.xnnpack import int8
 from quantflow.graph.partitioning import delegate_calls
 from quantflow.graph.state import is_written
 
-# What the partitioner keeps from being decomposed, and no portable kernel runs.
+# Operators that the partitioner keeps whole and that have no portable kernel.
 _WITHOUT_KERNEL = frozenset({"hardswish.default", "max_pool2d.default", "prelu.default"})
-_DIMENSIONS = 6  # XNNPACK's tensors have no more
+_DIMENSIONS = 6  # the highest rank of XNNPACK's tensors
 
 
 class Int8Partitioner(XnnpackPartitioner):
-    """XNNPACK's partitioner with these configurations, and as few delegate calls as the order of the graph allows.
+    """XNNPACK's partitioner with quantflow's configurations, and as few delegate calls as the graph order allows.
 
     Args:
         refused: Names of edge nodes to leave out.
-        one_by_one: A partition for every operator, to find out which of them the delegate refuses.
+        one_by_one: Put every operator in its own partition, to find the operators that the delegate refuses.
     """
 
     def __init__(self, refused: frozenset[str] = frozenset(), *, one_by_one: bool = False) -> None:
@@ -46,7 +46,7 @@ class Int8Partitioner(XnnpackPartitioner):
             if isinstance(config, GEMMConfig):
                 config.check_constraints = _with_own_bias(config, config.check_constraints)  # type: ignore[method-assign]
             config.get_partition = self._noting(config.get_partition)  # type: ignore[method-assign]
-        self._taken: list[tuple[Callable, Node]] = []  # operators, with what gives their partition
+        self._taken: list[tuple[Callable, Node]] = []  # operators with the function that returns their partition
 
     def _noting(self, get_partition: Callable) -> Callable:
         def noted(node: Node, ep: ExportedProgram) -> list[Node]:
@@ -56,10 +56,10 @@ class Int8Partitioner(XnnpackPartitioner):
         return noted
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
-        """Whatever can be called together is one partition.
+        """Return the partitions. Operators that can run in one call share a partition.
 
-        What asks whether the delegate takes an operator tags the conversions around it as parts of its kernel, which the
-        delegate then leaves out. Only the tags of operators that are taken may stay.
+        The check whether the delegate takes an operator tags the conversions around it as parts of its kernel, and the delegate
+        then leaves them out. Only the tags of operators that are taken may stay.
         """
         self._taken.clear()
         partitions = self._operators(ep) if self.one_by_one else self._calls(ep)
@@ -91,15 +91,15 @@ class Int8Partitioner(XnnpackPartitioner):
 
 
 def _belongs_to_reader(delegated: set[Node]) -> Callable[[Node], bool]:
-    """What stands with the node that it feeds: a constant, which is copied to each call that reads it, and a dequantize that no
-    portable kernel reads (one that does must not wait).
+    """Whether a node moves to the call of its users: a constant, which is copied to each call, or a dequantize that only
+    delegated nodes read. A dequantize that a portable kernel reads must not wait.
     """
     return lambda node: node.op == "placeholder" or (is_dequant(node) and delegated.issuperset(node.users))
 
 
 def _would_be_stranded(config: type[XNNPartitionerConfig], refused: frozenset[str]) -> bool:
-    """Whether ``config`` keeps an operator whole that no portable kernel runs, and one of its nodes is among the ``refused``.
-    All of them are decomposed then, since those that are left would change their names.
+    """Whether ``config`` keeps an operator whole that no portable kernel runs, and ``refused`` has a node of it. All nodes of
+    this operator are then decomposed, because the names of the other nodes would change.
     """
     name = config.target_name
     whole = name in _WITHOUT_KERNEL
@@ -111,7 +111,7 @@ def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bo
 
 
 def _without_state(config: XNNPartitionerConfig, check: Callable[[Node, ExportedProgram], bool]) -> Callable:
-    """``check``, and none of what the delegate would keep as a constant is a buffer that the program writes."""
+    """``check``, and no tensor that the delegate would keep as a constant is a buffer that the program writes."""
 
     def constant(node: Node, ep: ExportedProgram) -> bool:
         return check(node, ep) and not any(_is_state(given, ep) for given in config.get_node_and_deps(node, ep))
@@ -130,7 +130,7 @@ def _highest_rank(node: Node) -> int:
 
 
 def _with_own_bias(config: GEMMConfig, check: Callable[[Node, ExportedProgram], bool]) -> Callable:
-    """``check``, and the bias is not another layer's: as int32 it is in steps of its first reader's input."""
+    """``check``, and no other layer shares the bias: its int32 scale follows from the input scale of its first reader."""
 
     def own(node: Node, ep: ExportedProgram) -> bool:
         bias = node.args[config.bias_idx] if config.bias_idx is not None and len(node.args) > config.bias_idx else None

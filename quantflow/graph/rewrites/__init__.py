@@ -1,6 +1,7 @@
-"""Operators as others that backends have: exact in float, for any batch. One kind of operator a file.
+"""Rewrites of operators into operators that backends support, exact in float and for any batch size.
 
-A table says which rewrite belongs to which operator; a quantizer or a delegate names those that its backend needs.
+Each module handles one kind of operator. A table maps operators to rewrites, and a quantizer or a delegate names the tables
+that its backend needs.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
 from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
 from quantflow.graph.rewrites.windows import WINDOW_REWRITES
 
-# Those over scalars, vectors and images.
+# Rewrites of operators on scalars, vectors and images.
 REWRITES: dict[Any, Rewrite] = {
     **ACTIVATION_REWRITES,
     **NUMBER_REWRITES,
@@ -36,7 +37,7 @@ REWRITES: dict[Any, Rewrite] = {
     **SHAPE_REWRITES,
 }
 
-# Those of operators that are not in core ATen and have no decomposition into it.
+# Rewrites of operators that are not in core ATen and have no decomposition into it.
 CORE_REWRITES: dict[Any, Rewrite] = {
     target: apply
     for target, apply in {**EMPTY_REWRITES, **ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()

@@ -1,4 +1,4 @@
-"""Activations as arithmetic that backends have: exact in float."""
+"""Rewrites of activations into arithmetic that backends support, exact in float."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_be
 
 
 def silu(module: GraphModule, node: Node) -> Node | None:
-    """``x·sigmoid(x)``."""
+    """Write SiLU as ``x·sigmoid(x)``."""
     x = argument(node, "self")
     return call_before(node, aten.mul.Tensor, x, call_before(node, aten.sigmoid.default, x))
 
 
 def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
-    """``relu((clamp(x, -3 - 6/254, 3) + 3)·(1/6))``. From there to 3 are 255 steps of which 127 make 3, so the sum is exact;
-    with -3, each would lie halfway between two steps.
+    """Write hard sigmoid as ``relu((clamp(x, -3 - 6/254, 3) + 3)·(1/6))``. The clamped range then has 255 steps, and 3 is 127
+    steps, so the sum is exact in int8. With a limit of -3, each sum would lie halfway between two integers.
     """
     val = value(node)
     if val is None or not val.ndim:
-        return None  # int8 kernels take no single numbers
+        return None  # int8 kernels do not support scalars
     clamped = call_before(node, aten.hardtanh.default, argument(node, "self"), -3.0 - 6 / 254, 3.0)
     shifted = call_before(node, aten.add.Tensor, clamped, constant_before(module, node, 3.0))
     return call_before(
@@ -33,7 +33,7 @@ def hardsigmoid(module: GraphModule, node: Node) -> Node | None:
 
 
 def clamp(module: GraphModule, node: Node) -> Node | None:
-    """A clamp between numbers as ``hardtanh``, which backends fuse."""
+    """Write a clamp between numbers as ``hardtanh``, which backends fuse."""
     x = argument(node, "self")
     limits = [argument(node, name) if has_argument(node, name) else None for name in ("min", "max")]
     if not all(limit is None or isinstance(limit, (int, float)) for limit in limits):

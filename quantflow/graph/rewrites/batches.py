@@ -1,4 +1,4 @@
-"""In which dimension a tensor carries the batch, for graphs that are called with other batches than their example's."""
+"""The batch dimension of each tensor, for graphs that are called with other batch sizes than the example."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from quantflow.graph.aten import is_view, value
 
 
 def batch_dimension(node: Node) -> int | None:
-    """Where the value of ``node``, of static shape, has the first dimension of the graph's inputs; None where it has lost it.
+    """Return the batch dimension of the value of ``node``, which has a static shape; None if it has no batch dimension.
 
-    What keeps the number of dimensions keeps their order, but for views. Behind what takes several tensors to another
-    number of dimensions, it is the first.
+    The batch is the first dimension of the graph's inputs. An operator that keeps the number of dimensions, other than a view,
+    keeps their order. After an operator that turns several tensors into another number of dimensions, the batch is the first.
     """
     passed: list[tuple[Node, Node]] = []
     while (source := _source(node)) is not None:
@@ -29,7 +29,7 @@ def batch_dimension(node: Node) -> int | None:
 
 
 def _source(node: Node) -> Node | None:
-    """The tensor from which the dimensions of ``node`` follow; None where there are several or none."""
+    """The input that determines the dimensions of ``node``, or None if there are several or none."""
     call = _call(node)
     given = [n for n in call.all_input_nodes if n.op != "get_attr" and value(n) is not None]
     same = [n for n in given if value(node) is not None and value(n).ndim == value(node).ndim]  # type: ignore[union-attr]
@@ -41,14 +41,14 @@ def _call(node: Node) -> Node:
 
 
 def _carried(node: Node, source: Node, dim: int) -> int | None:
-    """The dimension of ``node`` that grows with the dimension ``dim`` of ``source``."""
+    """The dimension of ``node`` that grows with dimension ``dim`` of ``source``."""
     given, found = value(source), value(node)
     if given is None or found is None:
         return None
     if given.ndim == found.ndim and not is_view(_call(node)):
         return dim
     if not all(isinstance(size, int) for size in given.shape):
-        return None  # another dimension varies, and is told from this one
+        return None  # another dimension varies, and its symbol already distinguishes it from the batch
     call = _call(node)
 
     def doubled(other: Node) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _carried(node: Node, source: Node, dim: int) -> int | None:
     try:
         args, kwargs = map_arg((call.args, call.kwargs), doubled)
         result: Any = call.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception:  # a view of the example's sizes, or what depends on values
+    except Exception:  # a view with the example's sizes, or an operator that depends on values
         return None if is_view(call) else dim
     result = result if call is node else result[node.args[1]]  # type: ignore[index]
     if result.ndim != found.ndim:

@@ -1,4 +1,4 @@
-"""Operators of core ATen as those that they are a decomposition of, for programs that come in decomposed: exact."""
+"""Rewrites of core ATen operators into the operators that decompose into them, exact, for programs captured decomposed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution over one, two or three dimensions."""
+    """Write ``aten.convolution`` as a convolution over one, two or three dimensions."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "output_padding", "groups")
     x, weight, bias, stride, padding, dilation, output_padding, groups = (argument(node, name) for name in names)
     dims = len(stride)
@@ -28,7 +28,7 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
 
 
 def batch_norm(module: GraphModule, node: Node) -> Replacement:
-    """A batch norm in inference mode, of which only the normed tensor is read."""
+    """Write a batch norm in inference mode as ``aten.batch_norm``, if only its normalized output is read."""
     if reads_part(node, 1) or reads_part(node, 2):
         return None
     names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")

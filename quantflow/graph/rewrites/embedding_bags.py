@@ -1,4 +1,4 @@
-"""Sums, means and maxima of bags of embeddings as products with the matrix that says which rows are in which bag."""
+"""Rewrites of embedding bags into products with the 0/1 matrix of the rows in each bag."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part, tensor_before
 
 _SUM, _MEAN, _MAX = range(3)  # the operator's modes
-_FAST = (torch.float32, torch.float16, torch.bfloat16)  # of which the operator has fast sums
+_FAST = (torch.float32, torch.float16, torch.bfloat16)  # dtypes for which the operator has a fast sum
 
 
 def embedding_bag(module: GraphModule, node: Node) -> Replacement:
-    """A bag's rows are those from its offset to that of the next bag."""
+    """Write an embedding bag as a product or a maximum. The rows of a bag reach from its offset to that of the next bag."""
     weight, indices, offsets = (argument(node, name) for name in ("weight", "indices", "offsets"))
     ids, starts = value(indices), value(offsets)
     if ids is None or starts is None or any(reads_part(node, part) for part in (1, 2, 3)):
@@ -35,7 +35,7 @@ def embedding_bag(module: GraphModule, node: Node) -> Replacement:
     none = tensor_before(module, node, torch.zeros(1, count, dtype=dtype))
     padding = argument(node, "padding_idx") if has_argument(node, "padding_idx") else None
     padded = padding is not None and padding >= 0
-    # Where the last offset ends the last bag, fast sums end with it; sizes and all else take what is behind it as well.
+    # If the last offset is the end of the last bag, the fast sum stops there. Bag sizes and all other modes include later rows.
     fast = dtype in _FAST and not padded and argument(node, "mode") != _MAX
     ends_last = bags < starts.shape[0] and fast
     to_the_end = call_before(node, aten.cat.default, [call_before(node, aten.slice.Tensor, reached, 0, 1, bags), none])
@@ -53,7 +53,7 @@ def embedding_bag(module: GraphModule, node: Node) -> Replacement:
         return [_greatest(module, node, rows, inside, sizes)]
     if is_constant(weight) and bool(tensor_of(module, weight).isfinite().all()):
         sums = call_before(node, aten.mm.default, inside, rows)
-    else:  # nothing times infinity is no number
+    else:  # zero times infinity is NaN
         sums = call_before(node, aten.sum.dim_IntList, _spread(module, node, rows, inside, 0.0), [1])
     if argument(node, "mode") == _MEAN:
         sums = call_before(node, aten.div.Tensor, sums, call_before(node, aten.clamp.default, sizes, 1.0))
@@ -61,14 +61,14 @@ def embedding_bag(module: GraphModule, node: Node) -> Replacement:
 
 
 def _greatest(module: GraphModule, node: Node, rows: Node, inside: Node, sizes: Node) -> Node:
-    """The maximum over each bag, zero for an empty one."""
+    """The maximum over each bag, zero for an empty bag."""
     greatest = call_before(node, aten.amax.default, _spread(module, node, rows, inside, -math.inf), [1])
     zero = _number(module, rows, node, 0.0)
     return call_before(node, aten.where.self, call_before(node, aten.gt.Scalar, sizes, 0.0), greatest, zero)
 
 
 def _spread(module: GraphModule, node: Node, rows: Node, inside: Node, other: float) -> Node:
-    """The ``rows`` of each bag, [bags, rows, features], with ``other`` in the place of those that are not in it."""
+    """The ``rows`` of each bag, [bags, rows, features], with ``other`` for rows outside the bag."""
     chosen = call_before(node, aten.gt.Scalar, call_before(node, aten.unsqueeze.default, inside, 2), 0.0)
     each = call_before(node, aten.unsqueeze.default, rows, 0)
     return call_before(node, aten.where.self, chosen, each, _number(module, rows, node, other))

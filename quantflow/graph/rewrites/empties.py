@@ -1,4 +1,4 @@
-"""Tensors that hold nothing yet, of which only some kinds have kernels, as zeros."""
+"""Rewrites of uninitialized tensors into zeros, because only some operators for them have kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before
 
 
 def zeros_for_empty(module: GraphModule, node: Node) -> Node | None:
-    """Zeros of the shape and dtype of another tensor; their order in memory is that of a new tensor."""
+    """Write an empty tensor as zeros of the same shape and dtype, in the memory layout of a new tensor."""
     val = value(node)
     if val is None:
         return None

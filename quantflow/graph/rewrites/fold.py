@@ -1,7 +1,6 @@
-"""Unfold, which takes an image apart into patches, as a convolution, and fold, which adds them up, as a transposed one.
+"""Rewrites of unfold (image to patches) into a convolution, and of fold (sum of patches) into a transposed convolution.
 
-Exact but for the order of sums.
-Each channel has a kernel of ones, each at the place of the patch that its other channel holds.
+The rewrites are exact except for the order of sums. Each patch position has a kernel with a single one at that position.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape,
 
 
 def fold(module: GraphModule, node: Node) -> Node | None:
-    """``col2im``, the transposed convolution."""
+    """Write ``col2im`` as a transposed convolution."""
     x = argument(node, "self")
     val, out = value(x), value(node)
     if val is None or out is None:
@@ -40,7 +39,7 @@ def fold(module: GraphModule, node: Node) -> Node | None:
 
 
 def unfold(module: GraphModule, node: Node) -> Node | None:
-    """``im2col``, the convolution."""
+    """Write ``im2col`` as a convolution."""
     x, sizes = argument(node, "self"), open_shape(node)
     val = value(x)
     if val is None or val.ndim != 4 or sizes is None or not isinstance(val.shape[1], int):

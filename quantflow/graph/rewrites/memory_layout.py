@@ -1,4 +1,4 @@
-"""How the result of a rewritten product lies in memory: as the operator's did, for views of it and writes through them."""
+"""The memory layout of rewritten products. It stays that of the original operator, for views and writes through them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _COPIES = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten
 
 
 def known(node: Node) -> bool:
-    """Whether :func:`laid_out` has the layout of ``node``."""
+    """Whether :func:`laid_out` supports the layout of ``node``."""
     val = value(node)
     return val is not None and _order(val) is not None
 
 
 def laid_out(node: Node, product: Node) -> Node:
-    """``product``, which is contiguous and has the shape of ``node``, in the layout of ``node``, before it."""
+    """Return ``product``, which is contiguous and has the shape of ``node``, in the layout of ``node``."""
     order = _order(value(node))  # type: ignore[arg-type]
     assert order is not None
     if order == sorted(order) or _is_copied_next(node, product):
@@ -33,9 +33,9 @@ def laid_out(node: Node, product: Node) -> Node:
 
 
 def _is_copied_next(node: Node, product: Node) -> bool:
-    """Whether nothing but permutations comes between ``node`` and a copy in another order: then its layout is nobody's.
+    """Whether only permutations lie between ``node`` and a copy into contiguous memory, so that no node sees its layout.
 
-    The permutations then have the strides that follow from ``product``, and a view behind them becomes a reshape.
+    The permutations then get the strides that follow from ``product``, and a view after them becomes a reshape.
     """
     passed: list[Node] = []
     reader = only_user(node)
@@ -55,12 +55,12 @@ def _is_copied_next(node: Node, product: Node) -> bool:
 
 
 def _order(val: torch.Tensor) -> list[int] | None:
-    """The dimensions of ``val`` from the outermost in memory to the innermost; None where there are gaps."""
+    """The dimensions of ``val`` from the outermost in memory to the innermost, or None if there are gaps."""
     return next((list(order) for order in itertools.permutations(range(val.ndim)) if _lies(val, order)), None)
 
 
 def _lies(val: torch.Tensor, order: Sequence[int]) -> bool:
-    """Whether ``val`` lies in memory with its dimensions in ``order``, without gaps."""
+    """Whether the memory of ``val`` has its dimensions in ``order``, without gaps."""
     step: int | torch.SymInt = 1
     for dim in reversed(order):
         size = val.shape[dim]

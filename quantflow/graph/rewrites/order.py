@@ -1,4 +1,4 @@
-"""Medians and sorted tensors as the largest (or smallest) values, in order: exact."""
+"""Rewrites of medians and sorting into top-k, exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before
 
 
 def median(module: GraphModule, node: Node) -> Node | None:
-    """The median of all elements; NaN where one of them is."""
+    """Write the median of all elements as a top-k; NaN if an element is NaN."""
     x = argument(node, "self")
     val = value(x)
     if val is None or not val.numel() or not all(isinstance(size, int) for size in val.shape):
@@ -22,7 +22,7 @@ def median(module: GraphModule, node: Node) -> Node | None:
 
 
 def median_of_rows(module: GraphModule, node: Node) -> Replacement:
-    """The median along a dimension and where it lies; NaN where one of its elements is, there."""
+    """Write the median along a dimension and its index as a top-k; NaN, with the index of a NaN, if an element is NaN."""
     x, dim = argument(node, "self"), argument(node, "dim")
     val = value(x)
     if val is None or not val.ndim or not isinstance(val.shape[dim], int):
@@ -31,12 +31,12 @@ def median_of_rows(module: GraphModule, node: Node) -> Replacement:
 
 
 def sort(module: GraphModule, node: Node) -> Replacement:
-    """All values along a dimension in order, and where they lie."""
+    """Write a sort along a dimension as a top-k of all values."""
     x, dim = argument(node, "self"), argument(node, "dim")
     val = value(x)
     if val is None or not val.ndim or not isinstance(val.shape[dim], int):
         return None
-    truths = val.dtype is torch.bool  # of which topk has no kernel
+    truths = val.dtype is torch.bool  # topk has no kernel for bool
     x = call_before(node, aten.to.dtype, x, torch.uint8) if truths else x
     found = call_before(node, aten.topk.default, x, val.shape[dim], dim, argument(node, "descending"), True)
     if truths:
@@ -45,19 +45,19 @@ def sort(module: GraphModule, node: Node) -> Replacement:
 
 
 def argsort(module: GraphModule, node: Node) -> Replacement:
-    """Where the values along a dimension lie, in their order."""
+    """Write an argsort along a dimension as the indices of a top-k."""
     found = sort(module, node)
     return call_part(node, found, 1) if isinstance(found, Node) else found and found[1]
 
 
 def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
-    """The median of ``x`` along ``dim`` and where it lies, before ``node``: the greatest of the smaller half."""
+    """The median of ``x`` along ``dim`` and its index, inserted before ``node``: the maximum of the smaller half."""
     size = value(x).shape[dim]  # type: ignore[union-attr]
     smallest = call_before(node, aten.topk.default, x, (size + 1) // 2, dim, False, True)
     middle = [call_before(node, aten.slice.Tensor, call_part(node, smallest, part), dim, -1) for part in (0, 1)]
     if value(x).is_floating_point():  # type: ignore[union-attr]
         missing = call_before(node, aten.isnan.default, x)
-        # The greatest of a row that holds NaN is NaN, and lies there.
+        # The maximum of a row with a NaN is the NaN.
         greatest = call_before(node, aten.topk.default, x, 1, dim, True, True)
         unclear = call_before(node, aten.any.dim, missing, dim, True)
         middle = [

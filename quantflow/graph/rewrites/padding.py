@@ -1,4 +1,4 @@
-"""Padding of convolutions in numbers."""
+"""Rewrites of convolutions with named padding into convolutions with numeric padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBERED = {
 
 
 def same_padding(module: GraphModule, node: Node) -> Node | None:
-    """A convolution with ``padding="same"`` as one with numbers; what is one longer at the end is padded before it."""
+    """Write a convolution with ``padding="same"`` with numbers. A pad that is longer at the end becomes a separate operator."""
     x, padding = node.args[0], argument(node, "padding")
     weight, val = value(argument(node, "weight")), value(x)  # type: ignore[arg-type]
     if padding not in ("same", "valid") or weight is None or val is None or val.ndim != weight.ndim:

@@ -1,4 +1,4 @@
-"""Pads that cut off as slices: exact."""
+"""Rewrites of negative pads into slices, exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before
 
 
 def negative_pad(module: GraphModule, node: Node) -> Node | None:
-    """A constant pad with negative sizes as slices, and a pad where others are positive."""
+    """Write a constant pad with negative sizes as slices, followed by a pad for positive sizes."""
     x, pads = argument(node, "self"), argument(node, "pad")
     if has_argument(node, "mode") and argument(node, "mode") != "constant":
         return None
@@ -31,6 +31,6 @@ def negative_pad(module: GraphModule, node: Node) -> Node | None:
     return call_before(node, aten.constant_pad_nd.default, x, positive, argument(node, "value") or 0.0)
 
 
-_FAR = 2**63 - 1  # the end of a slice that ends with its tensor
+_FAR = 2**63 - 1  # the end of a slice that reaches the end of its tensor
 
 PAD_REWRITES: dict[Any, Rewrite] = dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), negative_pad)

@@ -1,4 +1,4 @@
-"""Functions that are steep near zero, where a grid has few levels."""
+"""Detection of tensors that feed functions that are steep near zero, where quantization has few levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GEMM = CONVOLUTIONS | LINEARS
 
 
 def feeds_a_pole(node: Node, steps: int = 4) -> bool:
-    """Whether what ``node`` computes soon meets a function that is steep near zero, where a grid has few levels."""
+    """Whether the value of ``node`` reaches a function that is steep near zero within ``steps`` further operators."""
     for user in node.users:
         denominator = op(user) is aten.div.Tensor and user.args[1] is node
         if denominator or op(user) in _STEEP or (steps and op(user) not in _GEMM and feeds_a_pole(user, steps - 1)):

@@ -1,4 +1,4 @@
-"""Averages over images as means and depthwise convolutions: exact in float."""
+"""Rewrites of 2-d average pools into means and depthwise convolutions, exact in float."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_be
 
 
 def mean(module: GraphModule, node: Node) -> Node | None:
-    """A mean over height and width that drops them, as one that keeps them and a view."""
+    """Write a mean over height and width without ``keepdim`` as a mean with ``keepdim`` and a view."""
     x, dims, sizes = node.args[0], argument(node, "dim"), open_shape(node)
     rank = len(value(x).shape) if value(x) is not None else 0  # type: ignore[arg-type, union-attr]
     if argument(node, "keepdim") or sizes is None or rank != 4 or sorted(d % 4 for d in dims or []) != [2, 3]:
@@ -22,7 +22,7 @@ def mean(module: GraphModule, node: Node) -> Node | None:
 
 
 def average_pool(module: GraphModule, node: Node) -> Node | None:
-    """An average over windows as a depthwise convolution, whose equal weights are exact in int8."""
+    """Write an average pool as a depthwise convolution, whose equal weights are exact in int8."""
     x = node.args[0]
     val = value(x)  # type: ignore[arg-type]
     kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
@@ -34,15 +34,15 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
         return None
     steps = zip(val.shape[2:], kernel, padding, stride, strict=True)
     if argument(node, "ceil_mode") and any(not isinstance(n, int) or (n + 2 * p - k) % s for n, k, p, s in steps):
-        return None  # a window reaches beyond the image
+        return None  # a window extends beyond the image
     channels = val.shape[1]
     weight = constant_before(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
     return call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
 
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
-    """An average over windows that divide the image: the mean where there is one, nothing where they are single pixels, else as
-    :func:`average_pool`. (Over channels that lie last in memory, the pool of one window decomposes into a mean and a restride.)
+    """Write an adaptive average pool with windows of equal size: as a mean for a single window, as its input for windows of one
+    pixel, else as :func:`average_pool`. (In channels-last memory, a pool of one window decomposes into a mean and a restride.)
     """
     x = node.args[0]
     val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]

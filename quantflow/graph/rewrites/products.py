@@ -1,4 +1,4 @@
-"""Products of two activations, and attention, as products of batches of matrices: exact in float."""
+"""Rewrites of matrix products of two activations and of attention into batched matrix products, exact in float."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_be
 
 
 def no_batches(first: Node, second: Node) -> str | None:
-    """Why ``first @ second`` is no product of two batches of matrices; None where it is."""
+    """Return why ``first @ second`` is not a batched matrix product of two activations; None if it is."""
     a, b = value(first), value(second)
     if a is None or b is None or min(a.ndim, b.ndim) < 3:
         if is_constant(first) or is_constant(second):
@@ -31,15 +31,15 @@ def no_batches(first: Node, second: Node) -> str | None:
 
 
 def whole_product(node: Node) -> str | None:
-    """Why :func:`matmul` leaves ``node`` as it is; None where it does not."""
+    """Return why :func:`matmul` does not rewrite ``node``; None if it does."""
     return no_batches(argument(node, "self"), argument(node, "other")) or _unmade(node)
 
 
 def whole_attention(node: Node) -> str | None:
-    """Why :func:`attention` leaves ``node`` as it is; None where it does not."""
+    """Return why :func:`attention` does not rewrite ``node``; None if it does."""
     query, key, given = (argument(node, name) for name in ("query", "key", "value"))
     if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
-        return "XNNPACK has no attention with a mask; written as products with the mask added, it has all but the sum"
+        return "XNNPACK has no attention with a mask; written as products, it lacks only the addition of the mask"
     if argument(node, "dropout_p"):
         return "it drops out in inference too"
     if argument(node, "enable_gqa"):
@@ -48,15 +48,15 @@ def whole_attention(node: Node) -> str | None:
 
 
 def _unmade(node: Node) -> str | None:
-    """Why no product can stand for ``node``, whatever its operands."""
+    """Why no batched matrix product can replace ``node``, independent of its operands."""
     val = value(node)
     if val is None or (val.ndim > 3 and open_shape(node) is None):
         return _VARIES
-    return None if memory_layout.known(node) else "its result lies in memory in an order of its own"
+    return None if memory_layout.known(node) else "the memory layout of its result has gaps"
 
 
 def matmul(module: GraphModule, node: Node) -> Node | None:
-    """A product of two batches of matrices, of any rank, as ``bmm``."""
+    """Write a product of two batches of matrices, of any rank, as ``bmm``."""
     if whole_product(node):
         return None
     first, second = argument(node, "self"), argument(node, "other")
@@ -64,8 +64,8 @@ def matmul(module: GraphModule, node: Node) -> Node | None:
 
 
 def attention(module: GraphModule, node: Node) -> Node | None:
-    """Attention without a mask as a softmax between two products. What is scaled is the query: it is smaller than the scores,
-    and scaling is exact in integers.
+    """Write attention without a mask as a softmax between two products. The query is scaled because it is smaller than the
+    scores, and scaling is exact in integers.
     """
     if whole_attention(node):
         return None
@@ -80,8 +80,8 @@ def attention(module: GraphModule, node: Node) -> Node | None:
 
 
 def near_softmax(node: Node, along: Callable[[Node], Iterable[Node]], steps: int = 5) -> bool:
-    """Whether a softmax, or the exponential of one written by hand, lies ``along`` a path from ``node`` (its users, or its
-    inputs), with no layer, average or norm between.
+    """Whether a path from ``node`` reaches a softmax or an exponential within ``steps`` further operators, with no layer,
+    average or norm between. ``along`` gives the next nodes of the path: users or inputs.
     """
     ahead, seen = [node], {node}
     for _ in range(steps + 1):
@@ -99,7 +99,7 @@ _SOFTMAXES = frozenset(
         *(aten._safe_softmax.default, aten.exp.default),
     }
 )
-# What a tensor does not go through as it is: rounding before it is another matter than rounding behind it.
+# Operators that end the search: rounding before them has another effect than rounding after them.
 _LEVEL = (
     CONVOLUTIONS
     | TRANSPOSED_CONVOLUTIONS
@@ -120,14 +120,14 @@ def _folded_shape(operand: Node) -> list[int] | None:
 
 
 def _folded(node: Node, operand: Node) -> Node:
-    """``operand`` with its batch dimensions as one, before ``node``."""
+    """``operand`` with its batch dimensions merged."""
     if value(operand).ndim == 3:  # type: ignore[union-attr]
         return operand
     return call_before(node, aten.reshape.default, operand, _folded_shape(operand))
 
 
 def _unfolded(node: Node, product: Node) -> Node:
-    """``product`` in the shape and the memory layout of ``node``, before it."""
+    """``product`` in the shape and the memory layout of ``node``."""
     if value(node).ndim != 3:  # type: ignore[union-attr]
         product = call_before(node, aten.reshape.default, product, open_shape(node))
     return memory_layout.laid_out(node, product)

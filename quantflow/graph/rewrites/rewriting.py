@@ -1,4 +1,4 @@
-"""Applying exact rewrites to a graph, and what they write with: calls, constants and shapes that hold for any batch."""
+"""Application of exact rewrites to a graph, and helpers that insert calls and constants valid for any batch size."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension
 from quantflow.graph.state import aliased_by, is_written, memory_of, seen_as_one, written_tensors
 
-# What stands for a node: another, or for a call with several results, those that are read by their index; None where a rewrite
-# does not apply.
+# The replacement of a node: a node or, for a call with several results, the results that are read, by index; None if the
+# rewrite does not apply.
 Results: TypeAlias = Sequence[Node] | Mapping[int, Node]
 Replacement: TypeAlias = Node | Results | None
-# Takes a node, and writes its replacement before it.
+# A function that inserts the replacement of a node before the node.
 Rewrite = Callable[[GraphModule, Node], Replacement]
 
 
 _aten = torch.ops.aten
-# Their gradient is computed from their result, into which nobody may write.
+# The gradient of these operators is computed from their result, so no node may write into the result.
 _SAVED_BY_AUTOGRAD = frozenset(
     {
         *(_aten.relu.default, _aten.sigmoid.default, _aten.tanh.default, _aten.exp.default, _aten.softmax.int),
@@ -38,10 +38,10 @@ _SAVED_BY_AUTOGRAD = frozenset(
 
 
 def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
-    """Apply ``rewrites``, by operator, to every node of ``module``, in place.
+    """Apply ``rewrites``, a table by operator, to every node of ``module``, in place.
 
-    A name of memory that others write stays, since it may not become a copy. A tensor that is made anew becomes no name of
-    another's memory where that could be seen: it is a copy then. A node whose rewrite fails stays, with a warning.
+    A view of memory that the graph writes is not rewritten, because a replacement could be a copy. A new tensor is not replaced
+    by a view of other memory if the difference is visible; it is cloned. A node whose rewrite fails stays, with a warning.
     """
     changed, written, there = False, written_tensors(module.graph), set(module.graph.nodes)
     for node in list(module.graph.nodes):
@@ -63,20 +63,20 @@ def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule
 
 
 def _attempt(module: GraphModule, node: Node, apply: Rewrite, there: set[Node]) -> Replacement:
-    """What ``apply`` gives; where it fails None, a warning, and the graph as it was."""
+    """The result of ``apply``. If ``apply`` fails, restore the graph, warn and return None."""
     weights = {str(n.target): tensor_of(module, n) for n in node.all_input_nodes if n.op == "get_attr"}
     try:
         return apply(module, node)
     except Exception as error:
         _undo(module, there, weights)
         reason = f"{op(node)} could not be rewritten for the backend and stays: {type(error).__name__}: {error}"
-        remedy = "write the layer in terms of other operators where the backend lacks it; report it"
+        remedy = "report it; if the backend lacks the operator, write the layer in terms of other operators"
         warnings.warn(QuantflowWarning("rewrite", reason, node=label(node), remedy=remedy), stacklevel=3)
         return None
 
 
 def _undo(module: GraphModule, there: set[Node], weights: Mapping[str, torch.Tensor]) -> None:
-    """Leave the nodes ``there``, what they read, and the ``weights`` by name."""
+    """Erase all nodes except ``there``, erase the state that only they read, and restore ``weights``."""
     added = set()
     for new in reversed(module.graph.nodes):
         if new not in there and not new.users:
@@ -101,7 +101,7 @@ def _inserted(before: Node, node: Node) -> set[Node]:
 
 
 def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> None:
-    """Let ``replacement``, made by the ``inserted`` nodes and by older ones, stand for ``node``."""
+    """Replace ``node`` by ``replacement``, which the ``inserted`` nodes or older nodes compute."""
     results = [node] if isinstance(replacement, Node) else list(node.users)
     for old in results:
         if old.users:
@@ -117,14 +117,14 @@ def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> No
 
 
 def _viewed_in_other_order(old: Node, new: Node) -> bool:
-    """Whether a view of ``old`` may be none of ``new``, which lies in memory in another order."""
+    """Whether ``old`` has a ``view`` user that may fail on ``new``, which may have other strides."""
     given, wanted = value(new), value(old)
     known = given is not None and wanted is not None and given.stride() == wanted.stride()
     return not known and any(user.target is _aten.view.default for user in old.users)
 
 
 def call_before(node: Node, target: Any, *args: Any) -> Node:
-    """A call of ``target`` before ``node``, of the same layer."""
+    """Insert a call of ``target`` before ``node``, in the same layer."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
@@ -133,13 +133,13 @@ def call_before(node: Node, target: Any, *args: Any) -> Node:
         (n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
     )
     if mode is not None:
-        with mode, enable_python_dispatcher():  # without it, a size that varies becomes the example's
+        with mode, enable_python_dispatcher():  # without it, a dynamic size becomes the size of the example
             new.meta["val"] = target(*values)
     return new
 
 
 def call_part(node: Node, several: Node, index: int) -> Node:
-    """The result ``index`` of ``several``, a call with more than one, before ``node``."""
+    """Insert a read of result ``index`` of ``several``, a call with several results, before ``node``."""
     with node.graph.inserting_before(node):
         part = node.graph.call_function(operator.getitem, (several, index))
     part.meta = {key: given for key, given in several.meta.items() if key != "val"}
@@ -149,12 +149,12 @@ def call_part(node: Node, several: Node, index: int) -> Node:
 
 
 def reads_part(node: Node, index: int) -> bool:
-    """Whether anything reads the result ``index`` of ``node``, a call with more than one."""
+    """Whether a node reads result ``index`` of ``node``, a call with several results."""
     return any(user.users and user.args[1] == index for user in node.users)
 
 
 def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
-    """A read of ``tensor`` before ``node``: a buffer that no checkpoint holds."""
+    """Add ``tensor`` as a non-persistent buffer and insert a read of it before ``node``."""
     name = unused_name(module, f"{node.name}_constant")
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     module.register_buffer(name, tensor.to(device), persistent=False)
@@ -163,8 +163,8 @@ def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node
 
 
 def constant_before(module: GraphModule, node: Node, number: float, shape: tuple[int, ...] | None = None) -> Node:
-    """A read of a tensor full of ``number``, in the dtype of ``node``, before it; by default of one element, or of no
-    dimension where ``node`` has none.
+    """Insert a read of a tensor filled with ``number``, in the dtype of ``node``, before ``node``. By default the tensor has
+    one element, and no dimension if ``node`` has none.
     """
     val = value(node)
     assert val is not None
@@ -173,7 +173,7 @@ def constant_before(module: GraphModule, node: Node, number: float, shape: tuple
 
 
 def reads_input(node: Node) -> bool:
-    """Whether the value of ``node`` depends on an input of the graph, whose batch it then may have."""
+    """Whether the value of ``node`` depends on an input of the graph and so may have a batch dimension."""
     seen, ahead = {node}, [node]
     while ahead:
         given = ahead.pop()
@@ -185,8 +185,8 @@ def reads_input(node: Node) -> bool:
 
 
 def open_shape(node: Node) -> list[int] | None:
-    """The shape of the value of ``node`` with -1 for the dimension that varies, or for that of the batch, since a graph is
-    called with other batches than its example's; None where more than one varies.
+    """Return the shape of the value of ``node`` with -1 for the dynamic dimension, or for the batch dimension of a static
+    shape, because the batch size may differ from the example; None if several dimensions are dynamic.
     """
     val = value(node)
     if val is None:
@@ -196,7 +196,7 @@ def open_shape(node: Node) -> list[int] | None:
 
 
 def open_sizes(shape: Sequence[int | torch.SymInt], batch: int | None = 0) -> list[int] | None:
-    """``shape`` as :func:`open_shape` has it, with the dimension of the ``batch``, None where it has none."""
+    """Return ``shape`` in the form of :func:`open_shape`, given its ``batch`` dimension, or None for no batch."""
     sizes = [s if isinstance(s, int) else -1 for s in shape]
     if batch is not None and batch < len(sizes) and -1 not in sizes and 0 not in sizes:
         sizes[batch] = -1

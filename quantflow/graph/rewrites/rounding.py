@@ -1,4 +1,4 @@
-"""Rounding to decimals as rounding to integers: exact, by the operator's own arithmetic."""
+"""Rewrite of rounding to decimals into rounding to integers, exact because the operator uses the same arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_be
 
 
 def round_decimals(module: GraphModule, node: Node) -> Node:
-    """``round(x·10ᵈ)/10ᵈ``, for negative ``d`` the other way around."""
+    """Write rounding to ``d`` decimals as ``round(x·10ᵈ)/10ᵈ``, or ``round(x/10⁻ᵈ)·10⁻ᵈ`` for negative ``d``."""
     x, decimals = argument(node, "self"), argument(node, "decimals")
     if decimals == 0:
         return call_before(node, aten.round.default, x)

@@ -1,4 +1,4 @@
-"""Convolutions over rows that executorch prepares wrongly for XNNPACK, in other forms: exact."""
+"""Rewrites of 1-d convolutions that executorch compiles wrongly for XNNPACK, exact."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from quantflow.graph.rewrites.weights import Steps, has_own_weight, reshaped_wei
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution over images of one row for one over rows, whose weight is a constant in float: beside integers, or where
-    others read the weight too.
+    """Write a 1-d convolution with a constant float weight as a 2-d convolution over images of one row, if it is beside a
+    quantized operator or shares its weight.
 
-    executorch makes an image of each weight, and of one that two convolutions read twice. Integers are copied for each.
+    executorch converts each 1-d weight to 2-d itself, and converts a shared weight twice. A shared int8 weight is copied.
     """
     x, weight = argument(node, "input"), argument(node, "weight")
     if _is_dequantized(weight):
@@ -47,7 +47,7 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
 
 
 def _with_own_integers(module: GraphModule, node: Node) -> Node | None:
-    """The convolution ``node`` with a copy of its integer weight, where others read that too."""
+    """The convolution ``node`` with its own copy of the integer weight, if others read the weight too."""
     weight = argument(node, "weight")
     read = weight.args[0]
     if node.kwargs or not is_constant(read) or (reads_of(node.graph)[str(read.target)] == 1 and len(weight.users) == 1):
@@ -64,11 +64,11 @@ def _is_dequantized(node: Node) -> bool:
 
 
 def _is_beside_integers(x: Node, node: Node) -> bool:
-    """Whether ``x``, which ``node`` reads, was dequantized, or ``node`` is quantized."""
+    """Whether ``x``, an input of ``node``, was dequantized, or the output of ``node`` is quantized."""
     return any(n.op == "call_function" and "quantize" in str(n.target) for n in (x, *node.users))
 
 
-_SIDES = ((1, "stride"), (0, "padding"), (1, "dilation"))  # each with what it is along the new dimension
+_SIDES = ((1, "stride"), (0, "padding"), (1, "dilation"))  # each with its value along the new dimension
 
 ROW_REWRITES: dict[Any, Rewrite] = dict.fromkeys(
     (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default), convolution

@@ -1,4 +1,4 @@
-"""Numbers among the operands of arithmetic as constant tensors."""
+"""Rewrites of scalar operands of arithmetic into constant tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUMS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, ate
 
 
 def scalar_operand(module: GraphModule, node: Node) -> Node | None:
-    """A number among the operands as a constant tensor."""
+    """Write a scalar operand as a constant tensor."""
     numbers = [a for a in node.args[:2] if isinstance(a, (int, float)) and not isinstance(a, bool)]
     if len(numbers) != 1 or not is_float_tensor(node) or node.kwargs or value(node).ndim == 0:  # type: ignore[union-attr]
         return None
@@ -34,7 +34,7 @@ def scalar_operand(module: GraphModule, node: Node) -> Node | None:
         target, swap = aten.sub.Tensor, True
     limits = torch.finfo(value(node).dtype)  # type: ignore[union-attr]
     if number and math.isfinite(number) and not limits.tiny <= abs(number) <= limits.max:
-        return None  # the operator itself computes with the number in a wider dtype
+        return None  # the operator computes with the scalar in a wider dtype
     constant = constant_before(module, node, number)
     target = _TENSOR_FORM.get(target, target)
     operands = [constant if isinstance(a, (int, float)) else a for a in node.args[:2]]

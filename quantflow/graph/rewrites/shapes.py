@@ -1,4 +1,4 @@
-"""Changes of shape and parts of tensors as views and slices."""
+"""Rewrites of shape operators and splits into views and slices."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before
 
 
 def reshape(module: GraphModule, node: Node) -> Node | None:
-    """A change of shape as a view."""
+    """Write a change of shape as a view."""
     sizes = open_shape(node)
     return None if sizes is None else call_before(node, aten.reshape.default, node.args[0], sizes)
 
 
 def select(module: GraphModule, node: Node) -> Node | None:
-    """One index of a dimension as a slice and a view."""
+    """Write a select as a slice and a view."""
     sizes, dim, index = open_shape(node), argument(node, "dim"), argument(node, "index")
     if sizes is None or not isinstance(index, int) or index < 0:
         return None
@@ -26,7 +26,7 @@ def select(module: GraphModule, node: Node) -> Node | None:
 
 
 def split(module: GraphModule, node: Node) -> Replacement:
-    """Parts as slices, each for itself; those of an ``unbind`` without the dimension."""
+    """Write a split as one slice for each part. An ``unbind`` also drops the dimension."""
     dim, start, drops = argument(node, "dim"), 0, op(node) is aten.unbind.int
     parts = node.meta.get("val")
     users = list(node.users)
@@ -48,13 +48,13 @@ def split(module: GraphModule, node: Node) -> Replacement:
 
 
 def cat(module: GraphModule, node: Node) -> Node | None:
-    """One tensor joined is that tensor."""
+    """Replace a concatenation of a single tensor by the tensor."""
     tensors = argument(node, "tensors")
     return tensors[0] if len(tensors) == 1 else None
 
 
 def alias(module: GraphModule, node: Node) -> Node | None:
-    """A second name for a tensor (a slice that leaves nothing out is traced as one) is that tensor."""
+    """Replace an alias by its tensor. A slice over the whole tensor is traced as an alias."""
     return node.args[0]  # type: ignore[return-value]
 
 

@@ -1,7 +1,8 @@
-"""Convolutions over volumes as convolutions over images: exact in float.
+"""Rewrites of 3-d convolutions into 2-d convolutions, exact in float.
 
-A convolution of depth ``k`` becomes one over images whose channels are those of ``k`` neighbours: one sum, so that integers are
-rounded once, as in the convolution itself. The weight ``[O, C/g, k, h, w]`` becomes one ``[O, k·C/g, h, w]``.
+A convolution of depth ``k`` becomes a convolution over images that join the channels of ``k`` neighbours. There is a single
+sum, so an int8 result is rounded once, as in the 3-d convolution. The weight ``[O, C/g, k, h, w]`` becomes
+``[O, k·C/g, h, w]``.
 """
 
 from __future__ import annotations
@@ -16,27 +17,29 @@ from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes
 from quantflow.graph.rewrites.weights import has_own_weight, reshaped_weight
 
-# Rewrites a convolution, whose weight may be its own.
+# A rewrite of a convolution, with a flag that tells whether no other node reads its weight.
 _Rewrite = Callable[[GraphModule, Node, bool], Node | None]
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution whose weight is its own. The weight keeps its name, and trains as before, element by element."""
+    """Write a 3-d convolution with an unshared weight in 2-d. The weight keeps its name and its elements train as before."""
     return any_convolution(module, node) if has_own_weight(node) else None
 
 
 def any_convolution(module: GraphModule, node: Node) -> Node | None:
-    """A convolution of any weight, for inference: a shared weight is copied, a computed one is changed as it is computed."""
+    """Write any 3-d convolution in 2-d, for inference. A shared weight is copied; the graph reshapes a computed weight."""
     return _batched(module, node, _over_images, has_own_weight(node))
 
 
 def transposed_convolution(module: GraphModule, node: Node) -> Node | None:
-    """A transposed convolution: over depth a plain one, between whose rows lie zeros; over height and width transposed."""
+    """Write a transposed 3-d convolution as a plain convolution over depth, with zeros inserted between the images, and a
+    transposed convolution over height and width.
+    """
     return _batched(module, node, _transposed_over_images, has_own_weight(node))
 
 
 def _batched(module: GraphModule, node: Node, rewrite: _Rewrite, own: bool) -> Node | None:
-    """``rewrite`` of ``node``, with a batch of one around a single volume."""
+    """The result of ``rewrite`` on ``node``, with a batch dimension added to a single volume."""
     x = node.args[0]
     val = value(x)  # type: ignore[arg-type]
     if val is None or val.ndim != 4:
@@ -99,7 +102,7 @@ def _transposed_over_images(module: GraphModule, node: Node, own: bool) -> Node 
 
 
 def _spread(node: Node, images: Node, sizes: list[int], stride: int, before: int, behind: int) -> Node:
-    """The images of each volume with ``stride - 1`` of zeros after each but the last, and more at both ends (or fewer)."""
+    """The images of each volume with ``stride - 1`` zero images between them, padded (or cut) at both ends."""
     channels, depth, height, width = sizes
     rows = call_before(node, aten.reshape.default, images, [-1, depth, channels * height * width])
     if stride > 1:
@@ -118,12 +121,12 @@ def _spread(node: Node, images: Node, sizes: list[int], stride: int, before: int
 def _neighbours(
     node: Node, images: Node, sizes: list[int], taps: int, stride: int, padding: int, dilation: int, groups: int
 ) -> Node:
-    """For each image of the output, those that its window sees, joined by channels (within each group)."""
+    """For each output image, the input images in its window, concatenated by channels (within each group)."""
     channels, depth, height, width = sizes
     flat = channels * height * width
     windows = (depth + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     rows = call_before(node, aten.reshape.default, images, [-1, depth, flat])
-    # Whole strides, so that every stride-th row is a slice of a view: backends have no slices with a step.
+    # The length is a multiple of the stride, so that a view and a slice take every stride-th row: backends lack strided slices.
     length = windows + dilation * (taps - 1) // stride
     end = length * stride - depth - padding
     if padding or end > 0:

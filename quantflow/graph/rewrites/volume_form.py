@@ -1,4 +1,4 @@
-"""Volumes held as images: ``[N, C, D, H, W]`` as ``N·D`` images ``[N·D, C, H, W]``, and back."""
+"""Conversion of volumes ``[N, C, D, H, W]`` to ``N·D`` images ``[N·D, C, H, W]``, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DEPTH_BEFORE_CHANNELS = [0, 2, 1, 3, 4]
 
 
 def triple(given: Any) -> list[int]:
-    """The three sizes of a window over volumes, which operators take as one number or as three."""
+    """Return the three sizes of a 3-d window, which operators take as one number or as three."""
     sizes = [given] if isinstance(given, int) else list(given)
     return sizes * 3 if len(sizes) == 1 else sizes
 
 
 def volume_sizes(node: Any) -> list[int] | None:
-    """Channels, depth, height and width of a volume; None where they vary, or it is none or empty."""
+    """Return channels, depth, height and width of a volume; None if they are dynamic or zero, or ``node`` is no volume."""
     val = value(node) if isinstance(node, Node) else None
     if val is None or val.ndim != 5 or not all(isinstance(s, int) and s for s in val.shape[1:]):
         return None
@@ -29,7 +29,7 @@ def volume_sizes(node: Any) -> list[int] | None:
 
 
 def is_folded(node: Any) -> bool:
-    """Whether ``node`` is what :func:`as_volumes` has written."""
+    """Whether ``node`` is a result of :func:`as_volumes`."""
     if not isinstance(node, Node) or op(node) is not aten.permute.default or volume_sizes(node) is None:
         return False
     split, dims = node.args[0], node.args[1]
@@ -41,7 +41,7 @@ def is_folded(node: Any) -> bool:
 
 
 def as_images(node: Node, x: Node) -> Node:
-    """The volume ``x`` as images, for ``node``."""
+    """Return the volume ``x`` as images, inserted before ``node``."""
     if is_folded(x):
         return x.args[0].args[0]  # type: ignore[union-attr, return-value]
     channels, _, height, width = volume_sizes(x)  # type: ignore[misc]
@@ -50,7 +50,7 @@ def as_images(node: Node, x: Node) -> Node:
 
 
 def as_volumes(node: Node, images: Node) -> Node:
-    """``images`` as the volume that ``node`` computes."""
+    """Return ``images`` as a volume in the shape of ``node``."""
     _, *rest = value(images).shape  # type: ignore[union-attr]
     split = call_before(node, aten.reshape.default, images, [-1, value(node).shape[2], *rest])  # type: ignore[union-attr]
     return call_before(node, aten.permute.default, split, DEPTH_BEFORE_CHANNELS)

@@ -1,4 +1,4 @@
-"""Pools over volumes as pools over images and over depth: exact in float."""
+"""Rewrites of 3-d pools into pools over images and over depth, exact in float."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from quantflow.graph.rewrites.volume_form import as_images, as_volumes, triple, 
 
 
 def global_mean(module: GraphModule, node: Node) -> Node | None:
-    """The mean of a whole volume, as one over its depth and height in one dimension and its width."""
+    """Write the mean of a whole volume as a 2-d mean, with depth and height merged into one dimension."""
     sizes = volume_sizes(node.args[0])
     whole = sizes is not None and sorted(d % 5 for d in argument(node, "dim") or []) == [2, 3, 4]
     return _mean(node) if whole and argument(node, "dtype") is None else None
 
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
-    """An average over windows of any sizes: the mean where there is one window, else over images and then over depth."""
+    """Write an adaptive average pool as a mean for a single window, else as pools over images and then over depth."""
     x = node.args[0]
     sizes, size = volume_sizes(x), triple(argument(node, "output_size"))
     if sizes is None or volume_sizes(node) is None or not is_float_tensor(node):
@@ -37,7 +37,7 @@ def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
 
 
 def max_pool(module: GraphModule, node: Node) -> Node | None:
-    """The maximum over windows, over height and width and then over depth."""
+    """Write a max pool as pools over height and width and then over depth."""
     sizes = volume_sizes(node.args[0])
     if sizes is None or volume_sizes(node) is None:
         return None
@@ -54,8 +54,8 @@ def max_pool(module: GraphModule, node: Node) -> Node | None:
 
 
 def any_average_pool(module: GraphModule, node: Node) -> Node | None:
-    """The average over windows, over height and width and then over depth; where they are of different sizes, what the sums are
-    divided by makes up for it.
+    """Write an average pool as pools over height and width and then over depth. A multiplication corrects the divisor of
+    windows of different size.
     """
     sizes, val = volume_sizes(node.args[0]), value(node)
     if sizes is None or val is None or volume_sizes(node) is None or not is_float_tensor(node):
@@ -87,12 +87,12 @@ def any_average_pool(module: GraphModule, node: Node) -> Node | None:
 
 
 def _divisors(node: Node, sizes: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> torch.Tensor:
-    """What the operator divides the sum of each window by, float64, [depth, height, width] of its output."""
+    """The divisor of each window's sum in the operator, float64, [depth, height, width] of its output."""
     override = argument(node, "divisor_override")
     lengths = []
     for size, k, s, p, windows in zip(sizes, kernel, stride, padding, value(node).shape[2:], strict=True):  # type: ignore[union-attr]
         start = torch.arange(windows) * s - p
-        end = (start + k).clamp(max=size + p)  # a window may reach beyond the padding, whose rest does not count
+        end = (start + k).clamp(max=size + p)  # the part of a window beyond the padding does not count
         if not argument(node, "count_include_pad"):
             start, end = start.clamp(min=0), end.clamp(max=size)
         lengths.append((end - start).double())
@@ -117,7 +117,7 @@ def _adaptive(node: Node, column: Node, depth: int) -> Node:
 
 
 def _over_depth(node: Node, images: Node, depth: int, pool: Callable[[Node], Node], *, changes: bool) -> Node:
-    """``images``, of ``depth`` a volume, after ``pool`` over the depth, which is the height of the image that it takes."""
+    """``images``, ``depth`` per volume, pooled over the depth. ``pool`` gets images whose height is the depth."""
     if not changes:
         return images
     _, *rest = value(images).shape  # type: ignore[union-attr]

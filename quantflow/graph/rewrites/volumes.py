@@ -1,7 +1,7 @@
-"""Operators over volumes as operators over images, for backends without a third dimension: exact in float.
+"""Rewrites of 3-d operators into 2-d operators, exact in float, for backends without 3-d operators.
 
-A volume ``[N, C, D, H, W]`` is held as ``N·D`` images ``[N·D, C, H, W]``. Between two operators that are written so, the change
-of form and back is left out, so that batch norm and clamps stand right behind the convolution.
+A volume ``[N, C, D, H, W]`` becomes ``N·D`` images ``[N·D, C, H, W]``. The conversion to volumes and back is left out between
+two rewritten operators, so that batch norm and clamps directly follow the convolution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantflow.graph.rewrites.volume_form import as_images, as_volumes, is_folde
 
 
 def batch_norm(module: GraphModule, node: Node) -> Node | None:
-    """A batch norm behind a convolution over volumes: its statistics are those of the images."""
+    """Write a batch norm after a rewritten convolution in 2-d. Its statistics over the images are the same."""
     if not is_folded(node.args[0]) or node.kwargs:
         return None
     normed = call_before(node, BATCH_NORM, as_images(node, node.args[0]), *node.args[1:])  # type: ignore[arg-type]
@@ -31,14 +31,14 @@ def batch_norm(module: GraphModule, node: Node) -> Node | None:
 
 
 def clamp(module: GraphModule, node: Node) -> Node | None:
-    """A clamp behind a convolution over volumes."""
+    """Write a clamp after a rewritten convolution in 2-d."""
     if not is_folded(node.args[0]):
         return None
     return as_volumes(node, call_before(node, op(node), as_images(node, node.args[0]), *node.args[1:]))  # type: ignore[arg-type]
 
 
 def add(module: GraphModule, node: Node) -> Node | None:
-    """A sum of volumes of one shape, one of them held as images, for any batch: none of them is a constant."""
+    """Write a sum of two volumes of one shape in 2-d, if one of them is already in 2-d and neither is a constant."""
     operands = [x for x in node.args[:2] if volume_sizes(x) is not None and volume_sizes(x) == volume_sizes(node)]
     if len(operands) != 2 or node.kwargs or not any(map(is_folded, operands)):
         return None
@@ -49,7 +49,7 @@ def add(module: GraphModule, node: Node) -> Node | None:
 
 
 def _first_of(*rewrites: Rewrite) -> Rewrite:
-    """The first of ``rewrites`` that applies."""
+    """A rewrite that applies the first applicable rewrite of ``rewrites``."""
     return lambda module, node: next((new for apply in rewrites if (new := apply(module, node)) is not None), None)
 
 
@@ -59,7 +59,7 @@ _POOLS: dict[Any, Rewrite] = {
     aten.max_pool3d.default: volume_pools.max_pool,
     aten.avg_pool3d.default: volume_pools.any_average_pool,
 }
-# For training as well.
+# Rewrites for training and inference.
 VOLUME_REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), convolution),
     aten.batch_norm.default: batch_norm,
@@ -68,7 +68,7 @@ VOLUME_REWRITES: dict[Any, Rewrite] = {
     **_BEHIND,
     **_POOLS,
 }
-# For inference, where no operator may be left over volumes that the backend lacks.
+# Rewrites for inference only, which leave no 3-d operator that the backend lacks.
 VOLUME_INFERENCE_REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), any_convolution),
     aten.conv_transpose3d.input: transposed_convolution,

@@ -1,4 +1,4 @@
-"""Weights in another form, for the operators that rewrites write."""
+"""Reshaped weights for rewritten operators."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from quantflow.graph.aten import argument
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.rewriting import call_before
 
-# Operators that change the form of a weight, with their arguments behind it.
+# Operators that reshape a weight, each with its second argument.
 Steps = Sequence[tuple[Any, int | list[int]]]
 
 
 def has_own_weight(node: Node) -> bool:
-    """Whether nothing else reads the weight of ``node``."""
+    """Whether no other node reads the weight of ``node``."""
     weight = argument(node, "weight")
     return is_constant(weight) and reads_of(node.graph)[str(weight.target)] == 1
 
 
 def reshaped_weight(module: GraphModule, node: Node, steps: Steps, own: bool) -> Node:
-    """The weight of ``node`` in another form: under its own name where it is its ``own``, else a copy."""
+    """Return the weight of ``node`` after ``steps``: under the same name if the weight is its ``own``, else a copy."""
     weight = argument(node, "weight")
     if not is_constant(weight):
         for target, given in steps:

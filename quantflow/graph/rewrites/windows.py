@@ -1,4 +1,4 @@
-"""The maximum over windows of any sizes, and where it lies, as a selection of each window's elements: exact."""
+"""Rewrites of max pools over windows of any size, with indices, into a gather of each window's elements, exact."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from quantflow.graph.rewrites.rewriting import (
 )
 from quantflow.graph.rewrites.volume_form import triple
 
-# Which positions each window of one dimension covers.
+# The positions that each window of one dimension covers.
 Windows = list[list[int]]
 
 
 def adaptive_windows(size: int, count: int) -> Windows:
-    """The windows of an adaptive pool of ``count`` outputs over ``size`` positions."""
+    """Return the windows of an adaptive pool with ``count`` outputs over ``size`` positions."""
     return [list(range(i * size // count, -(-(i + 1) * size // count))) for i in range(count)]
 
 
 def sliding_windows(size: int, count: int, kernel: int, stride: int, padding: int, dilation: int) -> Windows:
-    """The windows of a pool of ``count`` outputs over ``size`` positions, without those that lie in the padding."""
+    """Return the windows of a pool with ``count`` outputs over ``size`` positions, without positions in the padding."""
     starts = range(-padding, count * stride - padding, stride)
     reaches = [range(start, start + kernel * dilation, dilation) for start in starts]
     return [[position for position in reach if 0 <= position < size] for reach in reaches]
 
 
 def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
-    """An adaptive maximum over one, two or three dimensions."""
+    """Write an adaptive max pool over one, two or three dimensions as a gather and a maximum."""
     given, val = argument(node, "output_size"), value(node.args[0])  # type: ignore[arg-type]
     dims = {aten.adaptive_max_pool1d.default: 1, aten.adaptive_max_pool2d.default: 2}.get(node.target, 3)
     if val is None or not all(isinstance(size, int) for size in val.shape[-dims:]):
@@ -58,7 +58,7 @@ def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
 
 
 def max_pool3d_with_indices(module: GraphModule, node: Node) -> Replacement:
-    """A maximum over windows of a volume, and where it lies."""
+    """Write a 3-d max pool with indices as a gather and a maximum."""
     val, pooled = value(node.args[0]), node.meta["val"][0]  # type: ignore[arg-type]
     if val is None or not all(isinstance(size, int) for size in val.shape[-3:]):
         return None
@@ -69,8 +69,8 @@ def max_pool3d_with_indices(module: GraphModule, node: Node) -> Replacement:
 
 
 def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Replacement:
-    """The results of ``node``: maxima over ``windows`` by dimension, and where they lie. None where other sizes than the batch
-    vary, or a window is empty.
+    """The results of ``node``: the maxima over ``windows``, given by dimension, and their indices. None if a size other than
+    the batch is dynamic or a window is empty.
     """
     shape = value(node.args[0]).shape  # type: ignore[arg-type, union-attr]
     lead = open_sizes(shape[: -len(windows)])
@@ -116,7 +116,7 @@ def _joint_maxima(
 
 
 def _filled(span: list[int], length: int) -> list[int]:
-    """``span`` with its first position again, up to ``length``: the maximum, and its first place, stay."""
+    """``span`` padded to ``length`` with its first position, which changes neither the maximum nor its first index."""
     return span + span[:1] * (length - len(span))
 
 

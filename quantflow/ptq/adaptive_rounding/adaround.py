@@ -45,37 +45,52 @@ def adaround(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> TrainableGraphModule:
-    """A copy of ``graph`` whose weights are each rounded up or down as serves the layer's output, not to the nearest.
+    """Return a copy of ``graph`` with each weight rounded up or down as is best for the layer's output, not to the nearest.
 
-    One walk, layer by layer: which of the two integers around a weight to take is learned by gradient descent, so that the
-    layer reproduces its float output, as the relu or relu6 behind it lets it pass, from the inputs that it gets once they are
-    quantized (Nagel et al. 2020, AdaRound, arXiv:2004.10568). The grids stay. An output keeps nearest rounding where that errs
-    less on all of the data, or on the quarter of it that nothing was learned on.
+    The layers are rounded in order. Which of the two integers around a weight to take is learned by gradient descent, so that
+    the layer reproduces its float output, as the relu or relu6 behind it lets it pass, from the inputs that it gets once they
+    are quantized (Nagel et al. 2020, AdaRound, arXiv:2004.10568). Scales and zero points stay. An output channel keeps nearest
+    rounding where that errs less on all of the data, or on the quarter of it that nothing was learned on.
 
-    With ``together`` the layers of a block are learned at once, so that the block reproduces what it puts out in float (Li et
-    al. 2021, BRECQ, arXiv:2102.05426): errors of its layers may cancel. Blocks end where one activation alone carries on all
-    that quantization changes, which is never inside a residual block (:func:`.blocks.blocks`). A block keeps
-    its weights where that errs less at one of its ends, on all of the data or on the quarter. A block of one layer, and one
-    that is too large to hold or has no gradient, is learned layer by layer.
+    With ``together`` the layers of a block are learned at once, so that the block reproduces its float outputs (Li et
+    al. 2021, BRECQ, arXiv:2102.05426): errors of its layers may cancel. A block ends where one activation alone carries on all
+    that quantization changes, which is never inside a residual block. A block keeps its weights where that errs less at one of
+    its ends, on all of the data or on the quarter. A block of one layer, and one that is too large to hold or has no gradient,
+    is learned layer by layer.
 
-    It pays with few levels (4 bits). It hurts where examples are few for the features of a layer, and, without ``gradients``,
-    where a network has outliers that do not matter to it: these are then what is fitted. A weight that lies on its grid
+    It pays with few bits (4). It hurts where examples are few for the features of a layer, and, without ``gradients``,
+    where a network has outliers that do not matter to it: these are then what is fitted. A weight that is quantized exactly
     already, as after :func:`reconstruct_weights`, has nothing to learn: call this first. Time grows with ``iterations``.
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
-        gradients: What :func:`.output_gradients` found on the batches of that sample: places count by how much the
+        gradients: What :func:`quantflow.ptq.output_gradients` found on the batches of that sample: rows count by how much the
             network's output depends on them. Without, all count alike. At the end of a block they are known where only clamps
-            and sums come behind its last layer; at another all places count alike.
+            and sums come behind its last layer; at another all rows count alike.
         together: How many layers at least to learn at once; 1 is layer by layer.
         iterations: Steps of Adam for each layer or block.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show a progress bar.
 
+    Returns:
+        The copy. A warning names the layers and blocks that keep their weights.
+
     Raises:
         QuantflowError: at stage ``"adaround"``, when the graph is not prepared for PTQ or not calibrated, a batch does not fit
             it, or ``iterations`` or ``together`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import adaround
+        >>> from quantizers import W4A8, XNNPACKQuantizer
+        >>> model, data = torch.nn.Linear(8, 4).eval(), [torch.randn(64, 8)]
+        >>> graph = qf.export(model, (data[0],), dynamic_batch=True).module()
+        >>> prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(W4A8)), data, progress=False)
+        >>> rounded = adaround(prepared, data, iterations=100, progress=False)
+        >>> torch.equal(rounded.weight, prepared.weight)
+        False
     """
     check_calibrated(graph, _STAGE)
     if iterations < 1:

@@ -12,8 +12,8 @@ from quantflow.ptq.adaptive_rounding.block_reconstruction import NoReconstructio
 from quantflow.ptq.adaptive_rounding.blocks import Block
 from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding, descend
 from quantflow.ptq.writing import write_weight
+from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import quantized
 from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.preconditions import MEMORY
 from quantflow.simulation.quantized_layers import Layer
@@ -104,4 +104,4 @@ def _errors(task: Reconstruction, weights: dict[Layer, torch.Tensor]) -> torch.T
 
 def _nearest(graph: GraphModule, layer: Layer) -> torch.Tensor:
     weight = attribute(graph, layer.weight.args[0])  # type: ignore[arg-type]
-    return layer.matrices(quantized(layer.observer, weight))
+    return layer.matrices(fake_quantized(layer.observer, weight))

@@ -1,4 +1,4 @@
-"""A block where the walk meets it: what it gets, what it is to put out, and how far off it is with given weights."""
+"""The error of a block: its outputs in the integer network, with given weights, against those in the float network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from quantflow.graph.state import writes_for_others
 from quantflow.observers import FixedQParamsObserver
 from quantflow.observers.observation import observer_of, qparams_of
 from quantflow.ptq.adaptive_rounding.blocks import Block
+from quantflow.simulation.fake_quantized import is_affine
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import Values, has_grid, last_reads, quantized, value_at
-from quantflow.simulation.output_gradients import ROWS, float_value, row_weights
+from quantflow.simulation.interpreter import Interpreter, Values
+from quantflow.simulation.output_gradients import ROWS, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.quantized_layers import Layer
 
@@ -28,20 +29,20 @@ class NoReconstructionError(Exception):
 
 
 class Reconstruction:
-    """What a block puts out in the integer network, against what it puts out in the float network.
+    """The outputs of a block in the integer network against its outputs in the float network.
 
     Args:
-        graph: The graph that is walked.
-        block: The block; what stands in it before its first layer is computed by now.
-        pair: The pair at that layer.
-        layers: Of the graph, by node.
-        gradients: How much places count. They are known at an end behind whose last layer only clamps and sums come; all places
-            of another count alike.
+        graph: The prepared and calibrated graph.
+        block: The block. Its nodes before its first layer have been computed.
+        pair: Both networks at that layer.
+        layers: The layers of the graph, by node.
+        gradients: The squared gradients of rows, by the name of the layer's node. They weight the errors at an end that only
+            clamps and sums separate from its last layer. At another end all errors count alike.
 
     Attributes:
-        batches: How many there are.
-        examples: About how many a batch holds.
-        bytes: About what a gradient through the block holds for one batch.
+        batches: The number of batches.
+        examples: About how many examples a batch holds.
+        bytes: About how many bytes a gradient through the block holds for one batch.
 
     Raises:
         NoReconstructionError: where the block has no float output, or none that is finite, or writes into what others read.
@@ -50,21 +51,18 @@ class Reconstruction:
     def __init__(
         self, graph: GraphModule, block: Block, pair: LayerPair, layers: dict[Node, Layer], gradients: RowGradients
     ) -> None:
-        self._graph, self._given, self.bytes = graph, pair.integers, 0
+        self._given, self.bytes = pair.integers, 0
         self._nodes = block.nodes[block.nodes.index(pair.layer.node) :]
         self._ends = [node for node in block.ends if node in self._nodes]
-        self._dead = last_reads(graph.graph)
         if any(writes_for_others(node) for node in self._nodes):
             raise NoReconstructionError("it writes in place into what others read")
-        values: Values = dict(pair.integers[0])
-        self._constants: Values = {}
-        self._observers: dict[Node, nn.Module] = {}
-        for node in self._nodes:
-            if node in block.constants:
-                values[node] = self._constants[node] = value_at(graph, node, values, integers=True)
-            elif (observer := observer_of(node, graph)) is not None:
-                self._observers[node] = _settled(observer)
-        self._wanted = [self._floats(values) for values in pair.floats]
+        constants = [node for node in self._nodes if node in block.constants]
+        network, before = Interpreter(graph, quantize=True), dict(pair.integers[0])
+        self._constants = {n: values[n] for n, values in network.run(nodes=constants, values=before, keep=True)}
+        observed = {node: observer_of(node, graph) for node in self._nodes if node not in self._constants}
+        fixed = {node: _fixed(observer) for node, observer in observed.items() if observer is not None}
+        self._integers = Interpreter(graph, quantize=True, observers=fixed)
+        self._wanted = [self._ends_in_float(Interpreter(graph, float_weights=True), values) for values in pair.floats]
         if not self._ends or not all(end.isfinite().all() for ends in self._wanted for end in ends):
             raise NoReconstructionError("nothing that it puts out is a finite float tensor")
         self.batches, first = len(self._wanted), self._wanted[0][0]
@@ -80,42 +78,33 @@ class Reconstruction:
             batch: Its number.
             weights: Quantized weights, [groups, outputs, features]; those of other layers are what they were.
         """
-        values = {**self._given[batch], **self._constants}
-        values |= {layer.weight: weight.reshape(self._shapes[layer]) for layer, weight in weights.items()}
-        found = {}
-        for node in self._nodes:
-            if node in self._observers:
-                values[node] = quantized(self._observers[node], values[node.args[0]], node.users)  # type: ignore[index]
-            elif node not in self._constants:
-                values[node] = value_at(self._graph, node, values, integers=True)
-            found.update({node: values[node]} if node in self._ends else {})
-            for read in self._dead.get(node, ()):
-                values.pop(read, None)
+        known = self._constants | {layer.weight: w.reshape(self._shapes[layer]) for layer, w in weights.items()}
+        values, found = {**self._given[batch], **known}, Values()
+        for node, alive in self._integers.run(nodes=self._nodes, values=values, known=known):
+            if node in self._ends:
+                found[node] = alive[node]
         ends = zip((found[end] for end in self._ends), self._wanted[batch], self._gradients_at, strict=True)
-        return torch.stack([_squares(y - wanted, batch, row_gradients) for y, wanted, row_gradients in ends])
+        return torch.stack([_squares(y - wanted, batch, at_end) for y, wanted, at_end in ends])
 
     def numbers(self, batches: int) -> int:
         """How many numbers the block puts out at its ends for the first ``batches``."""
         return sum(end.numel() for ends in self._wanted[:batches] for end in ends)
 
-    def _floats(self, before: Values) -> list[torch.Tensor]:
-        """What the block puts out in the float network, given the values before it."""
-        values, found, held = dict(before), {}, 0
-        for node in self._nodes:
-            values[node] = float_value(self._graph, node, values, ())
+    def _ends_in_float(self, network: Interpreter, before: Values) -> list[torch.Tensor]:
+        found, held = Values(), 0
+        for node, values in network.run(nodes=self._nodes, values=dict(before)):
             if node not in self._constants and not is_view(node):
                 leaves = pytree.tree_leaves(values[node])
                 held += sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
-            found.update({node: values[node]} if node in self._ends else {})
-            for read in self._dead.get(node, ()):
-                values.pop(read, None)
+            if node in self._ends:
+                found[node] = values[node]
         self.bytes = max(self.bytes, held)
         return [found[end] for end in self._ends]
 
 
-def _settled(observer: nn.Module) -> nn.Module:
+def _fixed(observer: nn.Module) -> nn.Module:
     """An observer whose grid need not be searched for again."""
-    if getattr(observer, "is_dynamic", False) or not has_grid(observer):
+    if getattr(observer, "is_dynamic", False) or not is_affine(observer):
         return observer
     return FixedQParamsObserver.like(observer, *qparams_of(observer))
 

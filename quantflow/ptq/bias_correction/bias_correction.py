@@ -19,8 +19,9 @@ from quantflow.observers.observation import observer_of
 from quantflow.ptq.bias_correction.data_free_statistics import expectations
 from quantflow.ptq.channel_ranges import rows_of_channels
 from quantflow.ptq.writing import add_to_bias
+from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute, float_weight
-from quantflow.simulation.interpreter import evaluate, quantized
+from quantflow.simulation.interpreter import evaluate
 from quantflow.simulation.paired_interpreter import LayerPair, run_paired
 from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
@@ -36,17 +37,17 @@ def correct_bias(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> TrainableGraphModule:
-    """A copy of ``graph`` whose layers have the mean output that they have in float; only biases move.
+    """Return a copy of ``graph`` with biases such that each layer has the mean output that it has in float.
 
-    With ``data``, empirically: one walk in which the float and the integer network run side by side, each layer corrected with
-    those before it corrected already. Without, analytically: a weight's rounding error times the mean of its input, which the
-    batch norm folded into the layer before tells, through relu and relu6 as a clipped normal. (Nagel et al. 2019,
+    With ``data`` the correction is empirical: the float and the integer network run side by side, and each layer is corrected
+    after those before it. Without data it is analytic: a weight's rounding error times the mean of its input, which follows
+    from the batch norm folded into the layer before, through relu and relu6 as a clipped normal. (Nagel et al. 2019,
     arXiv:1906.04721, section 4.2 and appendices B to D.)
 
-    It hurts where a few outliers that a range rightly saturates make the mean error: all places of the channel then shift by
-    it. So it does where the mean is not that of the data to come: few or unlike examples here, and in the analytic form
+    It hurts where a few outliers that a range rightly saturates make the mean error: all values of the channel are then shifted
+    by it. It also hurts where the mean is not that of the data to come: few or unlike examples here, and in the analytic form
     statistics that do not hold any more (weights changed after training, a norm whose inputs are far from normal). The
-    analytic form sees weights only, not the rounding of activations.
+    analytic form corrects errors of weights only, not the rounding of activations.
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
@@ -55,9 +56,24 @@ def correct_bias(
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show a progress bar.
 
+    Returns:
+        The copy.
+
     Raises:
         QuantflowError: at stage ``"correct_bias"``, when the graph is not prepared for PTQ or not calibrated, a batch does not
             fit it, or without data nothing is known of any layer's inputs.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import correct_bias
+        >>> from quantizers import W4A8, XNNPACKQuantizer
+        >>> model, data = torch.nn.Linear(8, 4).eval(), [torch.rand(64, 8)]
+        >>> graph = qf.export(model, (data[0],), dynamic_batch=True).module()
+        >>> prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(W4A8)), data, progress=False)
+        >>> corrected = correct_bias(prepared, data, progress=False)
+        >>> torch.equal(corrected.weight, prepared.weight), torch.equal(corrected.bias, prepared.bias)
+        (True, False)
     """
     check_calibrated(graph, _STAGE)
     corrected = adopt(graph)
@@ -106,7 +122,7 @@ def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
         ):
             unknown.append(label(node))
             continue
-        error = quantized(observer_of(layer.weight, graph), weight) - float_weight(read, weight)
+        error = fake_quantized(observer_of(layer.weight, graph), weight) - float_weight(read, weight)
         mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
         moved = 0.0
         if layer.bias is not None:  # what an earlier pass did already

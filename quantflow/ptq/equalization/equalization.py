@@ -31,20 +31,21 @@ _SMALLEST = 1e-3  # of the largest channel: what is smaller is not raised to it
 def equalize(
     graph: GraphModule, data: Sample | Iterable[Any] | None = None, *, inputs: PickInputs | None = None
 ) -> TrainableGraphModule:
-    """A copy of ``graph`` in which channels between layers have like ranges; its function in float is the same.
+    """Return a copy of ``graph`` in which the channels between layers have similar ranges; its function in float is the same.
 
-    A layer's output channels are divided by positive numbers, and the layers that read them multiply their weights by the same
-    (Nagel et al. 2019, arXiv:1906.04721, section 4.1). The numbers pass relu, leaky relu, prelu, pools, padding, flattening,
-    gates and sums, all of whose terms are scaled alike; whatever else meets a tensor leaves it as it is. A clamp at a number
-    other than zero (relu6) does not commute with them: a channel there is scaled only where it is proven never to reach that
-    number, before and after.
+    A layer's output channels are divided by positive factors, and the layers that read them multiply their weights by the same
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.1). The factors pass relu, leaky relu, prelu, pools, padding, flattening,
+    gates and sums, all of whose terms are scaled alike; a tensor that any other operator reads is not scaled. A clamp at a
+    number other than zero (relu6) does not commute with them: a channel there is scaled only where it is proven never to reach
+    that number, before and after.
 
-    With ``data``, what is equalized is the range of each activation's channels, which share one grid, against the columns of
-    the weights that read it as their per-channel grids see them; depthwise weights have a grid for each column, and leave all
-    the gain to the activation. Without, it is the weights' ranges, as in the paper, which is for grids that are per tensor.
+    With ``data``, the range of each activation's channels, which share one scale, is equalized against the columns of the
+    weights that read it, relative to their per-channel scales; depthwise weights have a scale for each column, and leave all
+    the gain to the activation. Without data, the ranges of the weights are equalized, as in the paper, which is for per-tensor
+    weights.
 
     It hurts where channels that matter little are raised to the level of those that matter, where a few columns of a weight
-    must grow so large that the others lose their levels, and, without data, where weights are per channel already.
+    must grow so large that the others lose resolution, and, without data, where weights are per channel already.
 
     Args:
         graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`; it is left as it was. Its batch norms are
@@ -52,8 +53,21 @@ def equalize(
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
 
+    Returns:
+        The copy. A warning says where there was nothing to equalize.
+
     Raises:
         QuantflowError: at stage ``"equalize"``, when the graph is none or prepared already, or a batch does not fit it.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import equalize
+        >>> x = torch.randn(8, 3, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+        >>> graph = qf.export(model, (x,)).module()
+        >>> torch.allclose(equalize(graph)(x), graph(x), atol=1e-4)
+        True
     """
     check_float(graph, _STAGE)
     equal = adopt(graph)

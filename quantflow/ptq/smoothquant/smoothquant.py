@@ -42,15 +42,16 @@ class _Seam:
 def smooth(
     graph: GraphModule, data: Sample | Iterable[Any], strength: float = 0.5, *, inputs: PickInputs | None = None
 ) -> TrainableGraphModule:
-    """A copy of ``graph`` whose linear layers read features of like ranges; its function in float is the same.
+    """Return a copy of ``graph`` whose linear layers read features of similar ranges; its function in float is the same.
 
     Each feature is divided by ``max|x|**strength / max|w|**(1 - strength)``, in the weight and bias of the norm (layer norm,
-    RMS norm, batch norm), of the linear layer or of the constant factor that puts it out, and the columns of the linear layers
+    RMS norm, batch norm), of the linear layer or of the constant factor that makes it, and the columns of the linear layers
     that read it are multiplied by that. Layers that read one norm (query, key, value) share the scale; where anything else
     reads it too, nothing is done. (Xiao et al. 2023, SmoothQuant, arXiv:2211.10438.)
 
-    It hurts where weights have few levels (4 bits), which the columns of outlying features then take from the others, and where
-    a feature of ``data`` is small by chance. At ``strength`` 1 features are all alike and the weights have all the difficulty.
+    It hurts where weights have few bits (4), since the columns of outlier features then take resolution from the others, and
+    where a feature of ``data`` is small by chance. At ``strength`` 1 features are all alike and the weights have all the
+    difficulty.
 
     Args:
         graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`; it is left as it was.
@@ -58,9 +59,22 @@ def smooth(
         strength: How much of the difficulty goes from the activations to the weights, 0 to 1.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
 
+    Returns:
+        The copy. A warning says where there was nothing to smooth.
+
     Raises:
         QuantflowError: at stage ``"smooth"``, when the graph is none or prepared already, ``strength`` is out of range or a
             batch does not fit the graph.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import smooth
+        >>> x = torch.randn(32, 8)
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)).eval()
+        >>> graph = qf.export(model, (x,)).module()
+        >>> torch.allclose(smooth(graph, [x])(x), graph(x), atol=1e-4)
+        True
     """
     check_float(graph, _STAGE)
     if not 0 <= strength <= 1:

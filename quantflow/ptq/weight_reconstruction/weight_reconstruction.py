@@ -28,19 +28,35 @@ _FINE = 64  # levels from which on shrinking a weight's range brings nothing
 def reconstruct_weights(
     graph: GraphModule, sample: Sequence[Inputs], gradients: OutputGradients | None = None, *, progress: bool = True
 ) -> TrainableGraphModule:
-    """A copy of ``graph`` whose layers reproduce their float outputs from quantized inputs, with weights on their grids.
+    """Return a copy of ``graph`` whose layers reproduce their float outputs from quantized inputs, with quantized weights.
 
-    One walk, layer by layer, in which the float network and the integer network run side by side. Each layer's weight is
-    fitted by ridge regression to its float output, given the inputs as the integer network has them; rounded by GPTQ; and
-    its bias takes what is left of the mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows count by how much
-    the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound, arXiv:2004.10568,
-    section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
+    The float network and the integer network run side by side, layer by layer. Each layer's weight is fitted by ridge
+    regression to its float output, given the inputs as the integer network has them, and rounded by GPTQ (Frantar et al. 2023,
+    arXiv:2210.17323); its bias takes what is left of the mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows
+    count by how much the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound,
+    arXiv:2004.10568, section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
-        sample: Batches of flat inputs, two or more; of one, weights are rounded but not fitted.
-        gradients: What :func:`quantflow.simulation.output_gradients` found on the same sample; without, all rows count alike.
+        sample: Batches of flat inputs, as ``Sample.batches()`` returns them, two or more; of one, weights are rounded but not
+            fitted.
+        gradients: What :func:`quantflow.ptq.output_gradients` found on the same sample; without, all rows count alike.
         progress: Show a progress bar.
+
+    Returns:
+        The copy, in inference mode.
+
+    Example:
+        >>> import torch
+        >>> import quantflow as qf
+        >>> from quantflow.ptq import reconstruct_weights
+        >>> from quantizers import W4A8, XNNPACKQuantizer
+        >>> model, sample = torch.nn.Linear(8, 4).eval(), qf.Sample()
+        >>> graph = qf.export(model, (torch.randn(1, 8),), dynamic_batch=True).module()
+        >>> prepared = qf.prepare(graph, XNNPACKQuantizer(W4A8))
+        >>> _ = qf.calibrate(prepared, [torch.randn(64, 8)], sample=sample, progress=False)
+        >>> torch.equal(reconstruct_weights(prepared, sample.batches(), progress=False).weight, prepared.weight)
+        False
     """
     graph = adopt(graph).eval()
     rows = {} if gradients is None else {node.name: found for node, found in gradients.rows.items()}

@@ -1,0 +1,65 @@
+"""A prepared graph as a network: called on flat inputs, in float or with what its observers quantize quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantflow.conversion.biases import as_converted
+from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.graph.state import is_written
+from quantflow.observers.observation import observer_of
+from quantflow.simulation.fake_quantized import fake_quantized
+from quantflow.simulation.float_weights import attribute
+from quantflow.simulation.interpreter import Interpreter, float_tensors, returned
+
+
+class Simulation:
+    """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
+
+    Observers learn nothing from a call. State is the simulation's own, and goes on from call to call. A call returns all that
+    the graph returns, flat.
+    """
+
+    @torch.no_grad()
+    def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
+        self.interpreter, nodes = Interpreter(graph, quantize=integers), graph.graph.nodes
+        self.known = {node: attribute(graph, node) for node in nodes if node.op == "get_attr" and is_written(node)}
+        if integers:
+            for node in nodes:
+                observer = observer_of(node, graph)
+                if observer is not None and is_constant(node.args[0]):
+                    self.known[node] = fake_quantized(observer, tensor_of(graph, node.args[0]))
+            self.known |= as_converted(graph)
+
+    @torch.no_grad()
+    def __call__(self, *batch: Any) -> list[Any]:
+        result: list[Any] = []
+        for node, values in self.interpreter.run(batch, known=self.known):
+            if node.op == "output":
+                result = returned(node, values)
+        return result
+
+
+def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:
+    """The float tensors that ``graph`` returns for each batch, in float or with what its observers quantize quantized."""
+    simulation = Simulation(graph, integers=integers)
+    return [float_tensors(simulation(*batch)) for batch in batches]
+
+
+@torch.no_grad()
+def peak_bytes(graph: GraphModule, batch: tuple) -> int:
+    """The most memory that values of the float network take at one time for ``batch``, in bytes."""
+    most = 1
+    for node, values in Interpreter(graph).run(batch):
+        if node.op not in ("get_attr", "output"):
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for n, t in values.items()
+                if isinstance(t, torch.Tensor) and n.op != "get_attr"
+            }
+            most = max(most, sum(storages.values()))
+    return most
