@@ -191,3 +191,15 @@ def test_a_batch_that_is_fixed_by_a_state_is_told_apart_from_a_model_that_fails(
     assert "dynamic_batch=False" in caught.value.remedy
     with pytest.raises(qf.QuantflowError, match="itself does not run on the example inputs"):
         qf.export(StateOfOne(), (torch.randn(2, 4),), dynamic_batch=True)
+
+
+def test_a_size_that_can_not_be_as_dynamic_as_declared_names_its_input():
+    class Strided(torch.nn.Module):
+        def forward(self, *, images):
+            rows = images[::2]
+            return rows - rows.mean(0) if rows.shape[0] != 1 else rows
+
+    with pytest.raises(qf.QuantflowError, match="Constraints violated") as caught:
+        qf.export(Strided(), (), {"images": torch.randn(3, 4)}, dynamic_batch=True)
+    assert (caught.value.stage, caught.value.node) == ("export", "images")
+    assert "dynamic_batch=False" in caught.value.remedy

@@ -431,6 +431,14 @@ def test_a_layout_changed_within_a_model_lowers_right():
     torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_channel_alone_in_channels_last_is_read_as_it_lies():
+    """With one channel both layouts are contiguous, and their strides differ."""
+    x = torch.randn(2, 1, 5, 7).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Linear(7, 12), nn.ReflectionPad2d(1), nn.Conv2d(1, 4, 3)).eval()
+    program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert sqnr(model(x), program(x)) > 60
+
+
 def test_shared_weights_in_channels_last_stay_one():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
     model[2].weight = model[0].weight

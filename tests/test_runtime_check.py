@@ -12,6 +12,7 @@ from executorch.backends.xnnpack.partition.config import generic_node_configs as
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.dialects._ops import ops
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
@@ -296,3 +297,20 @@ def test_a_missing_kernel_is_named(nothing_rewritten):
 def test_a_kernel_that_refuses_its_arguments_is_named(nothing_rewritten):
     with pytest.raises(qf.QuantflowError, match=r"aten::convolution.*3-D or 4-D"):
         qf.export(nn.Conv3d(2, 2, 1), (torch.randn(1, 2, 3, 3, 3),)).to_core_aten().to_edge(None).to_executorch()
+
+
+def test_maxima_over_a_dimension_that_goes_stay_out_of_the_delegate():
+    edge = edge_of(lambda m, x: m.conv(x).max(3)[0] + m.conv(x).max(3, keepdim=True)[0][..., 0], X)
+    assert edge.delegation().portable["aten::max.dim"] == 1
+    assert edge.to_executorch()(X).shape == X.shape[:3]
+
+
+def test_a_call_of_which_no_program_can_be_made_is_left_out_of_the_search(monkeypatch):
+    edge = edge_of(lambda m, x: torch.tanh(m.conv(x)), X)
+
+    def fails(self, *args, **kwargs):
+        raise AssertionError("Number of inputs changed after transformation")
+
+    monkeypatch.setattr(LoweredBackendModule, "buffer", fails)
+    assert FaultSearch().alone(edge.manager.exported_program(), [X]) == set()
+    assert FaultSearch().alone(edge.manager.exported_program(), None) == set()

@@ -1,6 +1,6 @@
 """The verb that says what each layer costs: one at a time to integers, and one at a time back to float.
 
-(Not the gradients by which recovery prices errors: those are in ``quantflow/simulation/output_gradients.py``.)
+The gradients that weight errors in post-training algorithms are in ``quantflow/simulation/output_gradients.py``.
 """
 
 from __future__ import annotations

@@ -39,14 +39,22 @@ def why_not(model: nn.Module, given: tuple, widened: tuple | None, error: Except
     if doubled is not None:
         reason = f"{name} runs on the example inputs but not on a batch of two: {_first_lines(doubled)}"
         return QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
+    if _constrained(error) is not None:
+        remedy = "pass dynamic_batch=False, or dynamic_shapes with bounds in which the condition holds"
     if "specialized it to be a constant (1)" in str(error):
         remedy = "pass an example of size two or more, or dynamic_batch=N: torch.export fixes a size of one"
     return QuantflowError(
         "export",
         f"torch.export could not trace {name}{_place(error)}: {_first_lines(error)}",
-        node="dynamic_batch" if specialized else None,
+        node="dynamic_batch" if specialized else _constrained(error),
         remedy=f"{remedy}; no quantization is involved at this stage",
     )
+
+
+def _constrained(error: Exception) -> str | None:
+    """The input whose sizes can't be as dynamic as they were declared, or None if that is not the error."""
+    found = re.search(r"L\['(\w+)'\]", str(error)) if "Constraints violated" in str(error) else None
+    return found[1] if found else None
 
 
 def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import GraphModule
 
 from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
-from quantflow.graph.rewrites import rewrite
+from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
 
 class Delegate:
     """A backend given by partitioners that claim edge nodes for it. The base class holds any executorch partitioners."""
+
+    centers_norms = False
 
     def __init__(self, partitioners: Sequence[Any] = ()) -> None:
         self._partitioners = list(partitioners)
@@ -32,6 +35,18 @@ class Delegate:
         """
         if not self._partitioners:
             rewrite(graph, PORTABLE_LACKS)
+
+    def rewrite_for_lowering(self, graph: GraphModule) -> None:
+        """:meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""
+        self.rewrite(graph)
+        if self.centers_norms:
+            rewrite(graph, CENTERED_NORM_REWRITES)
+
+    def centering_norms(self) -> Delegate:
+        """A copy of the delegate that subtracts the mean before each layer norm and group norm."""
+        centering = copy.copy(self)
+        centering.centers_norms = True
+        return centering
 
     def passes(self) -> list[Any]:
         """Return the passes that run on the edge program before it is partitioned."""

@@ -1,4 +1,4 @@
-"""A table of rewrites for operators that executorch's portable kernels lack.
+"""A table of rewrites for operators that executorch's portable kernels lack, or compute with a loss of precision.
 
 Operators outside a delegate run in portable kernels, so every delegate of quantflow needs this table.
 """
@@ -12,6 +12,7 @@ from quantflow.graph.rewrites import (
     EMBEDDING_BAG_REWRITES,
     EMPTY_REWRITES,
     FOLD_REWRITES,
+    NORMALIZATION_REWRITES,
     ORDER_REWRITES,
     PAD_REWRITES,
     ROUNDING_REWRITES,
@@ -24,6 +25,7 @@ PORTABLE_LACKS: Mapping[Any, Rewrite] = {
     **EMBEDDING_BAG_REWRITES,
     **EMPTY_REWRITES,
     **FOLD_REWRITES,
+    **NORMALIZATION_REWRITES,
     **ORDER_REWRITES,
     **PAD_REWRITES,
     **ROUNDING_REWRITES,

@@ -26,7 +26,7 @@ _KEPT_META = (
     "quantflow_cumulative_average",
     "quantflow_tracking",
     "quantflow_output_moments",
-    "quantflow_original",
+    "quantflow_float_weight",
 )
 
 

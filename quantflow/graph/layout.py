@@ -32,7 +32,7 @@ def make_contiguous(program: ExportedProgram) -> ExportedProgram:
     mode = odd[0].meta["val"].fake_mode
     with mode:
         for node in odd:
-            node.meta["val"] = node.meta["val"].contiguous()
+            node.meta["val"] = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
     _Propagation(program.graph_module, mode).propagate_dont_convert_inputs(*(n.meta.get("val") for n in placeholders))
     _make_state_contiguous(program, odd)
     return program
@@ -64,10 +64,16 @@ def _make_state_contiguous(program: ExportedProgram, odd: list[Node]) -> None:
         state = program.state_dict if name in program.state_dict else program.constants
         tensor = state[name]
         if id(tensor) not in copies:
-            made = tensor.detach().contiguous()
+            made = tensor.detach().clone(memory_format=torch.contiguous_format)
             copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
         state[name] = copies[id(tensor)]
 
 
 def _is_odd(val: object) -> bool:
-    return isinstance(val, FakeTensor) and val.layout == torch.strided and not val.is_contiguous()
+    """Whether the strides of ``val`` are not contiguous. Those of a dimension of size one count: executorch reads them too."""
+    if not isinstance(val, FakeTensor) or val.layout != torch.strided:
+        return False
+    if not val.is_contiguous():
+        return True
+    pairs = zip(val.stride(), torch.empty_like(val, memory_format=torch.contiguous_format).stride(), strict=True)
+    return any(isinstance(ours, int) and isinstance(plain, int) and ours != plain for ours, plain in pairs)

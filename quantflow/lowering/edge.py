@@ -15,7 +15,8 @@ from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.fast_lowering import run_fast
 from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph.aten import label
+from quantflow.graph.aten import label, op
+from quantflow.graph.rewrites import CENTERED_NORM_REWRITES
 from quantflow.lowering import runtime_check
 from quantflow.lowering.edge_manager import compiled_edge_manager, edge_manager
 from quantflow.lowering.fault_search import SECONDS, FaultSearch
@@ -90,6 +91,15 @@ class Edge:
                 _warn("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
                 return edge, program
             faulty = edge._faults(finding, config, search) - edge.refused
+            norms = [label(node) for node in edge.source.graph.nodes if op(node) in CENTERED_NORM_REWRITES]
+            if not faulty and finding.ran and norms and not edge.delegate.centers_norms:
+                reason = (
+                    f"the mean is subtracted before the norm, since portable kernels lose precision: {finding.reason}"
+                )
+                remedy = "none is needed; an input with a smaller mean saves the subtraction"
+                _warn("edge", reason, ", ".join(norms), remedy, strict)
+                edge = lower_to_edge(edge.program, edge.source, edge.delegate.centering_norms(), edge.refused)
+                continue
             if not faulty:
                 raise _unmended(finding, program, edge.program, search.over)
             names = ", ".join(sorted(search.names[name] for name in faulty))

@@ -43,7 +43,7 @@ def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Del
         )
 
     try:
-        rewritten_source = with_plain_containers(rewritten(source, backend.rewrite))
+        rewritten_source = with_plain_containers(rewritten(source, backend.rewrite_for_lowering))
         return run_fast(lambda: lower(rewritten_source))
     except QuantflowError:
         raise

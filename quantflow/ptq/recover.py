@@ -183,7 +183,7 @@ def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
 
 
 def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """What to fit to, as much as memory holds, and every fourth batch to held_out by; both the whole where there is but one."""
+    """What to fit to, as much as memory holds, and every fourth batch to compare on; both the whole where there is but one."""
     if len(drawn) == 1:
         return drawn, drawn
     every = min(4, len(drawn))

@@ -1,4 +1,4 @@
-"""The float network that a prepared graph was before recovery moved its weights: what every pass measures against."""
+"""The float weights of a prepared graph, which post-training algorithms change: every algorithm measures against them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import set_tensor, tensor_of
 from quantflow.graph.state import is_written
 
-FLOAT_WEIGHT = (
-    "quantflow_float_weight"  # node.meta of a get_attr node: the tensor that it read before any pass moved it
-)
+# In node.meta of a get_attr node: the tensor that it read before any algorithm changed it.
+FLOAT_WEIGHT = "quantflow_float_weight"
 
 
 def attribute(graph: GraphModule, read: Node) -> Any:
-    """What the ``get_attr`` node reads now: a tensor, without its gradient, or a submodule. State comes as a copy, so that who
-    walks the graph does not change it.
+    """What the ``get_attr`` node reads now: a tensor, without its gradient, or a submodule. State comes as a copy, so that a
+    simulation does not change it.
     """
     found = tensor_of(graph, read)
     return given_input(read, found.detach()) if isinstance(found, torch.Tensor) else found
@@ -30,12 +29,12 @@ def given_input(read: Node, x: Any) -> Any:
 
 
 def float_weight(read: Node, now: Any) -> Any:
-    """What the ``get_attr`` node read before recovery, given what it reads ``now``."""
+    """What the ``get_attr`` node read before any algorithm, given what it reads ``now``."""
     return read.meta[FLOAT_WEIGHT].to(now.device) if FLOAT_WEIGHT in read.meta else now
 
 
 def with_float_weights(graph: GraphModule) -> TrainableGraphModule:
-    """A copy of ``graph`` with every weight and bias as it was before recovery."""
+    """A copy of ``graph`` with every weight and bias as it was before any algorithm changed it."""
     before = adopt(graph)
     for node in before.graph.nodes:
         if FLOAT_WEIGHT in node.meta:
@@ -44,5 +43,5 @@ def with_float_weights(graph: GraphModule) -> TrainableGraphModule:
 
 
 def remember_float_weight(read: Node, now: torch.Tensor) -> None:
-    """Remember what the ``get_attr`` node reads ``now``, unless an earlier pass did."""
+    """Remember what the ``get_attr`` node reads ``now``, unless an earlier algorithm did."""
     read.meta.setdefault(FLOAT_WEIGHT, now.detach())

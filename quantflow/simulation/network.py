@@ -26,7 +26,7 @@ class Simulation:
 
     @torch.no_grad()
     def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
-        self.interpreter, nodes = Interpreter(graph, quantize=integers), graph.graph.nodes
+        self.interpreter, nodes = Interpreter(graph, quantize=bool(integers)), graph.graph.nodes
         self.known = {node: attribute(graph, node) for node in nodes if node.op == "get_attr" and is_written(node)}
         if integers:
             for node in nodes:

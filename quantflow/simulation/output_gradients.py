@@ -1,8 +1,8 @@
-"""What an error costs: how far an error in each activation moves the outputs of the network, to first order.
+"""Output gradients: how far an error in each activation moves the outputs of the network, to first order.
 
 Outputs move by ``J·e`` for an error ``e`` in an activation with Jacobian ``J``. For random signs ``r``, one for each output,
-the expectation of ``(gᵀe)²`` with the gradient ``g = Jᵀr`` is ``|J·e|²`` (Hutchinson's estimator), so that one backward pass
-of the float network gradients every error in every activation at once.
+the expectation of ``(gᵀe)²`` with the gradient ``g = Jᵀr`` is ``|J·e|²`` (Hutchinson's estimator), so one backward pass of
+the float network gives the cost of an error in every activation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recovery pass is given: a graph that is prepared and calibrated, and a sample of the data."""
+"""Preconditions of post-training algorithms: a float or a calibrated graph, and a sample of the data that fits memory."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def draw(
 
 
 def within_memory(graph: GraphModule, sample: Sequence[Inputs]) -> Sequence[Inputs]:
-    """As many batches of ``sample`` as a walk of two networks may hold at once, two or more."""
+    """As many batches of ``sample`` as two networks may hold at once, two or more."""
     return sample[: max(2, int(MEMORY / (2 * peak_bytes(graph, sample[0]))))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
-from executorch.backends.xnnpack.partition.config.node_configs import BatchNormConfig, PreluConfig
+from executorch.backends.xnnpack.partition.config.node_configs import BatchNormConfig, MaxDimConfig, PreluConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.utils.quant_utils import (
     is_dequant,
@@ -113,6 +113,13 @@ class _Prelu(_Integer, PreluConfig):
         return PreluConfig.get_node_and_deps(self, node, ep)
 
 
+class _MaxDim(MaxDimConfig):
+    """Maxima over a dimension that stays. Without ``keepdim`` the delegate's compiler fails."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        return len(node.args) > 2 and bool(node.args[2]) and super().check_constraints(node, ep)
+
+
 def _widened(
     base: type[XNNPartitionerConfig], kind: type[generic.GenericNodePartitionerConfig]
 ) -> type[XNNPartitionerConfig]:
@@ -150,6 +157,7 @@ _OURS = (
     _Elu,
     _BatchedMatmul,
     _Prelu,
+    _MaxDim,
 )
 # Batch norm is left out: a batch norm that was not folded reads tensors that the program computes or writes, and the delegate
 # would treat them as constants.

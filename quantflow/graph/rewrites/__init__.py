@@ -13,6 +13,7 @@ from quantflow.graph.rewrites.composite import COMPOSITE_REWRITES
 from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
 from quantflow.graph.rewrites.empties import EMPTY_REWRITES
 from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
+from quantflow.graph.rewrites.normalization import CENTERED_NORM_REWRITES, NORMALIZATION_REWRITES
 from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
 from quantflow.graph.rewrites.pads import PAD_REWRITES
@@ -46,11 +47,13 @@ CORE_REWRITES: dict[Any, Rewrite] = {
 
 __all__ = [
     "ACTIVATION_REWRITES",
+    "CENTERED_NORM_REWRITES",
     "COMPOSITE_REWRITES",
     "CORE_REWRITES",
     "EMBEDDING_BAG_REWRITES",
     "EMPTY_REWRITES",
     "FOLD_REWRITES",
+    "NORMALIZATION_REWRITES",
     "NUMBER_REWRITES",
     "ORDER_REWRITES",
     "PADDING_REWRITES",

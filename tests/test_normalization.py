@@ -1,0 +1,50 @@
+"""Norms over their own statistics keep their precision where the mean is large beside the deviation."""
+
+import pytest
+import torch
+from torch import nn
+
+import quantflow as qf
+from quantflow.metrics import signal_to_noise
+
+IMAGES, ROWS = (torch.randn(5, 8, 6, 6, generator=torch.Generator().manual_seed(i)) for i in range(2))
+NORMS = {
+    "batch norm": (nn.BatchNorm2d(8, track_running_stats=False), IMAGES),
+    "batch norm of rows": (nn.BatchNorm1d(8, track_running_stats=False), ROWS[:, :, 0, 0]),
+    "instance norm": (nn.InstanceNorm2d(8, affine=True), IMAGES),
+    "instance norm of signals": (nn.InstanceNorm1d(8), IMAGES.flatten(2)),
+    "layer norm": (nn.LayerNorm([6, 6]), IMAGES),
+    "group norm": (nn.GroupNorm(2, 8), IMAGES),
+}
+
+
+def randomized(norm):
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1.0, 0.3)
+    return norm.eval()
+
+
+@pytest.mark.parametrize("delegate", ["xnnpack", None])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.filterwarnings("ignore:.edge.*the mean is subtracted before the norm")
+def test_a_large_mean_costs_no_precision(name, delegate):
+    norm, x = NORMS[name]
+    x = x + 1000
+    wanted = randomized(norm).double()(x.double()).float().detach()
+    program = qf.export(norm.float(), (x,)).to_core_aten().to_edge(delegate).to_executorch()
+    assert signal_to_noise(wanted, program(x)) > 65
+
+
+@pytest.mark.parametrize("name", ["layer norm", "group norm"])
+def test_a_norm_is_centered_only_where_the_check_fails(name):
+    norm, x = NORMS[name]
+    edge = qf.export(randomized(norm), (x,)).to_core_aten().to_edge()
+    assert "aten::sub.Tensor" not in edge.to_executorch().delegation.portable
+    with pytest.warns(qf.QuantflowWarning, match=f"{name.split()[0]}_norm.*the mean is subtracted"):
+        program = qf.export(norm, (x + 1000,)).to_core_aten().to_edge().to_executorch()
+    assert program.delegation.portable["aten::sub.Tensor"] == 1
+
+
+def test_instance_norm_of_images_stays_in_the_delegate():
+    program = qf.export(NORMS["instance norm"][0], (IMAGES,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    assert (program.delegation.calls, program.delegation.fraction) == (1, 1.0)
