@@ -1,9 +1,10 @@
 """Backend quantizers: tables of rules for ATen operators, independent of the edge dialect and of executorch."""
 
+from quantizers.decision import Decision
 from quantizers.kernels import FloatKernels
 from quantizers.override import Override
 from quantizers.partition_forecast import Forecast
-from quantizers.plan import Decision, Plan
+from quantizers.plan import Plan
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_INT8, DYNAMIC_W4, INT8, W4A8, Scheme, TensorScheme

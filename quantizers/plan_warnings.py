@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import label, op, short_name
+from quantizers.decision import Decision
 from quantizers.override import Override
-from quantizers.plan import Decision, Plan
+from quantizers.plan import Plan
 
 _NAMED = 5
 

@@ -17,9 +17,10 @@ from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.rewrites import Rewrite, rewrite
 from quantizers.annotation_edges import Edges, quantized_edges
+from quantizers.decision import Decision
 from quantizers.kernels import FloatKernels
 from quantizers.override import Overrides, Where, overrides_from
-from quantizers.plan import Decision, Plan, make_plan
+from quantizers.plan import Plan, make_plan
 from quantizers.plan_warnings import warn_of_unmet_requests
 from quantizers.rule import Rule
 from quantizers.scheme import INT8, Scheme

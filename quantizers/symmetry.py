@@ -10,7 +10,8 @@ from torchao.quantization.pt2e.quantizer import EdgeOrNode
 
 from quantflow.graph.aten import op
 from quantizers.annotation_edges import Edges
-from quantizers.plan import Decision, Plan
+from quantizers.decision import Decision
+from quantizers.plan import Plan
 
 
 def symmetric_grids(plan: Plan, edges: Edges) -> frozenset[EdgeOrNode]:
