@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check docs clean
+.PHONY: demo test lint types imports check quick docs clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/qat_mobilenet.py
 
-test: lint types check
+test: lint types imports check
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -16,8 +16,14 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+imports: .venv/ready
+	$(BIN)/lint-imports
+
 check: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal # two workers of many threads each would fight for the cores
+
+quick: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -45,7 +45,7 @@ def lower(name: str, fast: bool) -> tuple[float, str]:
     from executorch import exir
 
     from quantflow.delegates import resolve
-    from quantflow.delegates.fast_lowering import fast_lowering
+    from quantflow.upstream.lowering.fast_lowering import fast_lowering
 
     delegate = resolve("xnnpack")
     partitioners, passes = delegate.partitioners(), delegate.passes()  # imports executorch's XNNPACK

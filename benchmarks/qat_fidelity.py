@@ -32,7 +32,7 @@ from tqdm import tqdm
 import quantflow as qf
 from quantizers import XNNPACKQuantizer
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from networks import norm_networks, randomize_statistics
 
 LAWS = ("train", "statistics", "eval", "train again", "converted")

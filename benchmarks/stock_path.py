@@ -1,11 +1,12 @@
 """Cases in which the stock flow gives a wrong or unloadable program, compared with quantflow.
 
-    python benchmarks/stock_path.py                      # all of tests/hazards.py and of tests/test_loadable.py
+    python benchmarks/stock_path.py                      # all of hazards.py and graph_hazards.py in tests/support/
     python benchmarks/stock_path.py --only "mish" "QAT"  # cases whose name contains one of these
 
 The stock flow is torchao's prepare_pt2e or prepare_qat_pt2e and convert_pt2e with executorch's XNNPACKQuantizer (per-channel
 weights) and XnnpackPartitioner, then the runtime. Each case runs in a separate process, about 10 s. The checks and the dB that
-each requires are in tests/hazards.py; ``make test`` runs them for quantflow. Prints the table of docs/hazards.md, writes JSON.
+each requires are in tests/support/hazards.py; ``make test`` runs them for quantflow. Prints the table of docs/hazards.md,
+writes JSON.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from tqdm import tqdm
 import quantflow as qf
 from quantflow.metrics import signal_to_noise
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+from graph_hazards import HAZARDS as GRAPHS
+from graph_hazards import Function
 from hazards import HAZARDS, Hazard, Quantflow
-from test_loadable import HAZARDS as GRAPHS
-from test_loadable import Function
 
 EXACT = 999.0  # dB, for equal outputs
 

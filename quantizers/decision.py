@@ -134,6 +134,8 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
     for given in decision.activations():
         if not isinstance(given, Node) or (not is_float_tensor(given) and value(given) is not None):
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
+        if (val := value(given)) is not None and val.ndim == 0 and not is_constant(given):
+            return f"its operand {label(given)} has no dimension"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
     refusals = rule.refusals if decision.override is not None else rule.refusals + rule.soft_refusals

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from quantflow.upstream.operators import OpOverload
 
 # A check of whether a backend runs a node of an operator in float.
 Runs = Callable[[Node], bool]

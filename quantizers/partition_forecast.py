@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._decomp import core_aten_decompositions
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, op, short_name
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.partitioning import delegate_calls
+from quantflow.upstream import pytree
+from quantflow.upstream.fake_tensors import FakeTensor, FakeTensorMode
+from quantflow.upstream.operators import OperatorBase, OpOverload
 from quantizers.kernels import FloatKernels
 
 
@@ -187,8 +187,8 @@ _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: ate
 
 
 @functools.cache
-def _decompositions() -> dict[torch._ops.OperatorBase, Callable]:
-    return dict(core_aten_decompositions())
+def _decompositions() -> dict[OperatorBase, Callable]:
+    return dict(torch.export.default_decompositions())
 
 
 def _is_tensor(val: Any) -> bool:
@@ -211,4 +211,4 @@ def _form(leaf: Any) -> Any:
 def _decomposes(target: Any) -> bool:
     """Whether to trace ``target`` to core ATen; core operators need no trace, data-dependent ones can't be traced."""
     unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return isinstance(target, torch._ops.OpOverload) and not (unknown | {torch.Tag.core}) & set(target.tags)
+    return isinstance(target, OpOverload) and not (unknown | {torch.Tag.core}) & set(target.tags)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from quantflow.upstream.operators import OpOverload
 
 # Returns the reason why a backend can't run a node in integers; None if it can.
 Refusal = Callable[[Node], str | None]

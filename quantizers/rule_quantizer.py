@@ -16,6 +16,7 @@ from quantflow.graph.aten import argument
 from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.rewrites import Rewrite, rewrite
+from quantflow.upstream.annotations import mark_annotated
 from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.decision import Decision
 from quantizers.kernels import FloatKernels
@@ -220,7 +221,7 @@ def _annotate(
         weight = argument(node, rule.weight)
         _annotation(node).input_qspec_map[weight] = scheme.weight.spec(rule.weight_axis)
     for member in decision.nodes:
-        _annotation(member)._annotated = True
+        mark_annotated(_annotation(member))
     if not scheme.activation.dynamic:
         grid = centred if decision.tail in symmetric else scheme.activation
         _annotation(decision.tail).output_qspec = shared or grid.spec(effective_range=effective_range)

@@ -1,7 +1,7 @@
 """The table of operators that XNNPACK runs in float.
 
-Each check is that of executorch's XNNPACK partitioner (1.5); ``tests/test_forecast.py`` compares the two. Batch norm is
-rewritten as a convolution, or as a product and a sum, before partitioning.
+Each check is that of executorch's XNNPACK partitioner (1.5); ``tests/quantizers/test_partition_forecast.py`` compares the
+two. Batch norm is rewritten as a convolution, or as a product and a sum, before partitioning.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from quantflow.graph.aten import argument, aten, pair, value
 from quantflow.graph.parameters import is_constant
+from quantflow.upstream.operators import OpOverload
 from quantizers.kernels import FloatKernels, Runs
 
 
@@ -100,7 +101,7 @@ def _constant_second(node: Node) -> bool:
     return is_constant(node.args[-1])
 
 
-_RUNS: dict[torch._ops.OpOverload, Runs] = {
+_RUNS: dict[OpOverload, Runs] = {
     **dict.fromkeys(
         (
             *(aten.abs.default, aten.neg.default, aten.ceil.default, aten.floor.default, aten.exp.default),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
 from quantflow.data.batches import PickInputs, batches
@@ -16,6 +15,7 @@ from quantflow.graph.own_state import state_kept
 from quantflow.graph.state import inputs_kept
 from quantflow.lowering.program import Program
 from quantflow.signature.signature import Signature
+from quantflow.upstream import pytree
 
 Flat = list[Any]
 

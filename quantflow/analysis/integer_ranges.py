@@ -11,6 +11,7 @@ from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.qparams.per_token import round_per_token
 from quantflow.qparams.qparams import choose_qparams
 from quantflow.qparams.rounding import round_to_grid
+from quantflow.upstream.operators import packet_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Grid:
     @classmethod
     def of(cls, dequantize: Node, module: GraphModule) -> Grid:
         """The grid that the ``dequantize`` node reads from."""
-        name = dequantize.target._opname  # type: ignore[union-attr]
+        name = packet_name(dequantize.target)
         if not name.startswith("dequantize_per_tensor"):
             quant_min, quant_max = dequantize.args[4:6] if name == "dequantize_per_channel" else (-128, 127)
             return cls(None, 0, quant_min, quant_max, name == "dequantize_per_token")  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def rounded_constant(dequantize: Node, integers: torch.Tensor, exact: torch.Tens
 
     None where the shapes differ, or the operator is not known.
     """
-    name = dequantize.target._opname  # type: ignore[union-attr]
+    name = packet_name(dequantize.target)
     if integers.shape != exact.shape:
         return None
     if name.startswith("dequantize_per_channel_group"):

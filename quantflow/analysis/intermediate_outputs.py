@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
@@ -15,6 +14,8 @@ from quantflow.analysis.node_matching import computes, converts, source
 from quantflow.graph.aten import aten, clamp_limits, is_float_tensor, only_user
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import is_written
+from quantflow.upstream import pytree
+from quantflow.upstream.operators import packet_name
 
 
 @dataclass(frozen=True)
@@ -103,4 +104,4 @@ def _varies(conversion: Node) -> bool:
 
 
 def _is(node: Node, name: str) -> bool:
-    return converts(node) and str(getattr(node.target, "_opname", "")).startswith(name)
+    return converts(node) and packet_name(node.target).startswith(name)

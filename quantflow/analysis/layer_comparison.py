@@ -21,6 +21,7 @@ from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import overwritten, written_by
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import Interpreter, Values, evaluate
+from quantflow.upstream.operators import packet_name
 
 _WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
@@ -223,7 +224,7 @@ def _apart(node: Node, values: Values) -> Values:
 
 
 def _dequantizes(node: Node) -> bool:
-    return converts(node) and str(getattr(node.target, "_opname", "")).startswith("dequantize")
+    return converts(node) and packet_name(node.target).startswith("dequantize")
 
 
 def _constants(graph: GraphModule) -> set[Node]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from quantflow.lowering.program import Program
 from quantflow.metrics import decibels, squares
 from quantflow.signature.signature import Signature
 from quantflow.simulation.interpreter import Interpreter
+from quantflow.upstream import pytree
 
 
 def probe(

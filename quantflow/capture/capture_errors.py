@@ -9,11 +9,11 @@ import traceback
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.own_state import state_kept
+from quantflow.upstream import pytree
 
 _PACKAGES = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 

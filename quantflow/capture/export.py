@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -25,6 +24,8 @@ from quantflow.graph.never_trained import freeze_unswitched, mark_modes
 from quantflow.graph.regions import nodes_of
 from quantflow.observers.observation import observers_of
 from quantflow.signature.signature import DynamicDim, Signature
+from quantflow.upstream import pytree
+from quantflow.upstream.graph_modules import pytree_info_of
 
 
 def export(
@@ -135,7 +136,7 @@ def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
 
 def _in_captured_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword inputs in the order in which a captured graph reads them."""
-    info = getattr(model.graph._codegen, "pytree_info", None) if isinstance(model, GraphModule) else None
+    info = pytree_info_of(model.graph) if isinstance(model, GraphModule) else None
     names = info.in_spec.children()[1].context if info is not None else None
     return {name: kwargs[name] for name in names} if names and sorted(names) == sorted(kwargs) else kwargs
 

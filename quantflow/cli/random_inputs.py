@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from quantflow.errors import QuantflowError
 from quantflow.signature.signature import DynamicDim, Input, Signature
+from quantflow.upstream import pytree
 
 _VARYING = 2  # the size of a dimension without an upper bound
 

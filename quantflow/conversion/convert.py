@@ -6,7 +6,6 @@ import operator
 
 import torch
 from torch import nn
-from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the quantized_decomposed operators
 from torch.fx import GraphModule, Node
 
 from quantflow.conversion.biases import round_biases, separate_biases
@@ -47,6 +46,7 @@ from quantflow.observers.observation import (
 from quantflow.preparation.writes import check_observed_writes
 from quantflow.qparams.per_token import is_per_token
 from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, SYMMETRIC
+from quantflow.upstream import quantized_decomposed  # noqa: F401  registers the operators
 
 decomposed = torch.ops.quantized_decomposed
 

@@ -14,6 +14,7 @@ from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
 from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
+from quantflow.upstream.operators import OpOverload
 
 # Devices store a bias as int32 with scale s_in·s_w and accumulate products on it: half the range is left for these.
 _LARGEST_BIAS = 2**30
@@ -69,7 +70,7 @@ def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair:
 def is_weight(node: Node, user: Node) -> bool:
     """Whether ``user`` is a layer whose weight is ``node``."""
     return (
-        isinstance(user.target, torch._ops.OpOverload)
+        isinstance(user.target, OpOverload)
         and has_argument(user, "weight")
         and has_argument(user, "bias")
         and argument(user, "weight") is node

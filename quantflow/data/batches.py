@@ -7,11 +7,11 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
 from quantflow.errors import QuantflowError
 from quantflow.signature.signature import Signature
+from quantflow.upstream import pytree
 
 # Extracts the model's inputs from a batch: a tensor, a tuple of positional inputs or a dict of keyword inputs.
 PickInputs = Callable[[Any], Any]

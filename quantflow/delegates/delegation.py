@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quantflow.upstream.operators import qualified_name
+
 
 @dataclass(frozen=True)
 class Delegation:
@@ -133,4 +135,4 @@ _CONVERSIONS = {"quantized_decomposed", "torchao"}
 
 
 def _name(node: Node) -> str:
-    return str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target))
+    return str(qualified_name(node.target) or getattr(node.target, "__name__", node.target))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from quantflow.data.sample import cut_inputs
 from quantflow.errors import QuantflowError
 from quantflow.signature.signature import DynamicDim, Input, Signature
+from quantflow.upstream import pytree
 
 Call = Callable[[tuple, dict[str, Any]], Any]
 

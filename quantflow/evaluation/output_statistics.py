@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from quantflow.errors import QuantflowError
 from quantflow.evaluation.figures import OutputFigures
 from quantflow.metrics import OutputComparison, PairedDrop, right
+from quantflow.upstream import pytree
 
 
 class Tally:

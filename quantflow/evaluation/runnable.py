@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -39,6 +38,7 @@ from quantflow.observers.observation import is_converted, is_fake_quantizer, obs
 from quantflow.signature.signature import Input, Signature
 from quantflow.simulation.fake_quantized import is_affine
 from quantflow.simulation.network import Simulation
+from quantflow.upstream import pytree
 
 FLOAT, OBSERVED, FAKE_QUANTIZED, CONVERTED, PTE = "float", "observed", "fake-quantized", "converted", ".pte"
 

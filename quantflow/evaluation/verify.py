@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from tqdm import tqdm
 
 from quantflow import latency, runtime
@@ -22,6 +21,7 @@ from quantflow.evaluation.runnable import FLOAT, PTE, Stage, flat_signature
 from quantflow.graph.own_state import OwnState
 from quantflow.latency import Latency
 from quantflow.signature.signature import Signature
+from quantflow.upstream import pytree
 
 Metric = Callable[[Any, Any], float]
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quantflow.upstream.operators import OpOverload, overload_name, packet_name, schema_of
+
 aten = torch.ops.aten
 
 CONVOLUTIONS = frozenset(
@@ -70,12 +72,12 @@ _MAY_ALIAS_ONE = frozenset({aten.einsum.default, aten.chain_matmul.default, aten
 
 
 @functools.cache
-def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    namespace, name = target._schema.name.split("::")
+def _functional(target: OpOverload) -> OpOverload:
+    namespace, name = schema_of(target).name.split("::")
     if not name.endswith("_") or name.endswith("__"):
         return target
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    overload = target._overloadname
+    overload = overload_name(target)
     return getattr(packet, overload) if packet is not None and overload in packet.overloads() else target
 
 
@@ -85,17 +87,17 @@ def op(node: Node) -> Any:
     """
     if node.op != "call_function":
         return None
-    return _functional(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return _functional(node.target) if isinstance(node.target, OpOverload) else node.target
 
 
 def is_inplace(node: Node) -> bool:
     """Whether ``node`` calls an operator that writes to its first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and _functional(node.target) is not node.target
+    return isinstance(node.target, OpOverload) and _functional(node.target) is not node.target
 
 
 def is_view(node: Node) -> bool:
     """Whether the value of ``node`` may share memory with its first argument."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     alias = schema.returns[0].alias_info if schema is not None and schema.returns else None
     views = node.target in _MAY_ALIAS or (alias is not None and not alias.is_write)
     return views and bool(node.args) and isinstance(node.args[0], Node)
@@ -126,7 +128,7 @@ def returns_whole(node: Node) -> bool:
 
 def argument(node: Node, name: str) -> Any:
     """Return the value of the schema argument ``name`` in the call ``node``, or its default if the call leaves it out."""
-    for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, declared in enumerate(schema_of(node.target).arguments):
         if declared.name == name:
             if position < len(node.args) and not declared.kwarg_only:
                 return node.args[position]
@@ -136,7 +138,7 @@ def argument(node: Node, name: str) -> Any:
 
 def set_argument(node: Node, name: str, value: Any) -> None:
     """Set the schema argument ``name`` of the call ``node`` to ``value``, and write out the defaults before it."""
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    declared = schema_of(node.target).arguments
     position = next(i for i, a in enumerate(declared) if a.name == name)
     if name in node.kwargs or declared[position].kwarg_only:
         node.kwargs = {**node.kwargs, name: value}
@@ -148,7 +150,7 @@ def set_argument(node: Node, name: str, value: Any) -> None:
 
 def has_argument(node: Node, name: str) -> bool:
     """Whether the operator of ``node`` declares an argument ``name``."""
-    return any(a.name == name for a in node.target._schema.arguments)  # type: ignore[union-attr]
+    return any(a.name == name for a in schema_of(node.target).arguments)
 
 
 def value(node: Node) -> torch.Tensor | None:
@@ -200,4 +202,4 @@ def label(node: Node) -> str:
 
 def short_name(target: Any) -> str:
     """Return the name of an operator without namespace and overload: ``conv2d`` for ``aten.conv2d.default``."""
-    return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
+    return str(packet_name(target) or getattr(target, "__name__", target))

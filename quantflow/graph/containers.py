@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
+
+from quantflow.upstream import pytree
 
 
 def with_plain_containers(program: ExportedProgram) -> ExportedProgram:

@@ -14,6 +14,8 @@ from quantflow.graph import graph_pickle, modes
 from quantflow.graph.aten import argument
 from quantflow.graph.parameters import submodule_at
 from quantflow.graph.regions import AUTOCAST, bodies_of, brought_back, inline_regions
+from quantflow.upstream.modules import non_persistent_buffers, own_buffers, own_parameters
+from quantflow.upstream.storages import storage_id
 
 _SETS = "quantflow_sets"  # GraphModule.meta: the global settings that the graph changes, grad mode or autocast
 
@@ -69,7 +71,7 @@ class TrainableGraphModule(GraphModule):
         for name, _ in list(module.named_buffers(remove_duplicate=False)):
             if name not in program.state_dict:  # a constant of the trace is not a state of the model
                 owner, _, leaf = name.rpartition(".")
-                module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
+                non_persistent_buffers(module.get_submodule(owner)).add(leaf)
         module.training = True
         return module.eval()
 
@@ -174,7 +176,7 @@ def _add_unread_state(module: GraphModule, program: ExportedProgram) -> None:
 
 def _memory(tensor: torch.Tensor) -> tuple:
     """A key that is equal for tensors over the same memory."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return storage_id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
@@ -183,14 +185,14 @@ def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
     for path, owner in root.named_modules(remove_duplicate=False):
         if there.get(path) is owner:
             continue  # a called submodule (an observer) is already complete
-        entries = {**owner._parameters, **owner._buffers}
+        entries = {**own_parameters(owner), **own_buffers(owner)}
         if not entries:
             continue
         target = submodule_at(module, path)
         for name, tensor in entries.items():
             if tensor is None:
                 continue
-            if name in owner._parameters:
+            if name in own_parameters(owner):
                 target.register_parameter(name, tensor)
             else:
-                target.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+                target.register_buffer(name, tensor, persistent=name not in non_persistent_buffers(owner))

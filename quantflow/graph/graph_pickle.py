@@ -11,9 +11,12 @@ import importlib
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
+
+from quantflow.upstream.fake_tensors import FakeTensorMode
+from quantflow.upstream.graph_modules import GENERATED, codegen_of, pytree_info_of
+from quantflow.upstream.operators import BUILTINS, HigherOrderOperator, OpOverload
 
 M = TypeVar("M", bound=GraphModule)
 
@@ -45,14 +48,12 @@ class _TracedTensor(NamedTuple):
 
 def dump(module: GraphModule) -> tuple:
     """Return the arguments of :func:`load` that rebuild ``module``, except its class."""
-    state = {k: v for k, v in module.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
-    state.pop("_tracer_cls", None)
+    state = {k: v for k, v in module.__dict__.items() if k not in GENERATED}
     nodes = [
         (n.name, n.op, _encode_target(n.target), _encode(n.args), _encode(n.kwargs), _encode_meta(n))
         for n in module.graph.nodes
     ]
-    codegen = module.graph._codegen
-    return state, nodes, getattr(codegen, "pytree_info", None), type(codegen)
+    return state, nodes, pytree_info_of(module.graph), type(codegen_of(module.graph))
 
 
 def load(cls: type[M], state: dict[str, Any], nodes: list[tuple], pytree_info: Any, codegen: type) -> M:
@@ -91,12 +92,12 @@ def target_name(target: Any) -> str:
 def _encode_target(target: Any) -> Any:
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _Operator(str(target))
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return _Operator(f"higher_order.{target.name()}")
     # Builtins such as math.trunc report the module that exports them. Builtins of torch._C report no importable module.
-    module = getattr(target, "__module__", None) or "torch._C"
+    module = getattr(target, "__module__", None) or BUILTINS
     return _Operator(f"{module}:{target.__qualname__}")
 
 
@@ -105,7 +106,7 @@ def _encode(tree: Any) -> Any:
 
 
 def _encode_leaf(leaf: Any) -> Any:
-    return _encode_target(leaf) if isinstance(leaf, torch._ops.OpOverload) else leaf
+    return _encode_target(leaf) if isinstance(leaf, OpOverload) else leaf
 
 
 def _decode(tree: Any, env: dict[str, Node]) -> Any:

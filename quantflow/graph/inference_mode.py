@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.upstream.modules import own_buffers, own_parameters
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def _switched_tensors(model: nn.Module) -> Iterator[tuple[dict, str, torch.Tenso
     """The tensors of modules with their own ``train()``, which may change them: container, name, tensor and value."""
     own = [m for m in model.modules() if type(m).train not in (nn.Module.train, TrainableGraphModule.train)]
     for module in {inner: None for m in own for inner in m.modules()}:
-        for held in (module._parameters, module._buffers):
+        for held in (own_parameters(module), own_buffers(module)):
             for name, tensor in held.items():
                 if tensor is not None:
                     yield held, name, tensor, tensor.detach().clone()

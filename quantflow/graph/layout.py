@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import aten, label
+from quantflow.upstream.fake_tensors import FakeTensor
 
 
 def make_contiguous(program: ExportedProgram) -> ExportedProgram:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
@@ -20,6 +19,8 @@ from torch.fx import Graph, GraphModule, Node
 from quantflow.graph.aten import may_share_memory
 from quantflow.graph.parameters import submodule_at
 from quantflow.graph.state import all_written_by
+from quantflow.upstream.fake_tensors import detect_fake_mode
+from quantflow.upstream.operators import OpOverload
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.CONSTANT_TENSOR: "c_"}
@@ -91,7 +92,7 @@ def _is_written(node: Node) -> bool:
     for user in node.users:
         if user.op == "output":
             continue
-        if not isinstance(user.target, torch._ops.OpOverload):
+        if not isinstance(user.target, OpOverload):
             return True  # a region may write to its inputs
         if node in all_written_by(user) or (may_share_memory(user) and _is_written(user)):
             return True

@@ -16,6 +16,7 @@ from quantflow.graph.aten import argument, has_argument, label, layer, op
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.inference_mode import same_values, set_mode
 from quantflow.graph.regions import is_inlined, nodes_beyond, nodes_of, switches
+from quantflow.upstream.modules import NormBase, own_buffers, own_parameters
 
 
 def mark_modes(model: nn.Module, program: ExportedProgram, capture: Callable[[], ExportedProgram]) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ def _unclear(nodes: Iterable[Node]) -> tuple[str, ...]:
 def _held(module: nn.Module) -> tuple[dict, list[torch.Tensor]]:
     """The numbers and strings of ``module`` by name, without its mode, and its tensors."""
     plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, int, float, str))}
-    tensors = [*module._parameters.values(), *module._buffers.values()]
+    tensors = [*own_parameters(module).values(), *own_buffers(module).values()]
     return plain, [tensor.detach() for tensor in tensors if tensor is not None]
 
 
@@ -127,14 +128,14 @@ def _is_stock(module: nn.Module | None) -> bool:
 
 def _is_cumulative(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm with ``momentum=None``, which an inference trace does not show."""
-    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    norm = isinstance(module, NormBase)
     return norm and module.momentum is None and module.track_running_stats
 
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules of ``model`` afterwards: a capture in training mode may store fake tensors."""
-    before = [(held, dict(held)) for m in model.modules() for held in (vars(m), m._buffers, m._parameters)]
+    before = [(held, dict(held)) for m in model.modules() for held in (vars(m), own_buffers(m), own_parameters(m))]
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from quantflow.graph.state import is_written
+from quantflow.upstream.modules import own_buffers, own_parameters
 
 
 class OwnState:
@@ -25,13 +26,13 @@ class OwnState:
         read = None if graph is None else {str(n.target) for n in graph.find_nodes(op="get_attr") if is_written(n)}
         self._held: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
         for path, owner in module.named_modules(remove_duplicate=False):
-            for store in (owner._buffers,) if read is None else (owner._buffers, owner._parameters):
+            for store in (own_buffers(owner),) if read is None else (own_buffers(owner), own_parameters(owner)):
                 for name, tensor in store.items():
                     if read is None or (f"{path}.{name}" if path else name) in read:
                         self._held.append((store, name, tensor))
         self._values = [None if tensor is None else tensor.detach().clone() for *_, tensor in self._held]
         # A call may add buffers to the module.
-        self._names = [(m._buffers, set(m._buffers)) for m in module.modules()] if read is None else []
+        self._names = [(own_buffers(m), set(own_buffers(m))) for m in module.modules()] if read is None else []
 
     def put_back(self) -> None:
         """Restore this state in the module."""

@@ -6,10 +6,11 @@ from collections import Counter
 from typing import TypeGuard
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from quantflow.graph.state import is_written
+from quantflow.upstream.fake_tensors import FakeTensor
+from quantflow.upstream.modules import own_buffers, own_modules, own_parameters
 
 Reads = Counter[str]
 
@@ -49,7 +50,7 @@ def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, paramete
 def submodule_at(module: torch.nn.Module, path: str) -> torch.nn.Module:
     """Return the submodule of ``module`` at the dotted ``path``, created if it is missing."""
     for part in path.split(".") if path else ():
-        child = module._modules.get(part)
+        child = own_modules(module).get(part)
         if child is None:
             child = torch.nn.Module()
             module.add_module(part, child)
@@ -98,7 +99,7 @@ def drop_unused(module: GraphModule) -> None:
         parts = path.split(".")
         if any(".".join(parts[: i + 1]) in whole for i in range(len(parts))):
             continue
-        for leaf in [*owner._parameters, *owner._buffers]:
+        for leaf in [*own_parameters(owner), *own_buffers(owner)]:
             name = f"{path}.{leaf}" if path else leaf
             if name not in read:
                 delattr(owner, leaf)
@@ -107,4 +108,4 @@ def drop_unused(module: GraphModule) -> None:
     for path, _ in reversed(list(module.named_modules(remove_duplicate=False))):
         if path and path not in used and not any(path.startswith(f"{kept}.") for kept in whole):
             owner, _, leaf = path.rpartition(".")
-            del module.get_submodule(owner)._modules[leaf]
+            del own_modules(module.get_submodule(owner))[leaf]

@@ -11,6 +11,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.parameters import set_tensor, unused_name
+from quantflow.upstream.autocast import enter_autocast, exit_autocast
+from quantflow.upstream.grad_mode import set_grad_enabled
+from quantflow.upstream.operators import HigherOrderOperator
 
 GRAD_MODE: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST: Any = torch.ops.higher_order.wrap_with_autocast
@@ -27,7 +30,7 @@ def nodes_of(module: GraphModule) -> Iterator[Node]:
 
 def bodies_of(node: Node, module: GraphModule) -> dict[str, GraphModule]:
     """Return the bodies that ``node`` of ``module`` calls, by name; none if it calls no region."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return {}
     names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     held = {name: operator.attrgetter(name)(module) for name in names}
@@ -86,10 +89,10 @@ def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
     env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
     with graph.inserting_before(node):
         if node.target is GRAD_MODE:
-            before, leave = graph.call_function(torch.is_grad_enabled), torch._C._set_grad_enabled
-            graph.call_function(torch._C._set_grad_enabled, (node.args[0],))
+            before, leave = graph.call_function(torch.is_grad_enabled), set_grad_enabled
+            graph.call_function(set_grad_enabled, (node.args[0],))
         else:
-            before, leave = graph.call_function(torch.amp._enter_autocast, node.args[:4]), torch.amp._exit_autocast
+            before, leave = graph.call_function(enter_autocast, node.args[:4]), exit_autocast
         for inner in body.graph.nodes:
             if inner.op in ("placeholder", "output"):
                 continue

@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, is_view, op, viewed_of_list
+from quantflow.upstream import pytree
+from quantflow.upstream.operators import HigherOrderOperator, OpOverload, schema_of
 
 T = TypeVar("T")
 
 
 def all_written_by(node: Node) -> list[Node]:
     """Return the tensors that ``node`` writes in place, itself or in the body of a region that it calls."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return _written_by_region(node)
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return []
     found: list[Node] = []
-    for position, declared in enumerate(node.target._schema.arguments):
+    for position, declared in enumerate(schema_of(node.target).arguments):
         if declared.alias_info is not None and declared.alias_info.is_write:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
             found.extend(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Node))
@@ -51,7 +52,7 @@ def _written_by_region(node: Node) -> list[Node]:
 
 def written_by(node: Node) -> Node | None:
     """Return the tensor that the operator ``node`` writes in place and returns; None if there is none."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return None
     return next(iter(all_written_by(node)), None)
 

@@ -18,6 +18,7 @@ from quantflow.graph.rewrites import CORE_REWRITES, rewrite
 from quantflow.graph.written_parameters import written_parameters_as_buffers
 from quantflow.signature.signature import Signature
 from quantflow.upstream.decomposition import fast_decomposition
+from quantflow.upstream.operators import OpOverload, schema_of
 
 if TYPE_CHECKING:
     from quantflow.lowering.edge import Edge
@@ -139,11 +140,11 @@ def check_core(program: ExportedProgram) -> None:
             continue
         for node in submodule.graph.nodes:
             target = node.target
-            if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            if node.op != "call_function" or not isinstance(target, OpOverload):
                 continue
             if torch.Tag.core in target.tags or target.namespace in _QUANTIZED_NAMESPACES:
                 continue
-            if target.namespace == "aten" and not target._schema.returns:
+            if target.namespace == "aten" and not schema_of(target).returns:
                 continue  # an assertion has no result
             raise QuantflowError(
                 "core-aten",

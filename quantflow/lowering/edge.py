@@ -12,7 +12,6 @@ from quantflow import delegates
 from quantflow.delegates import lowered_modules
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
-from quantflow.delegates.fast_lowering import run_fast
 from quantflow.delegates.initial_state import lowering_state
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import label, op
@@ -24,6 +23,8 @@ from quantflow.lowering.program import Program
 from quantflow.lowering.runtime_check import Finding
 from quantflow.runtime import isolated
 from quantflow.signature.signature import Signature
+from quantflow.upstream.lowering.fast_lowering import run_fast
+from quantflow.upstream.operators import schema_of
 
 _REMEDY_FOREIGN = "run the program on a machine with its backend, which this runtime may not have"
 
@@ -173,7 +174,7 @@ def _unmended(finding: Finding, program: Program, source: ExportedProgram, over:
 def _layers(program: ExportedProgram, operator: str) -> str:
     """The layers of ``program`` that call ``operator`` (such as ``aten::cumsum.out``), with that name; ``""`` for none."""
     name = operator.partition(".")[0]
-    nodes = [n for n in program.graph.nodes if getattr(getattr(n.target, "_schema", None), "name", "") == name]
+    nodes = [n for n in program.graph.nodes if getattr(schema_of(n.target), "name", "") == name]
     return f"{', '.join(map(label, nodes))} ({operator})" if nodes else ""
 
 

@@ -11,7 +11,6 @@ from torch.fx import Node
 
 from quantflow.delegates.compile_errors import being_compiled
 from quantflow.delegates.delegate import Delegate
-from quantflow.delegates.fast_lowering import run_fast
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import label
 from quantflow.graph.containers import with_plain_containers
@@ -19,6 +18,7 @@ from quantflow.graph.lifted import rewritten
 from quantflow.lowering.fault_search import FaultSearch
 from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature.signature import Signature
+from quantflow.upstream.lowering.fast_lowering import run_fast
 
 _NAMED = 8  # the number of layers that a message names
 
@@ -116,7 +116,17 @@ def _not_compiled(
 
     while not search.over and (found := search.named(failure(backend.one_by_one(refused | alone))) - alone):
         alone |= found
-    return alone or search.together(given, lambda nodes: bool(failure(backend.partitioners(refused | nodes))))
+    if alone:
+        return alone
+    candidates = {node.name: node for node in given}
+    # Without these, another call of the delegate may fail.
+    while further := failure(backend.partitioners(refused | candidates.keys())):
+        if search.over or all(node.name in candidates for node in further):
+            return set()
+        candidates |= {node.name: node for node in further}
+    return search.together(
+        list(candidates.values()), lambda nodes: bool(failure(backend.partitioners(refused | nodes)))
+    )
 
 
 def _naming(error: QuantflowError, given: list[Node]) -> QuantflowError:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
@@ -17,6 +16,7 @@ from quantflow.delegates import lowered_modules
 from quantflow.graph.aten import label
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
+from quantflow.upstream import pytree
 
 SECONDS = 300.0  # the time limit of a search
 _SHOWN_AFTER = 2.0  # seconds until the progress bar appears

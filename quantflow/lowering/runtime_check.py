@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
 from quantflow.graph.state import is_written
@@ -18,6 +17,7 @@ from quantflow.metrics import signal_to_noise, squares
 from quantflow.observers.observation import is_converted
 from quantflow.runtime import isolated
 from quantflow.signature.signature import Signature
+from quantflow.upstream import pytree
 
 # The absolute tolerance, for networks whose output cancels to zero up to rounding.
 _ROUNDING = 1e-5

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e import fake_quantize as pt2e_fake_quantize
 from torchao.quantization.pt2e import observer as pt2e_observer
 
 from quantflow.observers.fake_quantize import FakeQuantize
+from quantflow.upstream.operators import OpOverload
 
 _OBSERVERS = (
     pt2e_observer.ObserverBase,
@@ -62,7 +63,7 @@ def watching(observer: nn.Module) -> nn.Module:
 
 def is_converted(module: GraphModule) -> bool:
     """Whether ``module`` contains quantize or dequantize operators."""
-    targets = (n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    targets = (n.target for n in module.graph.nodes if isinstance(n.target, OpOverload))
     return any(target.namespace in ("quantized_decomposed", "torchao") for target in targets)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the quantized_decomposed operators
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.observers.min_max import MinMaxObserver
 from quantflow.qparams.qparams import quantize
+from quantflow.upstream import quantized_decomposed  # noqa: F401  registers the operators
 
 
 class PerGroupMinMaxObserver(MinMaxObserver):

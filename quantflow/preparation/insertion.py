@@ -31,6 +31,7 @@ from quantflow.observers.per_token_fake_quantize import PerTokenFakeQuantize
 from quantflow.preparation.sharing import annotation_of, sharing_groups
 from quantflow.qparams.per_token import is_per_token
 from quantflow.qparams.qparams import PER_CHANNEL
+from quantflow.upstream.modules import own_modules
 
 # The submodule that holds the observers: "quantization.<name of the observed node>".
 CONTAINER = "quantization"
@@ -126,9 +127,9 @@ def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
 def drop_uncalled_observers(module: GraphModule) -> None:
     """Delete the observers that no node calls after dead code elimination."""
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    container = module._modules.get(CONTAINER) or nn.Module()
-    for name in [name for name in container._modules if f"{CONTAINER}.{name}" not in called]:
-        del container._modules[name]
+    container = own_modules(module).get(CONTAINER) or nn.Module()
+    for name in [name for name in own_modules(container) if f"{CONTAINER}.{name}" not in called]:
+        del own_modules(container)[name]
 
 
 def _calls(node: Node, name: str | None) -> bool:
@@ -143,7 +144,7 @@ def _observed(node: Node) -> Node:
 
 
 def _add_submodule(module: GraphModule, name: str, observer: nn.Module) -> str:
-    container = module._modules.get(CONTAINER)
+    container = own_modules(module).get(CONTAINER)
     unique, count = name, 0
     while hasattr(container or nn.Module(), unique):  # nn.Module has attributes such as "to" and "half"
         count += 1

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, op, value
 from quantflow.graph.batch_norm import OUTPUT_MOMENTS
 from quantflow.graph.parameters import is_constant, set_tensor, tensor_of
+from quantflow.upstream.operators import packet_name
 
 _CONVOLVED = {name: int(name[4]) for name in ("conv1d", "conv2d", "conv3d")}
 
@@ -18,7 +19,7 @@ def is_scalable(module: GraphModule, node: Node, reads: Mapping[str, int]) -> bo
     """Whether ``node`` is a convolution or linear layer with a constant weight and bias that it alone reads."""
     if op(node) not in CONVOLUTIONS | LINEARS or (output := value(node)) is None:
         return False
-    if op(node) in CONVOLUTIONS and output.ndim != _CONVOLVED[op(node)._opname] + 2:  # an unbatched call
+    if op(node) in CONVOLUTIONS and output.ndim != _CONVOLVED[packet_name(op(node))] + 2:  # an unbatched call
         return False
     weight, bias = argument(node, "weight"), argument(node, "bias")
     own = [weight] if bias is None else [weight, bias]

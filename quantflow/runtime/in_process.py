@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-import types
 from typing import Any
 
 from quantflow.errors import QuantflowError
 from quantflow.pte import check_header, read
+from quantflow.upstream.executorch_runtime import thread_count
 
 
 @functools.cache
@@ -20,19 +18,6 @@ def start() -> Any:
     from executorch.runtime import Runtime
 
     return Runtime.get()
-
-
-def leave_out_exir() -> None:
-    """Make the runtime start without the import of executorch's compiler, which takes seconds.
-
-    The runtime needs only one warning class of the compiler. This function is for processes that only run programs:
-    ``executorch.exir`` can't be used in them afterwards.
-    """
-    spec = importlib.util.find_spec("executorch.exir")
-    if spec is not None and "executorch.exir" not in sys.modules:
-        package = types.ModuleType("executorch.exir")
-        package.__path__ = list(spec.submodule_search_locations or ())  # submodules are found without its __init__
-        sys.modules["executorch.exir"] = package
 
 
 def load_program(buffer: bytes) -> Any:
@@ -91,7 +76,5 @@ def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
 
 
 def threads() -> int:
-    """Return the number of threads that the runtime uses."""
-    from executorch.extension.pybindings import portable_lib
-
-    return int(portable_lib._threadpool_get_thread_count())
+    """Return the number of threads that the runtime uses; 0 if it does not tell."""
+    return thread_count()

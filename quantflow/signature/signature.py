@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
@@ -16,6 +15,8 @@ from torch.fx import GraphModule
 from quantflow.errors import QuantflowError
 from quantflow.graph.state import is_written
 from quantflow.signature.pytree_safety import spec_is_plain
+from quantflow.upstream import pytree
+from quantflow.upstream.graph_modules import pytree_info_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Signature:
             return module.meta["quantflow_signature"]
         names: dict[str, str] = {}
         inputs = [_input(n, {}, names) for n in module.graph.nodes if n.op == "placeholder"]
-        info = getattr(module.graph._codegen, "pytree_info", None)
+        info = pytree_info_of(module.graph)
         return cls(tuple(inputs), info.in_spec if info else None, info.out_spec if info else None)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -17,9 +16,12 @@ from quantflow.graph.state import aliased_by, is_written, writes_for_others
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute, float_weight, given_input
+from quantflow.upstream import pytree
+from quantflow.upstream.autocast import enter_autocast, exit_autocast
+from quantflow.upstream.grad_mode import set_grad_enabled
 
 # The interpreter has a gradient mode of its own, and no autocast.
-_MODES = (torch.is_grad_enabled, torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast)
+_MODES = (torch.is_grad_enabled, set_grad_enabled, enter_autocast, exit_autocast)
 
 Values = dict[Node, Any]
 UNKNOWN = object()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
@@ -17,6 +16,7 @@ from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import FLOAT_WEIGHT, attribute
 from quantflow.simulation.interpreter import UNKNOWN, Interpreter, Known, Values
 from quantflow.simulation.quantized_layers import Layer
+from quantflow.upstream import pytree
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.observers.learned_step_size import LearnedStepSize
 from quantflow.training.distillation import MixedLoss
 from quantflow.training.schedule import Schedule
+from quantflow.upstream.grad_mode import set_grad_enabled
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -69,7 +70,7 @@ def _all_learn(graph: TrainableGraphModule) -> bool:
     """Whether each parameter certainly has a gradient in every step."""
     enabled, without = True, set()
     for node in graph.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             enabled = bool(node.args[0])
         elif not enabled or node.target in (aten.detach.default, aten.detach_.default) or _is_discrete(node):
             without.add(node)

@@ -1,4 +1,4 @@
-"""Temporary replacement of attributes of other modules, by one thread at a time."""
+"""Temporary replacement of attributes of other modules, by one thread at a time. It uses no private name itself."""
 
 from __future__ import annotations
 

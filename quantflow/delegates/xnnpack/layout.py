@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from executorch.exir.dialects._ops import ops
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
+
+from quantflow.upstream.edge_operators import ops
 
 _edge = ops.edge.aten
 # Operators that XNNPACK computes in channels-last layout, and operators that restore the contiguous layout.

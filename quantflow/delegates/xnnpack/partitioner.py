@@ -107,7 +107,17 @@ def _would_be_stranded(config: type[XNNPartitionerConfig], refused: frozenset[st
 
 
 def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bool]) -> Callable:
-    return lambda node, ep: node.name not in refused and _highest_rank(node) <= _DIMENSIONS and check(node, ep)
+    def taken(node: Node, ep: ExportedProgram) -> bool:
+        allowed = node.name not in refused and _highest_rank(node) <= _DIMENSIONS
+        return allowed and not _quantizes_a_scalar(node) and check(node, ep)
+
+    return taken
+
+
+def _quantizes_a_scalar(node: Node) -> bool:
+    """Whether ``node`` quantizes a tensor without dimensions. A pass of the delegate's compiler fails on it."""
+    given = node.args[0].meta.get("val") if is_quant(node) else None  # type: ignore[union-attr]
+    return isinstance(given, torch.Tensor) and given.ndim == 0
 
 
 def _without_state(config: XNNPartitionerConfig, check: Callable[[Node, ExportedProgram], bool]) -> Callable:

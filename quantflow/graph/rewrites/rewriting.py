@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -18,6 +17,8 @@ from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension
 from quantflow.graph.state import aliased_by, is_written, memory_of, seen_as_one, written_tensors
+from quantflow.upstream.fake_tensors import enable_python_dispatcher
+from quantflow.upstream.modules import own_buffers, own_parameters
 
 # The replacement of a node: a node or, for a call with several results, the results that are read, by index; None if the
 # rewrite does not apply.
@@ -89,7 +90,7 @@ def _undo(module: GraphModule, there: set[Node], weights: Mapping[str, torch.Ten
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
         held = module.get_submodule(owner)
-        (held._parameters if isinstance(tensor, torch.nn.Parameter) else held._buffers)[leaf] = tensor
+        (own_parameters(held) if isinstance(tensor, torch.nn.Parameter) else own_buffers(held))[leaf] = tensor
 
 
 def _inserted(before: Node, node: Node) -> set[Node]:

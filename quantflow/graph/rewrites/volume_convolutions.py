@@ -16,6 +16,7 @@ from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes
 from quantflow.graph.rewrites.weights import has_own_weight, reshaped_weight
+from quantflow.upstream.operators import schema_of
 
 # A rewrite of a convolution, with a flag that tells whether no other node reads its weight.
 _Rewrite = Callable[[GraphModule, Node, bool], Node | None]
@@ -47,7 +48,7 @@ def _batched(module: GraphModule, node: Node, rewrite: _Rewrite, own: bool) -> N
     if not all(isinstance(size, int) for size in val.shape):
         return None
     batch = call_before(node, aten.reshape.default, x, [1, *val.shape])
-    names = [declared.name for declared in node.target._schema.arguments[1:]]  # type: ignore[union-attr]
+    names = [declared.name for declared in schema_of(node.target).arguments[1:]]
     within = call_before(node, node.target, batch, *(argument(node, name) for name in names))
     written = rewrite(module, within, own)
     if written is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -18,6 +17,7 @@ from quantflow.simulation.interpreter import Interpreter, Values
 from quantflow.simulation.output_gradients import ROWS, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.quantized_layers import Layer
+from quantflow.upstream import pytree
 
 RowGradients = dict[str, list[torch.Tensor]]  # a layer's rows, by the name of its node
 
