@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
 from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
+
+if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
+    from executorch.exir.pass_manager import PassType
 
 
 class Delegate:
@@ -17,14 +21,14 @@ class Delegate:
 
     centers_norms = False
 
-    def __init__(self, partitioners: Sequence[Any] = ()) -> None:
+    def __init__(self, partitioners: Sequence[Partitioner] = ()) -> None:
         self._partitioners = list(partitioners)
 
-    def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+    def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Partitioner]:
         """Return the partitioners. quantflow's own leave out the edge nodes named in ``refused``; others can't."""
         return self._partitioners
 
-    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Partitioner]:
         """Return partitioners that delegate each operator in a call of its own, to find a faulty one; empty if unknown."""
         return []
 
@@ -43,11 +47,11 @@ class Delegate:
             rewrite(graph, CENTERED_NORM_REWRITES)
 
     def centering_norms(self) -> Delegate:
-        """A copy of the delegate that subtracts the mean before each layer norm and group norm."""
+        """A copy of the delegate that subtracts the mean before each layer norm."""
         centering = copy.copy(self)
         centering.centers_norms = True
         return centering
 
-    def passes(self) -> list[Any]:
+    def passes(self) -> list[PassType]:
         """Return the passes that run on the edge program before it is partitioned."""
         return []

@@ -4,8 +4,6 @@ Each module handles one kind of operator. A table maps operators to rewrites, an
 that its backend needs.
 """
 
-from typing import Any
-
 import torch
 
 from quantflow.graph.rewrites.activations import ACTIVATION_REWRITES
@@ -26,9 +24,10 @@ from quantflow.graph.rewrites.scalars import NUMBER_REWRITES
 from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
 from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
 from quantflow.graph.rewrites.windows import WINDOW_REWRITES
+from quantflow.upstream.operators import OpOverload
 
 # Rewrites of operators on scalars, vectors and images.
-REWRITES: dict[Any, Rewrite] = {
+REWRITES: dict[OpOverload, Rewrite] = {
     **ACTIVATION_REWRITES,
     **NUMBER_REWRITES,
     **PADDING_REWRITES,
@@ -39,7 +38,7 @@ REWRITES: dict[Any, Rewrite] = {
 }
 
 # Rewrites of operators that are not in core ATen and have no decomposition into it.
-CORE_REWRITES: dict[Any, Rewrite] = {
+CORE_REWRITES: dict[OpOverload, Rewrite] = {
     target: apply
     for target, apply in {**EMPTY_REWRITES, **ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()
     if torch.Tag.core not in target.tags

@@ -6,13 +6,12 @@ has 24 dB. These rewrites subtract the mean first.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, value
+from quantflow.graph.aten import argument, aten, op, value
 from quantflow.graph.parameters import tensor_of
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, tensor_before
+from quantflow.upstream.operators import OpOverload
 
 
 def batch_norm(module: GraphModule, node: Node) -> Node | None:
@@ -20,7 +19,7 @@ def batch_norm(module: GraphModule, node: Node) -> Node | None:
     x = value(node)
     if argument(node, "running_mean") is not None or x is None or x.ndim < 2:
         return None
-    return _normalized(module, node, [0, *range(2, x.ndim)])
+    return _scaled(module, node, _normalized(module, node, argument(node, "input"), [0, *range(2, x.ndim)]))
 
 
 def instance_norm(module: GraphModule, node: Node) -> Node | None:
@@ -28,19 +27,37 @@ def instance_norm(module: GraphModule, node: Node) -> Node | None:
     x = value(node)
     if argument(node, "running_mean") is not None or x is None or x.ndim < 3:
         return None
-    return _normalized(module, node, list(range(2, x.ndim)))
+    return _scaled(module, node, _normalized(module, node, argument(node, "input"), list(range(2, x.ndim))))
 
 
-def _normalized(module: GraphModule, node: Node, dims: list[int]) -> Node:
-    """The input of ``node`` normalized over ``dims``, then scaled and shifted per channel."""
-    x, result = argument(node, "input"), value(node)
-    assert result is not None
+def group_norm(module: GraphModule, node: Node) -> Node | None:
+    """Write a group norm as arithmetic over images with a channel for each group."""
+    x, groups = value(argument(node, "input")), argument(node, "num_groups")
+    if x is None or not all(isinstance(size, int) for size in x.shape[1:]) or not x[0].numel():
+        return None
+    width = x.shape[-1] if x.ndim > 2 else 1
+    shape = [-1, groups, x.shape[1:].numel() // (groups * width), width]
+    images = call_before(node, aten.reshape.default, argument(node, "input"), shape)
+    normalized = _normalized(module, node, images, [2, 3])
+    return _scaled(module, node, call_before(node, aten.reshape.default, normalized, [-1, *x.shape[1:]]))
+
+
+def _normalized(module: GraphModule, node: Node, x: Node, dims: list[int]) -> Node:
+    """``x`` normalized over ``dims``, with the ``eps`` of the norm ``node``."""
+    val = value(x)
+    assert val is not None
     centered = call_before(node, aten.sub.Tensor, x, call_before(node, aten.mean.dim, x, dims, True))
     squares = call_before(node, aten.mul.Tensor, centered, centered)
     variance = call_before(node, aten.mean.dim, squares, dims, True)
-    eps = constant_before(module, node, argument(node, "eps"), (1,) * result.ndim)
+    eps = constant_before(module, node, argument(node, "eps"), (1,) * val.ndim)
     scale = call_before(node, aten.rsqrt.default, call_before(node, aten.add.Tensor, variance, eps))
-    normalized = call_before(node, aten.mul.Tensor, centered, scale)
+    return call_before(node, aten.mul.Tensor, centered, scale)
+
+
+def _scaled(module: GraphModule, node: Node, normalized: Node) -> Node:
+    """``normalized`` times the weight of the norm ``node``, plus its bias, per channel."""
+    result = value(node)
+    assert result is not None
     for name, apply in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
         if (given := argument(node, name)) is not None:
             shape = [-1, *[1] * (result.ndim - 2)]
@@ -56,27 +73,15 @@ def centered_layer_norm(module: GraphModule, node: Node) -> Node:
     """Subtract the mean of what a layer norm normalizes before the norm."""
     x, dims = argument(node, "input"), list(range(-len(argument(node, "normalized_shape")), 0))
     centered = call_before(node, aten.sub.Tensor, x, call_before(node, aten.mean.dim, x, dims, True))
-    return call_before(node, node.target, centered, *node.args[1:])
+    return call_before(node, op(node), centered, *node.args[1:])
 
 
-def centered_group_norm(module: GraphModule, node: Node) -> Node | None:
-    """Subtract the mean of each group before a group norm."""
-    x, groups = argument(node, "input"), argument(node, "num_groups")
-    val = value(x)
-    if val is None or not all(isinstance(size, int) for size in val.shape[1:]):
-        return None
-    rows = call_before(node, aten.reshape.default, x, [-1, groups, val.shape[1:].numel() // groups])
-    centered = call_before(node, aten.sub.Tensor, rows, call_before(node, aten.mean.dim, rows, [-1], True))
-    images = call_before(node, aten.reshape.default, centered, [-1, *val.shape[1:]])
-    return call_before(node, node.target, images, *node.args[1:])
-
-
-NORMALIZATION_REWRITES: dict[Any, Rewrite] = {
+NORMALIZATION_REWRITES: dict[OpOverload, Rewrite] = {
     aten.batch_norm.default: batch_norm,
+    aten.group_norm.default: group_norm,
     aten.instance_norm.default: instance_norm,
 }
 
-CENTERED_NORM_REWRITES: dict[Any, Rewrite] = {
+CENTERED_NORM_REWRITES: dict[OpOverload, Rewrite] = {
     aten.layer_norm.default: centered_layer_norm,
-    aten.group_norm.default: centered_group_norm,
 }
