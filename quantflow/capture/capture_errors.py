@@ -6,7 +6,6 @@ import copy
 import os
 import re
 import traceback
-from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +67,7 @@ def _eager_error(model: nn.Module, inputs: tuple) -> Exception | None:
     return None
 
 
-def _own(leaf: Any) -> Any:
+def _own(leaf: object) -> object:
     """A copy of one input. ``copy.deepcopy`` fails on a tensor that was computed from others."""
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)

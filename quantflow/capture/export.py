@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from quantflow.capture.batch_of_one import check_batch_of_one
 from quantflow.capture.capture_errors import why_not
 from quantflow.capture.exported import INFERENCE_ONLY, Exported
 from quantflow.errors import QuantflowError
@@ -27,13 +28,16 @@ from quantflow.signature.signature import DynamicDim, Signature
 from quantflow.upstream import pytree
 from quantflow.upstream.graph_modules import pytree_info_of
 
+# The dynamic dimensions of each input, in the structure of the inputs, as ``torch.export`` takes them.
+DynamicShapes: TypeAlias = dict[str, Any] | tuple[Any, ...] | list[Any] | None
+
 
 def export(
     model: nn.Module | ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     dynamic_batch: bool | int = False,
     strict: bool = False,
 ) -> Exported:
@@ -99,6 +103,8 @@ def export(
                 program = torch.export.export(model, positional, keyword, dynamic_shapes=dynamic_shapes, strict=strict)
             erase_aliases(program)
             program = make_contiguous(program)
+            if _differ(given, (positional, keyword)):
+                check_batch_of_one(model, program, *given)
         except QuantflowError:
             raise
         except Exception as error:
@@ -110,6 +116,11 @@ def export(
     provenance.shorten(program.graph)
     inherited = model.meta.get(INFERENCE_ONLY, ()) if isinstance(model, GraphModule) else captured_as_inference(model)
     return Exported(program, training, tuple(dict.fromkeys((*inherited, *unclear))))
+
+
+def _differ(given: tuple, widened: tuple) -> bool:
+    """Whether an example was doubled to capture a dynamic batch."""
+    return any(ours is not theirs for ours, theirs in zip(*map(pytree.tree_leaves, (given, widened)), strict=True))
 
 
 def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: bool) -> ExportedProgram:
@@ -125,7 +136,7 @@ def _distinct(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
     """The inputs with repeated tensors cloned. The tracer would merge two uses of one tensor into one input."""
     seen: set[int] = set()
 
-    def own(leaf: Any) -> Any:
+    def own(leaf: object) -> object:
         if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
             return leaf.clone()
         seen.add(id(leaf))
@@ -165,7 +176,7 @@ def _take_in(program: ExportedProgram) -> Exported:
     signature = Signature.of_program(program)
     made: dict[str, Any] = {}
 
-    def dim(size: DynamicDim) -> Any:
+    def dim(size: DynamicDim) -> Dim | int:
         return made.setdefault(size.name, Dim(size.name, min=size.min, max=size.max))
 
     dims = [{i: dim(d) for i, d in enumerate(s.shape) if isinstance(d, DynamicDim)} or None for s in signature.inputs]
@@ -190,14 +201,14 @@ def _with_dynamic_batch(
         raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
     dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
 
-    def batched(leaf: Any) -> bool:
+    def batched(leaf: object) -> TypeGuard[torch.Tensor]:
         return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
-    def widen(leaf: Any) -> Any:
+    def widen(leaf: object) -> object:
         # The tracer treats a size of one as a constant, so the example gets two rows.
         return torch.cat([leaf, leaf]) if batch == 1 and batched(leaf) else leaf
 
-    def dims(leaf: Any) -> Any:
+    def dims(leaf: object) -> object:
         return {0: dim} if batched(leaf) else None
 
     try:

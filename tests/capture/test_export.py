@@ -254,3 +254,20 @@ def test_a_dimension_that_varies_from_an_example_of_one():
     with pytest.raises(qf.QuantflowError) as raised:
         qf.export(nn.Sequential(nn.Linear(4, 4)), (torch.randn(1, 4),), dynamic_shapes=shapes)
     assert "two or more" in raised.value.remedy
+
+
+class Squeezed(torch.nn.Module):
+    def forward(self, x):
+        return x.relu().squeeze()
+
+
+def test_a_batch_of_one_that_has_other_dimensions_than_others_is_refused():
+    with pytest.raises(qf.QuantflowError, match=r"output 0 has the shape \[4, 4\] for a batch of one") as caught:
+        qf.export(Squeezed(), (torch.randn(1, 4, 4),), dynamic_batch=True)
+    assert (caught.value.stage, caught.value.node) == ("export", "dynamic_batch")
+    assert qf.export(Squeezed(), (torch.randn(2, 4, 4),), dynamic_batch=True).module()(torch.randn(3, 4, 4)).shape == (
+        3,
+        4,
+        4,
+    )
+    assert qf.export(Squeezed(), (torch.randn(1, 4, 4),)).module()(torch.randn(1, 4, 4)).shape == (4, 4)
