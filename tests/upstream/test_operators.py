@@ -41,7 +41,7 @@ def test_names():
     assert operators.overload_name(torch.ops.aten.conv2d.default) == "default"
 
 
-@pytest.mark.parametrize("target", [torch.add, len, "submodule", None], ids=str)
+@pytest.mark.parametrize("target", [torch.add, len, "submodule", None], ids=["builtin", "function", "text", "none"])
 def test_what_is_no_operator_has_no_schema_and_no_name(target):
     assert operators.schema_of(target) is None
     assert operators.packet_name(target) == operators.qualified_name(target) == ""
