@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from record import write_record
@@ -57,7 +57,7 @@ class Network(nn.Module):
         return self.head(self.last(x).mean((2, 3)))
 
 
-def _normed(inputs: int, outputs: int, activation: nn.Module, kernel: int = 3, **spec: int) -> nn.Sequential:
+def _normed(inputs: int, outputs: int, activation: nn.Module, kernel: int = 3, **spec: Any) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **spec)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs, eps=EPS), activation)
 
@@ -108,7 +108,8 @@ def bad_scale(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[s
         tensor_of(converted, node.args[1]).mul_(factor)
         return converted, {user.name for user in node.users}
     node = draw.choice(_own_grids(converted))
-    return converted, _rewrite(converted, node, float(node.args[1]) * factor, node.args[2])
+    scale, zero_point = cast(tuple[float, int], node.args[1:3])
+    return converted, _rewrite(converted, node, scale * factor, zero_point)
 
 
 def clipped_range(subject: Subject, draw: random.Random) -> tuple[GraphModule, set[str]]:
@@ -145,8 +146,9 @@ def wrong_zero_point(subject: Subject, draw: random.Random) -> tuple[GraphModule
     node = draw.choice(_own_grids(converted))
     both = draw.random() < 0.5
     off = draw.randint(48, 96) if both else draw.randint(16, 64)
-    zero_point = node.args[2] + off if node.args[2] + off <= 127 else node.args[2] - off
-    return converted, _rewrite(converted, node, node.args[1], zero_point, both=both)
+    scale, zero_point = cast(tuple[float, int], node.args[1:3])
+    zero_point += off if zero_point + off <= 127 else -off
+    return converted, _rewrite(converted, node, scale, zero_point, both=both)
 
 
 FAULTS: dict[str, Fault] = {
@@ -173,7 +175,7 @@ def _own_grids(converted: GraphModule) -> list[Node]:
     return [n for n in nodes if grids.count(n.args[1:3]) == 1]
 
 
-def _rewrite(converted: GraphModule, node: Node, scale: Any, zero_point: Any, both: bool = True) -> set[str]:
+def _rewrite(converted: GraphModule, node: Node, scale: float, zero_point: int, both: bool = True) -> set[str]:
     """Change scale and zero point of a quantize node and of its dequantize nodes; returns the names of the faulty nodes."""
     for changed in (*([node] if both else []), *node.users):
         changed.args = (changed.args[0], scale, zero_point, *changed.args[3:])

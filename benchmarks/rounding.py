@@ -12,8 +12,9 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from record import write_record
@@ -85,7 +86,7 @@ def main() -> None:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
-        images = torch.stack([x for x, _ in data.held_out])
+        images = torch.stack([x for x, _ in cast(Iterable, data.held_out)])
         with torch.no_grad():
             wanted = model.eval()(images)
         exported = qf.export(model, (images[:2],), dynamic_batch=True).module()

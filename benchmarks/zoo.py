@@ -277,7 +277,7 @@ def report(results: list[dict[str, Any]], output: Path) -> None:
             if mode == "float" and "error" not in row:
                 continue
             outside = {**row.get("outside", {}), **{f"{k} (float)": v for k, v in row.get("floating", {}).items()}}
-            worst = sorted(outside, key=outside.get, reverse=True)[:4]  # type: ignore[arg-type]
+            worst = sorted(outside, key=outside.__getitem__, reverse=True)[:4]
             cells = {
                 "model": f"{result['model']} {mode}",
                 "stage": row["stage"] if "error" not in row else f"{row['stage']}: {row['error'][:80]}",

@@ -19,14 +19,14 @@ def _warn(old: str, new: str) -> None:
 
 
 def capture_pre_autograd_graph(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None, *, dynamic_shapes: Any = None
 ) -> TrainableGraphModule:
     """The old name of ``qf.export(model, args).module()``."""
     _warn("capture_pre_autograd_graph(model, args)", "qf.export(model, args).module()")
     return export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
 
 
-def _capture(model: nn.Module, args: Sequence[Any], config: Any = None, *, dynamic_shapes: Any = None) -> CoreAten:
+def _capture(model: nn.Module, args: Sequence[object], config: Any = None, *, dynamic_shapes: Any = None) -> CoreAten:
     """The old name of ``qf.export(model, args).to_core_aten()``; ``config`` is ignored."""
     _warn("exir.capture(model, args)", "qf.export(model, args).to_core_aten()")
     return export(model, args, dynamic_shapes=dynamic_shapes).to_core_aten()

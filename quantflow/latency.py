@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 _LONGEST = 20.0  # seconds after which no further calls are measured, once the minimum is reached
 _FEWEST = 5
@@ -35,7 +34,7 @@ class Latency:
     threads: int
 
 
-def measure(call: Callable[[], Any], *, rows: int, threads: int, runs: int = 30, warm_up: int = 5) -> Latency:
+def measure(call: Callable[[], object], *, rows: int, threads: int, runs: int = 30, warm_up: int = 5) -> Latency:
     """Measure ``runs`` calls; after 20 s fewer, but at least 5.
 
     Args:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantflow.errors import QuantflowError
 from quantflow.files import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def new_figure(stage: str, width: float, height: float) -> Any:
+
+def new_figure(stage: str, width: float, height: float) -> Figure:
     """An empty ``matplotlib.figure.Figure`` of this size in inches, without a window.
 
     Raises:
@@ -25,7 +28,7 @@ def new_figure(stage: str, width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Any, path: str | os.PathLike[str], stage: str) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str], stage: str) -> Path:
     """Write ``figure`` atomically to an image file, in the format of the suffix.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, op
+from quantflow.graph.aten import INFERENCE_IDENTITIES, node_argument, op
 from quantizers.plan import Plan
 from quantizers.scheme import TensorScheme
 
@@ -32,7 +32,7 @@ def quantized_edges(plan: Plan) -> Edges:
             written[decision.tail] = scheme
 
     def lies_on(node: Node, grid: TensorScheme) -> bool:
-        return written.get(node) == grid or (_is_identity(node) and lies_on(node.args[0], grid))  # type: ignore[arg-type]
+        return written.get(node) == grid or (_is_identity(node) and lies_on(node_argument(node), grid))
 
     def all_read(node: Node, grid: TensorScheme) -> bool:
         return all(
@@ -42,7 +42,7 @@ def quantized_edges(plan: Plan) -> Edges:
     def before_identities(producer: Node, consumer: Node) -> Edge:
         grid = grids[producer, consumer]
         while _is_identity(producer) and (all_read(producer, grid) or lies_on(producer, grid)):
-            producer, consumer = producer.args[0], producer  # type: ignore[assignment]
+            producer, consumer = node_argument(producer), producer
         return producer, consumer
 
     return {read: before_identities(*read) for read in grids}

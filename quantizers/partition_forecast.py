@@ -7,18 +7,19 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, op, short_name
+from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, node_argument, op, short_name
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.partitioning import delegate_calls
 from quantflow.upstream import pytree
 from quantflow.upstream.fake_tensors import FakeTensor, FakeTensorMode
-from quantflow.upstream.operators import OperatorBase, OpOverload
+from quantflow.upstream.operators import OpOverload
 from quantizers.kernels import FloatKernels
 
 
@@ -94,7 +95,7 @@ class _Lowered:
         self.origins: dict[Node, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._values: dict[Node, Any] = {}  # by node of ``graph``: a lowered node, or a number
-        self._decomposed: dict[Any, Graph] = {}
+        self._decomposed: dict[tuple, Graph] = {}
         for node in graph.nodes:
             if node.op != "output":
                 self._values[node] = self._lower(node)
@@ -111,10 +112,10 @@ class _Lowered:
             return args[0]
         result = self._call(node, op(node), args, kwargs)
         if is_inplace(node):
-            self._write(node.args[0], result)
+            self._write(node_argument(node), cast(Node, result))
         return result
 
-    def _call(self, node: Node, target: Any, args: tuple, kwargs: dict) -> Node:
+    def _call(self, node: Node, target: Callable, args: tuple, kwargs: dict) -> Argument:
         call = self.graph.call_function(target, args, kwargs)
         call.meta["val"] = self._static(node.meta["val"])
         self.origins[call] = node
@@ -134,9 +135,9 @@ class _Lowered:
         returned = body.output_node().args[0]
         if isinstance(returned, Node):
             return copies[returned]
-        return torch.fx.map_arg(returned, copies.__getitem__)  # type: ignore[return-value]
+        return torch.fx.map_arg(returned, copies.__getitem__)
 
-    def _decomposition(self, target: Any, args: tuple, kwargs: dict) -> Graph:
+    def _decomposition(self, target: Callable, args: tuple, kwargs: dict) -> Graph:
         """The core ATen graph of ``target``, as a function of its tensor arguments."""
         given = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         leaves, structure = pytree.tree_flatten(given)
@@ -149,7 +150,7 @@ class _Lowered:
                 for i, tensor in zip(where, tensors, strict=True):
                     filled[i] = tensor
                 args, kwargs = pytree.tree_unflatten(filled, structure)
-                return target(*args, **kwargs)
+                return _AS_LOWERED.get(target, target)(*args, **kwargs)
 
             with torch.no_grad():
                 traced = make_fx(run, decomposition_table=_decompositions())(*(leaves[i] for i in where))
@@ -161,7 +162,7 @@ class _Lowered:
         """Replace ``base`` by ``written`` for all later readers, and update the tensors of which ``base`` is a view."""
         while is_view(base):
             self._values[base] = written
-            part, base = base, base.args[0]  # type: ignore[assignment]
+            part, base = base, node_argument(base)
             scatter = _SCATTERS.get(op(part))
             if scatter is not None:
                 whole = self._values[base]
@@ -186,29 +187,68 @@ _RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
+def _normalized(x: torch.Tensor, dims: list[int], weight: object, bias: object) -> torch.Tensor:
+    """A norm over its own statistics as lowering writes it, :mod:`quantflow.graph.rewrites.normalization`. The values do not
+    matter here: an operand of the tensor's own shape stands for a weight.
+    """
+    centered = x - x.mean(dims, keepdim=True)
+    y = centered * ((centered * centered).mean(dims, keepdim=True) + 1.0).rsqrt()
+    return _affine(y, weight, bias)
+
+
+def _affine(y: torch.Tensor, weight: object, bias: object) -> torch.Tensor:
+    y = y if weight is None else y * y
+    return y if bias is None else y + y
+
+
+def _batch_norm(x: torch.Tensor, weight: object, bias: object, mean: object, *others: Any) -> torch.Tensor:
+    if mean is not None:
+        return aten.batch_norm(x, weight, bias, mean, *others)
+    return _normalized(x, [0, *range(2, x.ndim)], weight, bias)
+
+
+def _instance_norm(x: torch.Tensor, weight: object, bias: object, mean: object, *others: Any) -> torch.Tensor:
+    if mean is not None:
+        return aten.instance_norm(x, weight, bias, mean, *others)
+    return _normalized(x, list(range(2, x.ndim)), weight, bias)
+
+
+def _group_norm(x: torch.Tensor, groups: int, weight: object = None, bias: object = None, *_: Any) -> torch.Tensor:
+    width = x.shape[-1] if x.ndim > 2 else 1
+    y = _normalized(x.reshape(x.shape[0], groups, -1, width), [2, 3], None, None).reshape(x.shape)
+    return _affine(y, weight, bias)
+
+
+_AS_LOWERED: dict[object, Callable] = {
+    aten.batch_norm.default: _batch_norm,
+    aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
+}
+
+
 @functools.cache
-def _decompositions() -> dict[OperatorBase, Callable]:
-    return dict(torch.export.default_decompositions())
+def _decompositions() -> dict[OpOverload, Callable]:
+    return cast(dict[OpOverload, Callable], dict(torch.export.default_decompositions()))
 
 
-def _is_tensor(val: Any) -> bool:
+def _is_tensor(val: object) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(val))
 
 
 def _takes_all(node: Node) -> bool:
     """Whether ``node`` is a slice of the whole tensor."""
-    return op(node) is aten.slice.Tensor and node.meta["val"].shape == node.args[0].meta["val"].shape
+    return op(node) is aten.slice.Tensor and node.meta["val"].shape == node_argument(node).meta["val"].shape
 
 
 def _hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
-def _form(leaf: Any) -> Any:
+def _form(leaf: object) -> tuple:
     return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, FakeTensor) else (type(leaf), leaf)
 
 
-def _decomposes(target: Any) -> bool:
+def _decomposes(target: object) -> bool:
     """Whether to trace ``target`` to core ATen; core operators need no trace, data-dependent ones can't be traced."""
     unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return isinstance(target, OpOverload) and not (unknown | {torch.Tag.core}) & set(target.tags)

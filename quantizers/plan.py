@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -156,7 +155,7 @@ def make_plan(
     overrides: Sequence[Override],
     refuse: Refusal = lambda node: None,
     kernels: FloatKernels | None = None,
-    lacks: Mapping[Any, str] | None = None,
+    lacks: Mapping[object, str] | None = None,
 ) -> Plan:
     """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``lacks`` has the reasons
     for operators without a rule.

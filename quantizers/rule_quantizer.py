@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotation, Quantizer, SharedQuantizationSpec
@@ -17,6 +17,7 @@ from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.rewrites import Rewrite, rewrite
 from quantflow.upstream.annotations import mark_annotated
+from quantflow.upstream.operators import OpOverload
 from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.decision import Decision
 from quantizers.kernels import FloatKernels
@@ -62,10 +63,10 @@ class RuleQuantizer(Quantizer):
     """
 
     rules: Sequence[Rule] = ()
-    rewrites: Mapping[Any, Rewrite] = {}
+    rewrites: Mapping[OpOverload, Rewrite] = {}
     float_kernels: FloatKernels | None = None
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # defaults of quantflow.search
-    lacks: Mapping[Any, str] = {}
+    lacks: Mapping[object, str] = {}
 
     def __init__(
         self,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, op, pair, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
+from quantflow.upstream.operators import OpOverload
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
@@ -55,7 +55,7 @@ def _not_global(node: Node) -> str | None:
 
 def _not_spatial(node: Node) -> str | None:
     dims = argument(node, "dim") or []
-    spatial = _rank(node.args[0]) == 4 and sorted(d % 4 for d in dims) == [2, 3]  # type: ignore[arg-type]
+    spatial = _rank(node_argument(node)) == 4 and sorted(d % 4 for d in dims) == [2, 3]
     return (
         None if spatial and argument(node, "keepdim") else "only the mean over H and W with keepdim=True runs in int8"
     )
@@ -64,7 +64,7 @@ def _not_spatial(node: Node) -> str | None:
 def _pool_gaps(node: Node) -> str | None:
     kernel = tuple(pair(argument(node, "kernel_size")))
     stride = tuple(pair(argument(node, "stride") or kernel))
-    if argument(node, "ceil_mode") and not all(isinstance(s, int) for s in value(node).shape[2:]):  # type: ignore[union-attr]
+    if argument(node, "ceil_mode") and not all(isinstance(s, int) for s in tensor_value(node).shape[2:]):
         return "ceil_mode over a size that varies"
     return None if all(s <= k for s, k in zip(stride, kernel, strict=True)) else f"stride {stride} over kernel {kernel}"
 
@@ -234,7 +234,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     """
 
     rules = XNNPACK_RULES
-    rewrites: Mapping[Any, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
+    rewrites: Mapping[OpOverload, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
     lacks = XNNPACK_LACKS

@@ -50,9 +50,9 @@ def _convolution(node: Node) -> bool:
 
 
 def _batch_norm(node: Node) -> bool:
-    names = ("weight", "bias", "running_mean", "running_var")
-    reads = [argument(node, name) for name in names]
-    return _rank(node) >= 2 and all(read is None or is_constant(read) for read in reads)
+    weight, bias, *statistics = (argument(node, name) for name in ("weight", "bias", "running_mean", "running_var"))
+    constant = all(read is None or is_constant(read) for read in (weight, bias, *statistics))
+    return _rank(node) >= 2 and constant and None not in statistics
 
 
 def _several(node: Node) -> bool:

@@ -28,7 +28,7 @@ from quantflow.distributed import rank, world_size
 from quantflow.files import write_atomically
 from quantflow.malloc import keep_freed_memory
 from quantflow.observers import OBSERVERS
-from quantflow.vision.images import first, labelled_folder, preprocessing
+from quantflow.vision.images import count_of, first, labelled_folder, preprocessing
 from quantflow.vision.models import classifier
 from quantizers import W4A8, Scheme, TensorScheme, XNNPACKQuantizer
 
@@ -117,7 +117,7 @@ def main() -> None:
     if options.resume:
         resume(prepared, sample, state)
     else:
-        share = Subset(calibration, range(rank(), len(calibration), world_size()))  # type: ignore[arg-type]
+        share = Subset(calibration, range(rank(), count_of(calibration), world_size()))
         qf.calibrate(prepared, DataLoader(share, options.batch_size), sample=sample, patience=options.patience)
     first_process = rank() == 0
     if distributed:
@@ -145,7 +145,7 @@ def main() -> None:
         folder,
         {
             "model": options.model,
-            "calibration_images": len(calibration),  # type: ignore[arg-type]
+            "calibration_images": count_of(calibration),
             "validation_images": found.examples,
             **{f"{stage.name}_accuracy": stage.output.top1 for stage in found.stages},
             "drop_points": pte.output.drop,

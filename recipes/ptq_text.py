@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sized
 from pathlib import Path
+from typing import cast
 
 import torch
 from results import output_folder, write_result
@@ -107,7 +109,7 @@ def main() -> None:
     graph.eval()
 
     # Dynamic int8: weights are quantized now, inputs at run time.
-    count = len(data.train)  # type: ignore[arg-type]
+    count = len(cast(Sized, data.train))
     spread = range(0, count, max(count // options.calibration_snippets, 1))  # indices spread over all classes
     calibration = Subset(data.train, spread)
     quantizer = XNNPACKQuantizer(DYNAMIC_INT8)

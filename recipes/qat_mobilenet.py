@@ -62,7 +62,9 @@ def main() -> None:
     torch.manual_seed(options.seed)
     data = image_data(options.data, options.data_root, options.image_size, options.seed)
     model = classifier(options.model, data.classes, options.weights)
-    sampler = DistributedSampler(data.train, seed=options.seed, drop_last=True) if distributed else None
+    sampler: DistributedSampler | None = (
+        DistributedSampler(data.train, seed=options.seed, drop_last=True) if distributed else None
+    )
     loader = DataLoader(
         data.train,
         options.batch_size // world_size(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 from torch.fx import GraphModule
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from quantflow.signature.signature import Signature
 def diagnose(
     float_graph: GraphModule,
     quantized_graph: GraphModule,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     inputs: PickInputs | None = None,
     max_batches: int | None = None,

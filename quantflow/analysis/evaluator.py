@@ -37,7 +37,7 @@ class Evaluator:
         QuantflowError: at stage ``"accuracy-control"``, when the data are of another kind.
     """
 
-    def __init__(self, graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None = None) -> None:
+    def __init__(self, graph: GraphModule, data: Iterable[object], inputs: PickInputs | None = None) -> None:
         if iter(data) is data:
             remedy = "pass a list of batches or a DataLoader"
             raise QuantflowError(
@@ -78,7 +78,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _float_classes(self, flat: Flat) -> torch.Tensor:
-        args, kwargs = pytree.tree_unflatten(flat, self.signature.in_spec)  # type: ignore[arg-type]
+        args, kwargs = self.signature.call(flat)
         with state_kept(self.graph):
             args, kwargs = inputs_kept(self.graph, (args, kwargs))
             return _classes(self.graph(*args, **kwargs))
@@ -103,7 +103,7 @@ class Evaluator:
             yield _classes(program(*args, **kwargs))[: rows - start if size else None]
 
 
-def _classes(outputs: Any) -> torch.Tensor:
+def _classes(outputs: object) -> torch.Tensor:
     scores = next(
         (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()), None
     )
@@ -114,7 +114,7 @@ def _classes(outputs: Any) -> torch.Tensor:
     return scores.argmax(1).cpu()
 
 
-def _targets(target: Any, examples: int) -> torch.Tensor:
+def _targets(target: object, examples: int) -> torch.Tensor:
     if not isinstance(target, torch.Tensor) or target.shape != (examples,) or target.is_floating_point():
         remedy = "integer classes, [examples], as a DataLoader gives; or batches without targets"
         raise QuantflowError("accuracy-control", "the targets are no classes", node="data", remedy=remedy)

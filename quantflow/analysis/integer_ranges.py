@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
+from quantflow.graph.aten import argument
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.qparams.per_token import round_per_token
 from quantflow.qparams.qparams import choose_qparams
@@ -37,14 +39,14 @@ class Grid:
         """The grid that the ``dequantize`` node reads from."""
         name = packet_name(dequantize.target)
         if not name.startswith("dequantize_per_tensor"):
-            quant_min, quant_max = dequantize.args[4:6] if name == "dequantize_per_channel" else (-128, 127)
-            return cls(None, 0, quant_min, quant_max, name == "dequantize_per_token")  # type: ignore[arg-type]
+            quant_min, quant_max = _limits(dequantize) if name == "dequantize_per_channel" else (-128, 127)
+            return cls(None, 0, quant_min, quant_max, name == "dequantize_per_token")
         scale, zero_point = (
-            tensor_of(module, q).item() if is_constant(q) else None if isinstance(q, Node) else q
+            tensor_of(module, q).item() if is_constant(q) else None if isinstance(q, Node) else cast(float, q)
             for q in dequantize.args[1:3]
         )
-        quant_min, quant_max = (int(limit) for limit in dequantize.args[3:5])  # type: ignore[arg-type]
-        return cls(None if scale is None else float(scale), int(zero_point or 0), quant_min, quant_max)  # type: ignore[arg-type]
+        quant_min, quant_max = _limits(dequantize)
+        return cls(None if scale is None else float(scale), int(zero_point or 0), quant_min, quant_max)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -70,21 +72,24 @@ def rounded_constant(dequantize: Node, integers: torch.Tensor, exact: torch.Tens
     if integers.shape != exact.shape:
         return None
     if name.startswith("dequantize_per_channel_group"):
-        limits, rows = dequantize.args[3:5], exact.reshape(-1, int(dequantize.args[6]))  # type: ignore[call-overload]
+        rows = exact.reshape(-1, int(argument(dequantize, "group_size")))
     elif name.startswith("dequantize_per_channel"):
-        limits = dequantize.args[4:6]
-        rows = exact.movedim(int(dequantize.args[3]), 0).flatten(1)  # type: ignore[call-overload]
+        rows = exact.movedim(int(argument(dequantize, "axis")), 0).flatten(1)
     elif name.startswith("dequantize_per_tensor"):
-        limits, rows = dequantize.args[3:5], exact.reshape(1, -1)
+        rows = exact.reshape(1, -1)
     else:
         return None
-    quant_min, quant_max = (int(limit) for limit in limits)  # type: ignore[arg-type]
+    quant_min, quant_max = _limits(dequantize)
     scale, zero_point = choose_qparams(
         rows.amin(1), rows.amax(1), quant_min=quant_min, quant_max=quant_max, symmetric=quant_min < 0
     )
     rows = round_to_grid(rows, scale, zero_point, quant_min, quant_max, 0)
     if name == "dequantize_per_channel":
-        axis = int(dequantize.args[3])  # type: ignore[call-overload]
+        axis = int(argument(dequantize, "axis"))
         moved = exact.movedim(axis, 0)
         return rows.reshape(moved.shape).movedim(0, axis)
     return rows.reshape(exact.shape)
+
+
+def _limits(dequantize: Node) -> tuple[int, int]:
+    return int(argument(dequantize, "quant_min")), int(argument(dequantize, "quant_max"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -58,7 +57,7 @@ def with_intermediate_outputs(graph: GraphModule, intermediates: list[Intermedia
     opened = copy.deepcopy(graph)
     nodes = {node.name: node for node in opened.graph.nodes}
     output = opened.graph.output_node()
-    values: list[Any] = list(pytree.tree_leaves(output.args))
+    values = list(pytree.tree_leaves(output.args))
     for intermediate in intermediates:
         end = nodes[intermediate.end.name]
         with opened.graph.inserting_after(end):

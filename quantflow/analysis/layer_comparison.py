@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -16,7 +15,18 @@ from quantflow.analysis.integer_ranges import Grid, rounded_constant
 from quantflow.analysis.node_matching import computes, converts, matches, source, vanishes
 from quantflow.analysis.reference import reference_values
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, aten, label, layer, op, short_name
+from quantflow.graph.aten import (
+    CONVOLUTIONS,
+    LINEARS,
+    TRANSPOSED_CONVOLUTIONS,
+    aten,
+    label,
+    layer,
+    node_argument,
+    op,
+    short_name,
+    value,
+)
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import overwritten, written_by
 from quantflow.simulation.float_weights import attribute
@@ -67,7 +77,7 @@ class LayerComparison:
         met: set[Node] = set()
         for node, match in self.matches.items():
             while vanishes(match) and op(match) is not op(node):
-                match = match.args[0]  # type: ignore[assignment]
+                match = node_argument(match)
             if op(match) is op(node):
                 met.add(match)
         missing = [label(n) for n in self.reference.graph.nodes if op(n) in _WEIGHTED and n not in met]
@@ -97,7 +107,7 @@ class LayerComparison:
                 yield _Tail(node, node, None, True, Sums(_axis(node)))
 
     @torch.no_grad()
-    def add(self, flat: Sequence[Any]) -> None:
+    def add(self, flat: Sequence[object]) -> None:
         """Take in one batch of flat inputs."""
         floats, gradients, returned = reference_values(self.reference, flat)
         self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
@@ -239,6 +249,6 @@ def _constants(graph: GraphModule) -> set[Node]:
 
 def _axis(node: Node) -> int:
     """The dimension of the node's value that holds channels."""
-    val: Any = node.meta.get("val")
-    ndim = val.ndim if isinstance(val, torch.Tensor) else 4
+    val = value(node)
+    ndim = 4 if val is None else val.ndim
     return ndim - 1 if op(node) in _LAST or ndim <= 2 else 1

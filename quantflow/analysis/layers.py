@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from quantflow.analysis.node_matching import computes, vanishes
-from quantflow.graph.aten import layer
+from quantflow.graph.aten import layer, node_argument
 from quantflow.graph.parameters import is_constant
 from quantflow.observers.observation import observer_of
 
@@ -49,7 +49,7 @@ def layers_of(graph: GraphModule) -> tuple[QuantizedLayer, ...]:
     """The quantized layers of a prepared graph, in graph order. A clamp belongs to the layer that it is fused with."""
     found: dict[str, set[Node]] = {n: set() for n in map(layer_name, filter(computes, graph.graph.nodes))}
     for node in observers_in(graph):
-        for owner in node.users if _of_readers(node, graph) else [_behind_clamps(node.args[0])]:
+        for owner in node.users if _of_readers(node, graph) else [_behind_clamps(node_argument(node))]:
             if computes(owner):
                 found[layer_name(owner)].add(node)
     return tuple(QuantizedLayer(name, frozenset(calls)) for name, calls in found.items() if calls)
@@ -70,7 +70,7 @@ def still_quantized(graph: GraphModule, floating: Collection[str]) -> frozenset[
     for node in observers_in(graph):
         near = set(node.users)
         if not _of_readers(node, graph):
-            near.add(_behind_clamps(node.args[0]))
+            near.add(_behind_clamps(node_argument(node)))
         if any(layer_name(n) in names for n in near if computes(n)):
             kept.add(node)
     return frozenset(kept)
@@ -81,7 +81,7 @@ def _of_readers(node: Node, graph: GraphModule) -> bool:
     return is_constant(node.args[0]) or bool(getattr(observer_of(node, graph), "is_dynamic", False))
 
 
-def _behind_clamps(node: Node) -> Node:  # type: ignore[return]
+def _behind_clamps(node: Node) -> Node:
     while computes(node) and vanishes(node) and isinstance(node.args[0], Node) and len(node.args[0].users) == 1:
         node = node.args[0]
     return node

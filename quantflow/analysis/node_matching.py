@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from typing import Any
 
 from torch.fx import Graph, Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, clamp_limits, layer, only_user, op, value
+from quantflow.graph.aten import INFERENCE_IDENTITIES, clamp_limits, layer, node_argument, only_user, op, value
 
 _CONVERSIONS = {"quantized_decomposed", "torchao"}
 
@@ -23,7 +22,7 @@ def converts(node: Node) -> bool:
 def source(node: Node) -> Node:
     """What ``node`` holds but for rounding: the tensor before the conversions."""
     while converts(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_argument(node)
     return node
 
 
@@ -55,9 +54,9 @@ def matches(quantized: Graph, reference: Graph) -> dict[Node, Node]:
     return {node: match for node, match in pairs.items() if _alike(node, match)}
 
 
-def _by_place(graph: Graph) -> dict[tuple[Any, str], list[Node]]:
+def _by_place(graph: Graph) -> dict[tuple[object, str], list[Node]]:
     """Nodes by operator and layer, in order."""
-    found: dict[tuple[Any, str], list[Node]] = defaultdict(list)
+    found: dict[tuple[object, str], list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "placeholder":
             found["placeholder", ""].append(node)
@@ -75,7 +74,7 @@ def _pair_same(ours: list[Node], theirs: list[Node], pairs: dict[Node, Node]) ->
 
 
 def _pair_calls(
-    ours: dict[tuple[Any, str], list[Node]], theirs: dict[tuple[Any, str], list[Node]], pairs: dict[Node, Node]
+    ours: dict[tuple[object, str], list[Node]], theirs: dict[tuple[object, str], list[Node]], pairs: dict[Node, Node]
 ) -> None:
     """Pair in order the calls of an operator, where layers are not known and both graphs have as many."""
     for target in {target for target, _ in ours}:

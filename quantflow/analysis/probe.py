@@ -23,6 +23,7 @@ from quantflow.analysis.reference import converted_form, reference_graph
 from quantflow.capture.export import export
 from quantflow.data.batches import PickInputs, batches
 from quantflow.data.sample import cut_inputs
+from quantflow.delegates import DelegateLike
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import layer, op, short_name
 from quantflow.graph.state import overwritten
@@ -35,10 +36,10 @@ from quantflow.upstream import pytree
 
 def probe(
     quantized_graph: GraphModule,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     float_graph: GraphModule | None = None,
-    delegate: Any = "xnnpack",
+    delegate: DelegateLike = "xnnpack",
     calls: int = 8,
     inputs: PickInputs | None = None,
     progress: bool = True,
@@ -142,7 +143,7 @@ def _sum(sums: tuple[float, float], more: tuple[float, float]) -> tuple[float, f
     return sums[0] + more[0], sums[1] + more[1]
 
 
-def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -> Iterator[list[Any]]:
+def _calls(graph: GraphModule, data: Iterable[object], inputs: PickInputs | None) -> Iterator[list[Any]]:
     """The flat inputs of each call: one example where the batch size is dynamic, else a batch."""
     signature = Signature.of_graph(graph)
     cut = cut_inputs(signature)
@@ -156,7 +157,7 @@ def _calls(graph: GraphModule, data: Iterable[Any], inputs: PickInputs | None) -
             yield [t[row : row + 1] if by_example else t for t, by_example in zip(flat, cut, strict=True)]
 
 
-def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program:
+def _lowered(opened: GraphModule, flat: Sequence[object], delegate: DelegateLike) -> Program:
     core = export(opened, tuple(flat)).to_core_aten()
     signature = core.program.graph_signature
     for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
@@ -169,7 +170,7 @@ def _lowered(opened: GraphModule, flat: Sequence[Any], delegate: Any) -> Program
 @torch.no_grad()
 def _compare(
     graph: GraphModule,
-    flat: Sequence[Any],
+    flat: Sequence[object],
     intermediates: list[_Sums],
     found: list[torch.Tensor],
     exact: dict[Node, Any],
@@ -193,7 +194,7 @@ def _compare(
 
 
 def _float_values(
-    reference: GraphModule, graph: GraphModule, flat: Sequence[Any], pairs: dict[Node, Node]
+    reference: GraphModule, graph: GraphModule, flat: Sequence[object], pairs: dict[Node, Node]
 ) -> dict[Node, Any]:
     """What the float network has for the nodes of ``graph`` that have a match in it."""
     spec = Signature.of_graph(graph).in_spec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -17,7 +16,7 @@ from quantflow.simulation.interpreter import Interpreter, Values, float_tensors,
 from quantflow.simulation.output_gradients import random_signs
 
 
-def reference_graph(graph: Any, stage: str) -> TrainableGraphModule:
+def reference_graph(graph: object, stage: str) -> TrainableGraphModule:
     """A copy of the float ``graph`` with batch norm folded, as quantizing folds it, in inference mode.
 
     Raises:
@@ -34,7 +33,7 @@ def reference_graph(graph: Any, stage: str) -> TrainableGraphModule:
     return copied
 
 
-def converted_form(graph: Any, stage: str) -> GraphModule:
+def converted_form(graph: object, stage: str) -> GraphModule:
     """The quantized ``graph`` with its integers: itself where it is converted, else :func:`quantflow.convert` of it.
 
     Raises:
@@ -48,7 +47,7 @@ def converted_form(graph: Any, stage: str) -> GraphModule:
     return convert(graph)
 
 
-def reference_values(graph: GraphModule, flat: Sequence[Any]) -> tuple[Values, Values, list[torch.Tensor]]:
+def reference_values(graph: GraphModule, flat: Sequence[object]) -> tuple[Values, Values, list[torch.Tensor]]:
     """Of one batch of flat inputs: the value of every node, a gradient for each float tensor, and the float outputs.
 
     The gradient is that of the outputs, each in units of its own root mean square, summed with random signs: the expectation of

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -93,7 +92,7 @@ class Sensitivities:
 
 def sensitivity(
     prepared: GraphModule,
-    data: Sample | Iterable[Any],
+    data: Sample | Iterable[object],
     *,
     inputs: PickInputs | None = None,
     batches: int = 4,

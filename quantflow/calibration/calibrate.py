@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.fx import GraphModule
@@ -19,7 +19,7 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.own_state import state_kept
 from quantflow.graph.state import inputs_kept
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.observation import observers_of, watching
+from quantflow.observers.observation import affine, observers_of, watching
 from quantflow.observers.synchronization import begin_together, check_synchronizable, synchronize
 from quantflow.signature.signature import Signature
 
@@ -29,7 +29,7 @@ _SETTLED = 0.01  # relative growth of a range below which it counts as converged
 
 def calibrate(
     graph: G,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     inputs: PickInputs | None = None,
     max_batches: int | None = None,
@@ -137,7 +137,7 @@ class _Converged:
         if self.patience is None:
             return False
         # A torchao observer may have no range (fixed parameters), or one of another shape before the first data.
-        ranged = [o for o in self.watching if isinstance(getattr(o, "min_val", None), torch.Tensor)]
+        ranged = [affine(o) for o in self.watching if isinstance(getattr(o, "min_val", None), torch.Tensor)]
         now = torch.cat([torch.empty(0), *((o.max_val - o.min_val).flatten().float().cpu() for o in ranged)])
         grew = self.widths is None or len(now) != len(self.widths) or bool((now > self.widths * (1 + _SETTLED)).any())
         self.quiet = 0 if grew else self.quiet + 1

@@ -79,7 +79,7 @@ class ChosenImages:
         labelled = self._labelled()
         if labelled is None:
             return None
-        size = len(labelled)  # type: ignore[arg-type]
+        size = images.count_of(labelled)
         if size < 2:
             remedy = "more images in --validation, --data or --images"
             raise QuantflowError("data", "one image can't be chosen by and scored on", node="--max-drop", remedy=remedy)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-C = TypeVar("C", bound=Callable[..., Any])
+C = TypeVar("C", bound=Callable)
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
@@ -56,7 +56,7 @@ calibration_options = options(
     click.option("--calibration-images", type=COUNT, default=500, show_default=True),
 )
 
-skip_option: Callable[..., Any] = click.option(
+skip_option = click.option(
     "--skip", multiple=True, metavar="LAYER", help="A layer to leave in float, by name; may be repeated."
 )
 

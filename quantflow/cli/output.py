@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import click
 
 from quantflow.cli.options import writable
 from quantflow.errors import QuantflowError
 
-json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-output_option: Callable[..., Any] = click.option(
-    "--output", type=writable(".pte"), required=True, help="The .pte file to write."
-)
+output_option = click.option("--output", type=writable(".pte"), required=True, help="The .pte file to write.")
 
 
 def _can_draw(context: click.Context, parameter: click.Parameter, page: Path | None) -> Path | None:
@@ -28,7 +25,7 @@ def _can_draw(context: click.Context, parameter: click.Parameter, page: Path | N
     return page
 
 
-report_option: Callable[..., Any] = click.option(
+report_option = click.option(
     "--report", "page", type=writable(".html"), callback=_can_draw, help="Also write an HTML report, with .json."
 )
 

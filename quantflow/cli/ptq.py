@@ -9,6 +9,7 @@ import click
 
 from quantflow.cli.options import calibration_options, float_options, image_options, model_options, skip_option
 from quantflow.cli.output import json_option, output_option, report_option, show
+from quantflow.vision.images import count_of
 
 _EXAMPLES = (
     "\b\nExamples:\n"
@@ -82,5 +83,5 @@ def ptq(
     if page is not None:
         write_report(page, title=model, result=result, verification=figures)
     report = result.report
-    told_by = None if chosen_by is None else len(chosen_by.dataset)  # type: ignore[arg-type]
+    told_by = None if chosen_by is None else count_of(chosen_by.dataset)
     show(Made(str(output), str(report), report.seconds, report.delegated_fraction, figures, told_by), as_json)

@@ -7,6 +7,8 @@ noise.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -16,6 +18,7 @@ from quantflow.graph.aten import (
     LINEARS,
     TRANSPOSED_CONVOLUTIONS,
     argument,
+    node_argument,
     op,
     set_argument,
 )
@@ -72,7 +75,7 @@ def _biases(module: GraphModule) -> list[tuple[Node, Node]]:
 
 
 def _step(module: GraphModule, layer: Node) -> torch.Tensor | None:
-    given, weight = layer.args[0], argument(layer, "weight")
+    given, weight = node_argument(layer), argument(layer, "weight")
     if op(given) is not decomposed.dequantize_per_tensor.default:
         return None
     if op(weight) is decomposed.dequantize_per_tensor.default:
@@ -81,13 +84,13 @@ def _step(module: GraphModule, layer: Node) -> torch.Tensor | None:
         scale = tensor_of(module, weight.args[1]).double()
     else:
         return None
-    return float(given.args[1]) * scale  # type: ignore[union-attr, arg-type]
+    return cast(float, given.args[1]) * scale
 
 
 def _observed_step(module: GraphModule, layer: Node) -> torch.Tensor | None:
-    source: Node = layer.args[0]  # type: ignore[assignment]
+    source = node_argument(layer)
     while op(source) in INFERENCE_IDENTITIES:
-        source = source.args[0]  # type: ignore[assignment]
+        source = node_argument(source)
     given, weight = observer_of(source, module), observer_of(argument(layer, "weight"), module)
     if given is None or weight is None or getattr(given, "is_dynamic", False) or given.qscheme in PER_CHANNEL:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from quantflow.graph.aten import (
     clamp_limits,
     has_argument,
     label,
+    node_argument,
     only_user,
     op,
     value,
@@ -36,6 +39,8 @@ from quantflow.graph.parameters import (
 from quantflow.graph.state import writes_for_others
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.observers.observation import (
+    AffineObserver,
+    affine,
     has_seen_data,
     is_observer,
     observer_of,
@@ -190,9 +195,10 @@ def _separate_by_norm(module: GraphModule, norms: dict[Node, NormedLayer]) -> No
 
 def _write_constant(module: GraphModule, node: Node, observer: nn.Module, constant: IntegerTensor) -> None:
     """Replace the observed constant by integers and, for each user, a dequantize."""
-    dtype = _storage_dtype(observer)
-    base = str(node.args[0].target)  # type: ignore[union-attr]
-    limits = (observer.quant_min, observer.quant_max, dtype)
+    grid = affine(observer)
+    dtype = _storage_dtype(grid)
+    base = str(node_argument(node).target)
+    limits = (grid.quant_min, grid.quant_max, dtype)
     integers = unused_name(module, f"{base}_quantized")
     set_tensor(module, integers, constant.integers.to(dtype), parameter=False)
     per_channel = constant.scale.ndim > 0
@@ -220,14 +226,14 @@ def _add_qparams(module: GraphModule, base: str, scale: torch.Tensor, zero_point
 def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> None:
     """Replace the observer call ``node`` by quantize and, for each user, dequantize."""
     if hasattr(observer, "convert"):  # the observer writes its own operators, as torchao's affine observers do
-        observer.convert(module, node)
+        cast(Any, observer).convert(module, node)
         return
-    x = node.args[0]
+    x, grid = node_argument(node), affine(observer)
     if getattr(observer, "dtype", torch.float32).is_floating_point:  # a placeholder observer
-        node.replace_all_uses_with(x)  # type: ignore[arg-type]
+        node.replace_all_uses_with(x)
         module.graph.erase_node(node)
         return
-    limits = (observer.quant_min, observer.quant_max, _storage_dtype(observer))
+    limits = (grid.quant_min, grid.quant_max, _storage_dtype(grid))
     qparams: tuple
     made: tuple = ()  # further arguments of dequantize
     if is_per_token(observer, node.users):
@@ -241,10 +247,10 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
         choose = (decomposed.choose_qparams_symmetric if symmetric else decomposed.choose_qparams).tensor
         eps = getattr(observer, "eps", SMALLEST_SCALE)
         qparams = _choose_at_run_time(module, node, choose, (*limits[:2], eps, limits[2]))
-    elif observer.qscheme in PER_CHANNEL:
+    elif grid.qscheme in PER_CHANNEL:
         quantize_op, dequantize_op = decomposed.quantize_per_channel.default, decomposed.dequantize_per_channel.default
         names = _add_qparams(module, f"{node.name}_activation", *qparams_of(observer))
-        qparams = (*(read_attribute(module, n, node, node) for n in names), int(observer.ch_axis))
+        qparams = (*(read_attribute(module, n, node, node) for n in names), int(grid.ch_axis))
     else:
         quantize_op, dequantize_op = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
         scale, zero_point = qparams_of(observer)
@@ -254,10 +260,10 @@ def _write_activation(module: GraphModule, node: Node, observer: nn.Module) -> N
     for user in list(node.users):
         dequantized = _call(module, user, dequantize_op, (quantized, *qparams, *limits, *made), like=node)
         user.replace_input_with(node, dequantized)
-    clamp = node.args[0]
+    clamp = node_argument(node)
     module.graph.erase_node(node)
     if clamp is not x:  # an in-place clamp is not removed by dead code elimination
-        module.graph.erase_node(clamp)  # type: ignore[arg-type]
+        module.graph.erase_node(clamp)
 
 
 def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Node:
@@ -267,10 +273,10 @@ def _before_saturation(x: Node, reader: Node, scale: float, zero_point: int, qua
         return x
     low, high = ((q - zero_point) * scale for q in (quant_min, quant_max))
     # Values within half a step outside the integer range round into it.
-    return x.args[0] if limits[0] <= low + scale / 2 and limits[1] >= high - scale / 2 else x  # type: ignore[return-value]
+    return node_argument(x) if limits[0] <= low + scale / 2 and limits[1] >= high - scale / 2 else x
 
 
-def _choose_at_run_time(module: GraphModule, node: Node, choose: object, settings: tuple) -> tuple[Node, Node]:
+def _choose_at_run_time(module: GraphModule, node: Node, choose: Callable, settings: tuple) -> tuple[Node, Node]:
     """The nodes that compute scale and zero point of the dynamically quantized tensor that ``node`` observes."""
     chosen = _call(module, node, choose, (node.args[0], *settings), like=node)
     with module.graph.inserting_before(node):
@@ -278,13 +284,13 @@ def _choose_at_run_time(module: GraphModule, node: Node, choose: object, setting
     return scale, zero_point
 
 
-def _storage_dtype(observer: nn.Module) -> torch.dtype:
+def _storage_dtype(observer: AffineObserver) -> torch.dtype:
     return _STORAGE.get(observer.dtype, observer.dtype)
 
 
-def _call(module: GraphModule, before: Node, target: object, args: tuple, *, like: Node) -> Node:
+def _call(module: GraphModule, before: Node, target: Callable, args: tuple, *, like: Node) -> Node:
     with module.graph.inserting_before(before):
-        node = module.graph.call_function(target, args)  # type: ignore[arg-type]
+        node = module.graph.call_function(target, args)
     node.meta = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
     if "val" in like.meta and value(like) is not None:
         node.meta["val"] = like.meta["val"]

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, has_argument
+from quantflow.graph.aten import argument, has_argument, node_argument
 from quantflow.graph.batch_norm import NormedLayer
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
-from quantflow.observers.observation import has_seen_data, observer_of, qparams_of
+from quantflow.observers.observation import affine, has_seen_data, observer_of, qparams_of
 from quantflow.qparams.qparams import PER_CHANNEL, SMALLEST_SCALE, broadcast, quantize
 from quantflow.upstream.operators import OpOverload
 
@@ -39,24 +39,25 @@ class IntegerTensor:
 
 def integer_constant(module: GraphModule, node: Node, observer: nn.Module, pair: NormedLayer | None) -> IntegerTensor:
     """The constant that ``node`` observes, quantized by ``observer``, with the batch norm of ``pair`` folded into it."""
-    weight = tensor_of(module, node.args[0]).detach()  # type: ignore[arg-type]
+    weight = tensor_of(module, node_argument(node)).detach()
     if not has_seen_data(observer):
         observer(weight)
     scale, zero_point = (q.to(weight.device) for q in qparams_of(observer))
-    per_channel = observer.qscheme in PER_CHANNEL
-    axis = int(observer.ch_axis) if per_channel else 0
+    given = affine(observer)
+    limits, per_channel = (given.quant_min, given.quant_max), given.qscheme in PER_CHANNEL
+    axis = int(given.ch_axis) if per_channel else 0
     if not per_channel:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     if pair is None:
-        integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+        integers = quantize(weight, scale, zero_point, *limits, axis)
     else:
         norm_scale, _ = pair.scale_and_shift(module)
         if isinstance(module.get_submodule(str(node.target)), BatchNormScaledFakeQuantize):
             weight = (weight.double() * pair.per_weight(norm_scale, module)).to(weight.dtype)
-            integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+            integers = quantize(weight, scale, zero_point, *limits, axis)
         else:
             # Trained unfolded: the integers stay; the sign of each channel's factor goes into them, its size into the scale.
-            integers = quantize(weight, scale, zero_point, observer.quant_min, observer.quant_max, axis)
+            integers = quantize(weight, scale, zero_point, *limits, axis)
             integers = integers * broadcast(norm_scale.sign().to(integers.dtype), weight.ndim, axis)
             scale = (scale.double() * norm_scale.abs()).float()
     scale = torch.where(scale > 0, scale.float(), SMALLEST_SCALE)

@@ -23,6 +23,7 @@ from quantflow.graph.aten import (
     aten,
     clamp_limits,
     label,
+    node_argument,
     op,
 )
 from quantflow.graph.batch_norm import NormedLayer
@@ -95,7 +96,7 @@ def _step_of_sums(module: GraphModule, node: Node, norms: dict[Node, NormedLayer
     """The scale of the integer sums from which the kernel computes the tensor that ``node`` observes; None if unknown."""
     source = _computed_by(node)
     if op(source) in _LAYERS:
-        given, weight = _scale(module, source.args[0]), _weight_scale(module, source, norms)
+        given, weight = _scale(module, node_argument(source)), _weight_scale(module, source, norms)
         return None if given is None or weight is None else given * weight
     scales = [scale for n in source.all_input_nodes if (scale := _scale(module, n)) is not None]
     if not scales or len(scales) != len(source.all_input_nodes):
@@ -107,15 +108,15 @@ def _step_of_sums(module: GraphModule, node: Node, norms: dict[Node, NormedLayer
 
 def _computed_by(node: Node) -> Node:
     """The operator whose result the observer call ``node`` reads, with clamps and batch norm between them."""
-    source = node.args[0]
-    while clamp_limits(source) is not None or op(source) in INFERENCE_IDENTITIES or op(source) is BATCH_NORM:  # type: ignore[arg-type]
-        source = source.args[0]  # type: ignore[union-attr]
-    return source  # type: ignore[return-value]
+    source = node_argument(node)
+    while clamp_limits(source) is not None or op(source) in INFERENCE_IDENTITIES or op(source) is BATCH_NORM:
+        source = node_argument(source)
+    return source
 
 
 def _scale(module: GraphModule, node: Node) -> float | None:
     while op(node) in INFERENCE_IDENTITIES:
-        node = node.args[0]
+        node = node_argument(node)
     observer = _static(module, node)
     return None if observer is None else float(qparams_of(observer)[0])
 
@@ -127,7 +128,8 @@ def _weight_scale(module: GraphModule, layer: Node, norms: dict[Node, NormedLaye
         return None
     observer = module.get_submodule(str(node.target))
     fused = isinstance(observer, BatchNormScaledFakeQuantize)
-    observer = observer.fake_quantize if fused else observer
+    if isinstance(observer, BatchNormScaledFakeQuantize):
+        observer = observer.fake_quantize
     if getattr(observer, "is_dynamic", False) or hasattr(observer, "convert") or getattr(observer, "group", 0):
         return None
     if not has_seen_data(observer):

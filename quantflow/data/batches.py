@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import GraphModule
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def batches(
-    data: Iterable[Any],
+    data: Iterable[object],
     graph: GraphModule,
     *,
     stage: str,
@@ -57,7 +57,7 @@ def batches(
         yield batch
 
 
-def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
+def count_of(data: Iterable[object], most: int | None = None, *, stage: str) -> int | None:
     """The number of batches of ``data``, at most ``most``; ``most`` if the length is unknown.
 
     Raises:
@@ -68,14 +68,14 @@ def count_of(data: Any, most: int | None = None, *, stage: str) -> int | None:
             stage, f"{most} batches show nothing", node="max_batches", remedy="1 or more, None for all"
         )
     try:
-        count = len(data)
+        count = len(cast(Sized, data))
     except TypeError:  # len of a DataLoader over an IterableDataset without a length raises
         return most
     return count if most is None else min(most, count)
 
 
 def taken_apart(
-    data: Iterable[Any], signature: Signature, *, stage: str, inputs: PickInputs | None = None
+    data: Iterable[object], signature: Signature, *, stage: str, inputs: PickInputs | None = None
 ) -> Iterator[Batch]:
     """The batches of ``data``, split into inputs by ``signature`` and targets, without further checks."""
     if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
@@ -121,7 +121,7 @@ def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage
     )
 
 
-def _by_name(given: Mapping[str, Any], signature: Signature) -> tuple[tuple, dict[str, Any]] | None:
+def _by_name(given: Mapping[str, object], signature: Signature) -> tuple[tuple, dict[str, Any]] | None:
     """Positional and keyword inputs from ``given``; None if one is missing or is a nested structure."""
     positional, keyword = _expected(signature)
     names = [i.name for i in signature.inputs]
@@ -149,7 +149,7 @@ def _fits(batch: Batch, signature: Signature) -> bool:
     return pytree.tree_structure((batch.args, batch.kwargs)) == signature.in_spec
 
 
-def _left(raw: Any, picked: Any) -> Any:
+def _left(raw: object, picked: object) -> Any:
     """The target of a batch whose inputs were ``picked``: its labels, or its last element if that is not an input."""
     if isinstance(raw, Mapping):
         return raw.get("labels")
@@ -164,7 +164,7 @@ def _left(raw: Any, picked: Any) -> Any:
     return None if shapes[0] == shapes[1] else raw[-1]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     """Whether both are the same object, or equal views of the same memory."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return a is b
@@ -179,7 +179,7 @@ def _expected(signature: Signature) -> tuple[int, list[str]]:
     return len(args.children()), list(kwargs.context or [])
 
 
-def _describe(raw: Any) -> str:
+def _describe(raw: object) -> str:
     if isinstance(raw, (tuple, list)):
         return f"a {type(raw).__name__} of {len(raw)}: {', '.join(type(r).__name__ for r in raw)}"
     return f"a {type(raw).__name__}"

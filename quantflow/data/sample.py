@@ -195,5 +195,5 @@ def _examples(named: Mapping[str, torch.Tensor], like: Inputs) -> list[Inputs]:
     return [tuple(named[f"{i}.{j}"].to(t.device) if _is(t) else t for j, t in places) for i in range(count)]
 
 
-def _is(value: Any) -> TypeGuard[torch.Tensor]:
+def _is(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor)

@@ -5,19 +5,26 @@ The package knows the edge dialect and nothing of quantizers.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import lowered_modules
 from quantflow.delegates.xnnpack.delegate import Xnnpack
 from quantflow.errors import QuantflowError
 
-__all__ = ["Delegate", "lowered_modules", "resolve"]
+__all__ = ["Delegate", "DelegateLike", "lowered_modules", "resolve"]
+
+if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
+
+# A delegate, its name, executorch partitioners, or None for portable kernels.
+DelegateLike: TypeAlias = "Delegate | str | Partitioner | Sequence[Partitioner] | None"
 
 _DELEGATES: dict[str, type[Delegate]] = {"xnnpack": Xnnpack}
 
 
-def resolve(delegate: Any) -> Delegate:
+def resolve(delegate: DelegateLike) -> Delegate:
     """Return the delegate for a name, an executorch partitioner, a list of partitioners, or None for no delegate."""
     if isinstance(delegate, Delegate):
         return delegate

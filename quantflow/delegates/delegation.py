@@ -7,12 +7,15 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.upstream.operators import qualified_name
+
+if TYPE_CHECKING:
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Delegation:
                 continue
             if node.target is torch.ops.higher_order.executorch_call_delegate:
                 calls += 1
-                lowered: Any = getattr(edge, node.args[0].target)
+                lowered: LoweredBackendModule = getattr(edge, node.args[0].target)
                 inside = _Inside(lowered)
                 delegated.update(_name(n) for n in inside.graph.nodes if _calls(n))
                 floating.update(_name(n) for n in inside.graph.nodes if computes(n) and not inside.in_integers(n))
@@ -73,7 +76,7 @@ class Delegation:
 class _Inside:
     """The program that a delegate compiles."""
 
-    def __init__(self, lowered: Any) -> None:
+    def __init__(self, lowered: LoweredBackendModule) -> None:
         self.graph = lowered.original_module.graph
         self.given = set(lowered.original_module.graph_signature.user_inputs)  # other inputs are constants
         self.tagged = lowered.backend_id == "XnnpackBackend"
@@ -106,11 +109,11 @@ _CLAMPS = {"aten::relu", "aten::hardtanh", "aten::clamp"}
 _DYNAMIC = {"quantized_decomposed::dequantize_per_token", "quantized_decomposed::dequantize_per_tensor.tensor"}
 
 
-def lowered_modules(edge: GraphModule) -> Iterator[tuple[Any, list[Node]]]:
+def lowered_modules(edge: GraphModule) -> Iterator[tuple[LoweredBackendModule, list[Node]]]:
     """Yield each program that a partitioned edge graph delegates, with the nodes that compute in it."""
     for node in edge.graph.nodes:
         if node.target is torch.ops.higher_order.executorch_call_delegate:
-            lowered: Any = getattr(edge, node.args[0].target)
+            lowered: LoweredBackendModule = getattr(edge, node.args[0].target)
             yield lowered, [n for n in lowered.original_module.graph.nodes if computes(n)]
 
 
@@ -135,4 +138,4 @@ _CONVERSIONS = {"quantized_decomposed", "torchao"}
 
 
 def _name(node: Node) -> str:
-    return str(qualified_name(node.target) or getattr(node.target, "__name__", node.target))
+    return qualified_name(node.target) or str(getattr(node.target, "__name__", node.target))

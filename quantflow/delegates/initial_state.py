@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 _INITIALISED = "et_init_buffer"  # node.meta of a placeholder: executorch's emitter writes the buffer's value
 
@@ -31,7 +32,7 @@ def lowering_state(manager: Any) -> Iterator[None]:
         yield
 
 
-def _buffer(program: Any, name: str) -> torch.Tensor:
+def _buffer(program: ExportedProgram, name: str) -> torch.Tensor:
     return program.state_dict[name] if name in program.state_dict else program.constants[name]
 
 

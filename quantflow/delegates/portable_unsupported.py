@@ -6,7 +6,6 @@ Operators outside a delegate run in portable kernels, so every delegate of quant
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from quantflow.graph.rewrites import (
     EMBEDDING_BAG_REWRITES,
@@ -20,8 +19,9 @@ from quantflow.graph.rewrites import (
     WINDOW_REWRITES,
     Rewrite,
 )
+from quantflow.upstream.operators import OpOverload
 
-PORTABLE_LACKS: Mapping[Any, Rewrite] = {
+PORTABLE_LACKS: Mapping[OpOverload, Rewrite] = {
     **EMBEDDING_BAG_REWRITES,
     **EMPTY_REWRITES,
     **FOLD_REWRITES,

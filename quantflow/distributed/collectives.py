@@ -36,7 +36,7 @@ def gathered(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return everyone
 
 
-def _reduced(own: torch.Tensor, how: Any) -> torch.Tensor:
+def _reduced(own: torch.Tensor, how: dist.ReduceOp.RedOpType) -> torch.Tensor:
     """``own`` reduced over all processes, on its original device. The reduction may overwrite ``own``."""
     sent = carried(own)
     dist.all_reduce(sent, how)

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch.distributed as dist
 
@@ -46,20 +46,22 @@ class Peers:
     def __enter__(self) -> Self:
         if not grouped():
             return self
-        store: Any = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+        from torch.distributed.distributed_c10d import PrefixStore  # torch may be built without it
+
+        store = cast(Any, dist.group.WORLD).get_group_store()
         self._bound = store.timeout.total_seconds()
         self._silence = min(_SILENCE, self._bound)
         self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
         self._beats: dict[int, tuple[bytes, float]] = {}
         prefix = f"quantflow/{next(_verbs)}"
-        self._store = dist.PrefixStore(prefix, store)
+        self._store = PrefixStore(prefix, store)
         self._over = threading.Event()
-        own = dist.PrefixStore(prefix, store.clone())  # a store serves one thread at a time
+        own = PrefixStore(prefix, store.clone())  # a store serves one thread at a time
         self._life = threading.Thread(target=_beat, args=(own, f"beat/{self._rank}", self._over), daemon=True)
         self._life.start()
         return self
 
-    def answers(self, word: Any) -> list[Any]:
+    def answers(self, word: object) -> list[Any]:
         """Exchange ``word`` (JSON data) with all processes at this point, and return the words in the order of the ranks.
 
         Raises:
@@ -77,7 +79,7 @@ class Peers:
                 self._store.delete_key(f"{step - 2}/{self._rank}")
         return [json.loads(word) for word in words]
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._store is None:
             return
         try:

@@ -68,7 +68,7 @@ class Pieces:
         return [t[index.to(t.device)] if cut else t for t, cut in zip(flat, self.cut, strict=True)]
 
 
-def rows_of(inputs: Any, *others: Any) -> int | None:
+def rows_of(inputs: object, *others: object) -> int | None:
     """The number of examples in ``inputs``: dimension 0 of their tensors, except scalars.
 
     If the tensors differ in it, the number of rows of the first of ``others`` (targets, outputs) that equals one of theirs;
@@ -140,7 +140,7 @@ def _flat(signature: Signature | None, args: tuple, kwargs: dict[str, Any]) -> l
         return None
 
 
-def _is_cut(declared: Input, given: Any) -> bool:
+def _is_cut(declared: Input, given: object) -> bool:
     """Whether ``given`` fits ``declared`` except for the number of rows."""
     if declared.dtype is None or not declared.shape or not isinstance(given, torch.Tensor):
         return False
@@ -152,7 +152,7 @@ def _is_cut(declared: Input, given: Any) -> bool:
     return rows != first if isinstance(first, int) else first.max is not None and rows > first.max
 
 
-def _leading(tree: Any) -> list[int]:
+def _leading(tree: object) -> list[int]:
     return [t.shape[0] for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.ndim]
 
 

@@ -12,6 +12,9 @@ from quantflow.evaluation.figures import OutputFigures
 from quantflow.metrics import OutputComparison, PairedDrop, right
 from quantflow.upstream import pytree
 
+# A figure of all outputs and all targets.
+Metric = Callable[[Any, Any], float | torch.Tensor]
+
 
 class Tally:
     """Accumulated statistics of one stage, by output."""
@@ -22,7 +25,7 @@ class Tally:
         self.against_before: list[OutputComparison] = []
         self.drops: list[PairedDrop] = []
 
-    def add(self, stage: str, output: Any, first: Any, before: Any, target: Any) -> None:
+    def add(self, stage: str, output: object, first: object, before: object, target: object) -> None:
         """Add a batch: the outputs of ``stage``, of the first stage and of the previous stage, and the target.
 
         Raises:
@@ -78,15 +81,15 @@ class Outcomes:
     """All outputs and targets of one stage, for a metric of all of them."""
 
     def __init__(self) -> None:
-        self.outputs: list[Any] = []
-        self.targets: list[Any] = []
+        self.outputs: list[object] = []
+        self.targets: list[object] = []
 
-    def add(self, output: Any, target: Any) -> None:
+    def add(self, output: object, target: object) -> None:
         """Keep a batch."""
         self.outputs.append(output)
         self.targets.append(target)
 
-    def score(self, metric: Callable[[Any, Any], Any]) -> float:
+    def score(self, metric: Metric) -> float:
         """The value of ``metric`` on all outputs and targets.
 
         Raises:
@@ -102,18 +105,18 @@ class Outcomes:
             raise QuantflowError("verify", reason, node="metric", remedy=remedy) from error
 
 
-def tensors(output: Any) -> dict[str, torch.Tensor]:
+def tensors(output: object) -> dict[str, torch.Tensor]:
     """The tensors in the output of a model, by their path in its structure."""
     leaves, _ = pytree.tree_flatten_with_path(output)
     return {_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[object, ...]) -> str:
     parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
     return ".".join(map(str, parts)) or "output"
 
 
-def _joined(batches: list[Any]) -> Any:
+def _joined(batches: list[object]) -> Any:
     """Batches of one structure as one: tensors concatenated along dimension 0, other leaves as a list."""
     flat = [pytree.tree_flatten(batch) for batch in batches]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)

@@ -67,7 +67,7 @@ class Stage:
     module: nn.Module | None = None
 
     @classmethod
-    def of(cls, name: str, subject: Any) -> Stage:
+    def of(cls, name: str, subject: object) -> Stage:
         """The stage of ``subject``.
 
         Args:

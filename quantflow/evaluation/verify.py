@@ -16,19 +16,17 @@ from quantflow.data.batches import Batch, PickInputs, count_of, taken_apart
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.evaluation.batch_slices import one_call, rows_of
 from quantflow.evaluation.figures import StageFigures, Verification
-from quantflow.evaluation.output_statistics import Outcomes, Tally
+from quantflow.evaluation.output_statistics import Metric, Outcomes, Tally
 from quantflow.evaluation.runnable import FLOAT, PTE, Stage, flat_signature
 from quantflow.graph.own_state import OwnState
 from quantflow.latency import Latency
 from quantflow.signature.signature import Signature
 from quantflow.upstream import pytree
 
-Metric = Callable[[Any, Any], float]
-
 
 def verify(
-    stages: Mapping[str, Any],
-    data: Iterable[Any],
+    stages: Mapping[str, object],
+    data: Iterable[object],
     *,
     metric: Metric | None = None,
     inputs: PickInputs | None = None,
@@ -118,7 +116,7 @@ def verify(
     return Verification(tuple(_figures(*row, first=row[0] is running[0]) for row in figures), sum(counts), name)
 
 
-def _batches(data: Iterable[Any], stages: list[Stage], inputs: PickInputs | None) -> Iterator[Batch]:
+def _batches(data: Iterable[object], stages: list[Stage], inputs: PickInputs | None) -> Iterator[Batch]:
     """``data`` split into inputs and targets by the stage that knows most about its inputs."""
     structured = _structured(stages)
     eager = next((s for s in stages if s.signature is None), None)
@@ -137,7 +135,7 @@ def _structured(stages: list[Stage]) -> Signature | None:
     return next((s.signature for s in stages if s.signature is not None and s.signature.in_spec is not None), None)
 
 
-def _by_name(raw: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], Any]:
+def _by_name(raw: Mapping[str, object], names: list[str]) -> tuple[dict[str, Any], Any]:
     return {name: raw[name] for name in names if name in raw}, raw.get("labels")
 
 

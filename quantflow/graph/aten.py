@@ -6,10 +6,11 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from quantflow.upstream.operators import OpOverload, overload_name, packet_name, schema_of
 
@@ -112,18 +113,23 @@ def viewed_of_list(node: Node) -> Node | None:
     """Return the tensor of a list argument whose memory the value of ``node`` may share; None for other operators."""
     if node.target in _MAY_ALIAS_ONE:
         tensors = next(arg for arg in node.args if isinstance(arg, (list, tuple)))
-        return tensors[0] if len(tensors) == 1 else None
-    return node.args[0].args[0][node.args[1]] if _is_one_of_each(node) else None  # type: ignore[index, union-attr]
+        return cast(Node, tensors[0]) if len(tensors) == 1 else None
+    return argument(node_argument(node), "tensors")[node.args[1]] if _is_one_of_each(node) else None
 
 
 def _is_one_of_each(node: Node) -> bool:
     """Whether ``node`` is one result of an operator that returns each tensor of a list."""
-    return node.target is operator.getitem and node.args[0].target in _MAY_ALIAS_EACH  # type: ignore[union-attr]
+    return node.target is operator.getitem and node_argument(node).target in _MAY_ALIAS_EACH
 
 
 def returns_whole(node: Node) -> bool:
     """Whether ``node`` returns an input itself if shapes and dtypes are equal, although its schema declares no alias."""
     return _is_one_of_each(node) or node.target in _MAY_ALIAS or node.target in _MAY_ALIAS_ONE - {aten.einsum.default}
+
+
+def node_argument(node: Node, index: int = 0) -> Node:
+    """Return the positional argument ``index`` of ``node``, which is a node by the schema of the operator."""
+    return cast(Node, node.args[index])
 
 
 def argument(node: Node, name: str) -> Any:
@@ -136,7 +142,7 @@ def argument(node: Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
-def set_argument(node: Node, name: str, value: Any) -> None:
+def set_argument(node: Node, name: str, value: Argument) -> None:
     """Set the schema argument ``name`` of the call ``node`` to ``value``, and write out the defaults before it."""
     declared = schema_of(node.target).arguments
     position = next(i for i, a in enumerate(declared) if a.name == name)
@@ -157,6 +163,11 @@ def value(node: Node) -> torch.Tensor | None:
     """Return the fake tensor that the trace recorded on ``node``, or None if its value is not a single tensor."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
+
+
+def tensor_value(node: Node) -> torch.Tensor:
+    """Return the fake tensor that the trace recorded on ``node``, whose value is known to be a single tensor."""
+    return cast(torch.Tensor, value(node))
 
 
 def is_float_tensor(node: Node) -> bool:
@@ -200,6 +211,6 @@ def label(node: Node) -> str:
     return f"{name} ({node.name})" if name else node.name
 
 
-def short_name(target: Any) -> str:
+def short_name(target: object) -> str:
     """Return the name of an operator without namespace and overload: ``conv2d`` for ``aten.conv2d.default``."""
-    return str(packet_name(target) or getattr(target, "__name__", target))
+    return packet_name(target) or str(getattr(target, "__name__", target))

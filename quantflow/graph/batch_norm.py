@@ -8,6 +8,7 @@ each call with separate weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -55,9 +56,10 @@ class NormedLayer:
             tensor_of(module, node).detach().double() if is_constant(node := argument(self.norm, name)) else None
             for name in _STATISTICS
         )
-        scale = torch.rsqrt(var + argument(self.norm, "eps"))  # type: ignore[operator]
+        mean, var = cast(torch.Tensor, mean), cast(torch.Tensor, var)
+        scale = torch.rsqrt(var + argument(self.norm, "eps"))
         scale = scale if gamma is None else scale * gamma
-        shift = -mean * scale  # type: ignore[operator]
+        shift = -mean * scale
         return scale, shift if beta is None else shift + beta
 
     @property
@@ -72,7 +74,7 @@ class NormedLayer:
             None if (read := argument(self.norm, name)) is None else tensor_of(module, read).detach().double()
             for name in _STATISTICS
         )
-        std = torch.ones_like(var) if gamma is None else gamma.abs()  # type: ignore[arg-type]
+        std = torch.ones_like(cast(torch.Tensor, var)) if gamma is None else gamma.abs()
         return torch.zeros_like(std) if beta is None else beta.clone(), std
 
     def folded_bias(self, module: GraphModule) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, has_argument, op, returns_whole, value
+from quantflow.graph.aten import argument, aten, has_argument, op, returns_whole, tensor_value, value
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.state import aliased_by, memory_of, written_tensors
 
@@ -43,10 +43,10 @@ def _make_copies_explicit(module: GraphModule) -> None:
             continue
         copy = source
         if op(node) is aten.copy.default:
-            target, (given, wanted) = node.args[0], (value(source), value(node))
-            if given.dtype != wanted.dtype:  # type: ignore[union-attr]
-                copy = call_before(node, aten.to.dtype, copy, wanted.dtype)  # type: ignore[union-attr]
-            if given.shape != wanted.shape:  # type: ignore[union-attr]
+            target, (given, wanted) = node.args[0], (tensor_value(source), tensor_value(node))
+            if given.dtype != wanted.dtype:
+                copy = call_before(node, aten.to.dtype, copy, wanted.dtype)
+            if given.shape != wanted.shape:
                 copy = call_before(node, aten.expand_as.default, copy, target)
         if copy is source and source in written and memory_of(source).op in ("placeholder", "get_attr"):
             copy = call_before(node, aten.clone.default, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -193,6 +193,6 @@ def _copy_state(root: torch.nn.Module, module: torch.nn.Module) -> None:
             if tensor is None:
                 continue
             if name in own_parameters(owner):
-                target.register_parameter(name, tensor)
+                target.register_parameter(name, cast(torch.nn.Parameter, tensor))
             else:
                 target.register_buffer(name, tensor, persistent=name not in non_persistent_buffers(owner))

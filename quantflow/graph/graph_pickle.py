@@ -8,11 +8,11 @@ values as shape and dtype.
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import Target, map_aggregate, map_arg
 
 from quantflow.upstream.fake_tensors import FakeTensorMode
 from quantflow.upstream.graph_modules import GENERATED, codegen_of, pytree_info_of
@@ -84,12 +84,12 @@ def _encode_meta(node: Node) -> dict[str, Any]:
     return meta
 
 
-def target_name(target: Any) -> str:
+def target_name(target: Target) -> str:
     """Return a name for the target of a node that is the same in every process."""
-    return target if isinstance(target, str) else _encode_target(target).name
+    return target if isinstance(target, str) else cast(_Operator, _encode_target(target)).name
 
 
-def _encode_target(target: Any) -> Any:
+def _encode_target(target: Target) -> _Operator | str:
     if isinstance(target, str):
         return target
     if isinstance(target, OpOverload):
@@ -102,7 +102,7 @@ def _encode_target(target: Any) -> Any:
 
 
 def _encode(tree: Any) -> Any:
-    return map_aggregate(map_arg(tree, lambda n: _NodeRef(n.name)), _encode_leaf)  # type: ignore[arg-type, return-value]
+    return map_aggregate(map_arg(tree, lambda n: _NodeRef(n.name)), _encode_leaf)
 
 
 def _encode_leaf(leaf: Any) -> Any:

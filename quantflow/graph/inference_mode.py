@@ -59,11 +59,11 @@ def set_mode(model: nn.Module, training: bool) -> None:
     given = [m.train for m in refusing]
     try:
         for module in refusing:
-            module.train = _unless_refused(module)  # type: ignore[method-assign]
+            vars(module)["train"] = _unless_refused(module)
         model.train(training)
     finally:
         for module, train in zip(refusing, given, strict=True):
-            module.train = train  # type: ignore[method-assign]
+            vars(module)["train"] = train
 
 
 def _unless_refused(module: nn.Module) -> Callable[[bool], nn.Module]:

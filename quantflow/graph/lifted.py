@@ -6,15 +6,16 @@ as attributes, as captured graphs do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from quantflow.graph.aten import may_share_memory
 from quantflow.graph.parameters import submodule_at
@@ -163,7 +164,7 @@ def _declared(name: str, tensor: torch.Tensor, known: InputSpec | None) -> Input
     return InputSpec(kind, TensorArgument(f"{_PREFIX[kind]}{name.replace('.', '_')}"), name)
 
 
-def _give_value(node: Node, tensor: torch.Tensor, inputs: dict[Any, Any]) -> None:
+def _give_value(node: Node, tensor: torch.Tensor, inputs: Iterable[Node | str]) -> None:
     """Set the fake tensor of new state, whose ``get_attr`` may have none."""
     val = node.meta.get("val")
     if val is not None and val.shape == tensor.shape:
@@ -172,10 +173,10 @@ def _give_value(node: Node, tensor: torch.Tensor, inputs: dict[Any, Any]) -> Non
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode is not None else tensor
 
 
-def _outputs(program: ExportedProgram, graph: Graph) -> list[Any]:
+def _outputs(program: ExportedProgram, graph: Graph) -> list[OutputSpec]:
     """The outputs of ``program`` by the names that they have in ``graph``."""
-    given = graph.output_node().args[0]
-    specs = zip(program.graph_signature.output_specs, given, strict=True)  # type: ignore[arg-type]
+    given = cast(Sequence[Argument], graph.output_node().args[0])
+    specs = zip(program.graph_signature.output_specs, given, strict=True)
     return [
         replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, Node) else spec for spec, node in specs
     ]

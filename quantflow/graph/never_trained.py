@@ -145,12 +145,12 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _momentum_given(norms: list[nn.Module]) -> Iterator[None]:
+def _momentum_given(norms: list[NormBase]) -> Iterator[None]:
     """Replace ``momentum=None`` by a number within the context, because a cumulative average can't be captured."""
     for norm in norms:
-        norm.momentum = 0.1  # type: ignore[assignment]
+        norm.momentum = 0.1
     try:
         yield
     finally:
         for norm in norms:
-            norm.momentum = None  # type: ignore[assignment]
+            norm.momentum = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -104,7 +104,7 @@ def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
     results = body.graph.output_node().args[0]
     results = results if isinstance(results, (tuple, list)) else (results,)
     for user in list(node.users):  # a region always returns a tuple, read by getitem
-        user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]
+        user.replace_all_uses_with(env[results[cast(int, user.args[1])]])
         graph.erase_node(user)
     body_refs = node.all_input_nodes
     graph.erase_node(node)

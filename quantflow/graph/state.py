@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -33,14 +33,11 @@ def all_written_by(node: Node) -> list[Node]:
 
 def _written_by_region(node: Node) -> list[Node]:
     """The inputs of a region that one of its bodies writes. In the arguments, the inputs follow the bodies."""
-    owner, bodies, given = node.graph.owning_module, list[GraphModule](), list[Any]()
+    owner, bodies, given = node.graph.owning_module, list[GraphModule](), list[object]()
     for argument in pytree.tree_leaves(node.args):
-        held = isinstance(argument, Node) and argument.op == "get_attr" and owner is not None
-        body = (
-            owner.get_submodule(path)
-            if held and (path := str(argument.target)) in dict(owner.named_modules())
-            else None
-        )
+        body = None
+        if isinstance(argument, Node) and argument.op == "get_attr" and owner is not None:
+            body = dict(owner.named_modules()).get(str(argument.target))
         if isinstance(body, GraphModule):
             bodies.append(body)
             given = []

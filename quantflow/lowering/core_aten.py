@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from quantflow import delegates
+from quantflow.delegates import DelegateLike
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import label
 from quantflow.graph.explicit_copies import make_memory_explicit
@@ -70,7 +71,7 @@ class CoreAten:
         """
         _refuse_training()
 
-    def to_edge(self, delegate: Any = None) -> Edge:
+    def to_edge(self, delegate: DelegateLike = None) -> Edge:
         """Lower to the edge dialect; the delegate gets the operators that it can run.
 
         Args:
@@ -111,7 +112,7 @@ def lower_to_core_aten(program: ExportedProgram) -> CoreAten:
     return CoreAten(core, program)
 
 
-def straight_to_edge(program: ExportedProgram, delegate: Any) -> Edge:
+def straight_to_edge(program: ExportedProgram, delegate: DelegateLike) -> Edge:
     """Lower ``program`` to the edge dialect without core ATen, which delegates do not read. The result is the same.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
 from quantflow import delegates
-from quantflow.delegates import lowered_modules
+from quantflow.delegates import DelegateLike, lowered_modules
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.delegation import Delegation
 from quantflow.delegates.initial_state import lowering_state
@@ -26,6 +26,10 @@ from quantflow.signature.signature import Signature
 from quantflow.upstream.lowering.fast_lowering import run_fast
 from quantflow.upstream.operators import schema_of
 
+if TYPE_CHECKING:
+    from executorch.exir.capture import ExecutorchBackendConfig
+    from executorch.exir.program import EdgeProgramManager
+
 _REMEDY_FOREIGN = "run the program on a machine with its backend, which this runtime may not have"
 
 
@@ -41,7 +45,7 @@ class Edge:
         refused: Nodes left out of the delegate because it does not run them correctly.
     """
 
-    manager: Any
+    manager: EdgeProgramManager
     program: ExportedProgram
     source: ExportedProgram
     delegate: Delegate
@@ -56,7 +60,9 @@ class Edge:
         """Count the operators inside and outside the delegates."""
         return Delegation.of(self.manager.exported_program().graph_module)
 
-    def to_executorch(self, config: Any = None, *, strict: bool = False, check: bool = True) -> Program:
+    def to_executorch(
+        self, config: ExecutorchBackendConfig | None = None, *, strict: bool = False, check: bool = True
+    ) -> Program:
         """Plan memory, select out-variants, serialize, and verify the program on the runtime in a separate process.
 
         The program is compared with the graph on the exported example inputs and on other inputs of the same shapes. An
@@ -79,7 +85,7 @@ class Edge:
             _warn("edge", "quantized, but no delegate runs it", ", ".join(outside), remedy, strict, depth=3)
         return program
 
-    def _proven(self, config: Any, strict: bool, check: bool) -> tuple[Edge, Program]:
+    def _proven(self, config: ExecutorchBackendConfig | None, strict: bool, check: bool) -> tuple[Edge, Program]:
         """The verified program, and the edge program of it, without the operators that the delegate does not run correctly."""
         edge, search = self, FaultSearch()
         while True:
@@ -109,7 +115,7 @@ class Edge:
             _warn("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
             edge = lower_to_edge(edge.program, edge.source, edge.delegate, frozenset(faulty) | edge.refused)
 
-    def _faults(self, finding: Finding, config: Any, search: FaultSearch) -> set[str]:
+    def _faults(self, finding: Finding, config: ExecutorchBackendConfig | None, search: FaultSearch) -> set[str]:
         """The edge nodes that the delegate does not run as in the graph: all that fail alone, else the first that fails
         together with others.
         """
@@ -130,7 +136,7 @@ class Edge:
         inside = [node for _, nodes in lowered_modules(self.manager.exported_program().graph_module) for node in nodes]
         return search.together(inside, wrong_without)
 
-    def _serialise(self, config: Any) -> Program:
+    def _serialise(self, config: ExecutorchBackendConfig | None) -> Program:
         for declared, dim in self.signature.unbounded():
             raise QuantflowError(
                 "executorch",
@@ -186,7 +192,7 @@ def _warn(stage: str, reason: str, node: str, remedy: str, strict: bool, *, dept
 
 
 def lower_to_edge(
-    program: ExportedProgram, source: ExportedProgram, delegate: Any, refused: frozenset[str] = frozenset()
+    program: ExportedProgram, source: ExportedProgram, delegate: DelegateLike, refused: frozenset[str] = frozenset()
 ) -> Edge:
     """Lower a program to the edge dialect and partition it for ``delegate``, without the edge nodes named in ``refused``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -20,10 +20,16 @@ from quantflow.pte import SIGNATURE_METHOD
 from quantflow.signature.signature import Signature
 from quantflow.upstream.lowering.fast_lowering import run_fast
 
+if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
+    from executorch.exir.program import EdgeProgramManager
+
 _NAMED = 8  # the number of layers that a message names
 
 
-def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Delegate, partitioners: list[Any]) -> Any:
+def edge_manager(
+    program: ExportedProgram, source: ExportedProgram, backend: Delegate, partitioners: list[Partitioner]
+) -> EdgeProgramManager:
     """Return the ``executorch.exir.EdgeProgramManager`` of a program, partitioned by ``partitioners``.
 
     Raises:
@@ -33,7 +39,7 @@ def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Del
 
     constant_methods = {SIGNATURE_METHOD: Signature.of_program(program).to_json()}
 
-    def lower(rewritten_source: ExportedProgram) -> Any:
+    def lower(rewritten_source: ExportedProgram) -> EdgeProgramManager:
         if not partitioners:
             core = program if rewritten_source is source else rewritten_source.run_decompositions()
             return exir.to_edge(core, constant_methods=constant_methods)
@@ -57,7 +63,7 @@ def edge_manager(program: ExportedProgram, source: ExportedProgram, backend: Del
 
 def compiled_edge_manager(
     program: ExportedProgram, source: ExportedProgram, backend: Delegate, refused: frozenset[str]
-) -> tuple[Any, frozenset[str]]:
+) -> tuple[EdgeProgramManager, frozenset[str]]:
     """Return the manager of :func:`edge_manager`, partitioned by the partitioners of ``backend``. An operator on which the
     delegate's compiler fails is named in a warning and left to portable kernels.
 
@@ -75,7 +81,7 @@ def compiled_edge_manager(
     """
     search = FaultSearch()
 
-    def lower(partitioners: list[Any]) -> Any:
+    def lower(partitioners: list[Partitioner]) -> EdgeProgramManager:
         return edge_manager(program, source, backend, partitioners)
 
     while True:
@@ -94,7 +100,7 @@ def compiled_edge_manager(
 
 
 def _not_compiled(
-    lower: Callable[[list[Any]], Any],
+    lower: Callable[[list[Partitioner]], EdgeProgramManager],
     backend: Delegate,
     refused: frozenset[str],
     given: list[Node],
@@ -107,7 +113,7 @@ def _not_compiled(
     if not given or not backend.one_by_one():
         return alone
 
-    def failure(partitioners: list[Any]) -> list[Node]:
+    def failure(partitioners: list[Partitioner]) -> list[Node]:
         try:
             lower(partitioners)
         except QuantflowError as error:

@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
+from torch.fx.node import Target
 from tqdm import tqdm
 
 from quantflow.delegates import lowered_modules
@@ -46,7 +47,7 @@ class FaultSearch:
         """Whether the time limit is exceeded."""
         return time.monotonic() > self.deadline
 
-    def alone(self, edge: ExportedProgram, inputs: Sequence[Any] | None) -> set[str]:
+    def alone(self, edge: ExportedProgram, inputs: Sequence[object] | None) -> set[str]:
         """Return the faulty nodes when each operator runs in a separate program.
 
         Args:
@@ -111,7 +112,7 @@ class _Compared(Interpreter):
         self.nodes = dict(lowered_modules(edge.graph_module))
         self.progress = iter(within([n for n in edge.graph.nodes if n.target is _CALL]))
 
-    def search(self, inputs: Sequence[Any]) -> list[Node]:
+    def search(self, inputs: Sequence[object]) -> list[Node]:
         """Return the faulty nodes on the flat ``inputs``, as far as the time limit allows."""
         given = iter(inputs)
         held = {**self.edge.state_dict, **self.edge.constants}
@@ -120,7 +121,7 @@ class _Compared(Interpreter):
             self.run(*(next(given) if k.kind is InputKind.USER_INPUT else held[str(k.target)].clone() for k in kinds))
         return self.faulty
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the value of a node in PyTorch. A delegated operator also runs on the runtime."""
         if target is not _CALL:
             return super().call_function(target, args, kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from quantflow.graph.state import is_written
 from quantflow.lowering.program import Program
@@ -129,7 +130,7 @@ class _Reference:
         largest = max(1.0, float(finite.max())) if finite.numel() else 1.0
         return torch.allclose(our_values, their_values, 0.0, _ROUNDING * largest, equal_nan=True)
 
-    def _run(self, graph: Any, inputs: Any) -> list[list[Any]]:
+    def _run(self, graph: GraphModule, inputs: Any) -> list[list[Any]]:
         found = []
         with torch.no_grad():
             for args, kwargs in inputs:
@@ -184,7 +185,7 @@ def _other(leaf: Any) -> Any:
     return backwards * (0.5 + factors / 2)
 
 
-def _difference(ours: Any, theirs: Any, reference: _Reference, call: int, index: int) -> str:
+def _difference(ours: object, theirs: object, reference: _Reference, call: int, index: int) -> str:
     """How an output differs from the graph's by more than rounding; ``""`` if it does not."""
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return "" if type(ours) is not type(theirs) or ours == theirs else f"is {ours}, not {theirs}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, is_view, op
+from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, is_view, node_argument, op
 
 _ORDERS = (
     aten.sort.default,
@@ -73,10 +73,10 @@ def return_rows(graph: GraphModule, output: int) -> Ordering | None:
         given = given.args[0]
     if not isinstance(given, Node):
         return None
-    order = given if op(given) is aten.argsort.default else given.args[0]
-    ordering = Ordering(argument(order, "dim"))  # type: ignore[arg-type]
+    order = given if op(given) is aten.argsort.default else node_argument(given)
+    ordering = Ordering(argument(order, "dim"))
     with graph.graph.inserting_after(given):
-        moved = graph.graph.call_function(ordering.record, (order.args[0], given))  # type: ignore[union-attr]
+        moved = graph.graph.call_function(ordering.record, (order.args[0], given))
     with graph.graph.inserting_before(end):
         for node in reversed([node for node in moves if op(node) not in _COPIES]):
             moved = graph.graph.create_node(node.op, node.target, (moved, *node.args[1:]), node.kwargs)
@@ -88,7 +88,7 @@ def return_rows(graph: GraphModule, output: int) -> Ordering | None:
 
 def _is_order(node: Node) -> bool:
     given = node.args[0] if node.target is operator.getitem else None
-    indices = isinstance(given, Node) and op(given) in _ORDERS and node.args[1] == _INDICES
+    indices = isinstance(given, Node) and op(given) in _ORDERS and bool(node.args[1] == _INDICES)
     return indices or op(node) is aten.argsort.default
 
 

@@ -20,6 +20,7 @@ from quantflow.capture.export import export
 from quantflow.conversion.convert import convert
 from quantflow.data.batches import PickInputs, batches
 from quantflow.data.sample import Sample
+from quantflow.delegates import DelegateLike
 from quantflow.errors import QuantflowError
 from quantflow.lowering.program import Program
 from quantflow.mixed_precision.choices import Choice, Table
@@ -37,11 +38,11 @@ class Subject:
     """The input of the search: the captured graph, example inputs, data and the quantizer."""
 
     graph: GraphModule
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any] | None
-    data: Iterable[Any]
+    args: Sequence[object]
+    kwargs: Mapping[str, object] | None
+    data: Iterable[object]
     quantizer: Any
-    delegate: Any
+    delegate: DelegateLike
     inputs: PickInputs | None
 
     def calibrated(self, quantizer: Any) -> tuple[GraphModule, Sample]:
@@ -81,7 +82,7 @@ class Subject:
         return latency.measure(lambda: program(*self.args, **(self.kwargs or {})), rows=1, threads=threads).median_ms
 
 
-def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, progress: bool) -> Table:
+def measured(subject: Subject, precisions: Mapping[str, object], *, timed: bool, progress: bool) -> Table:
     """The table for every layer with a quantized weight.
 
     Args:
@@ -114,7 +115,7 @@ def measured(subject: Subject, precisions: Mapping[str, Any], *, timed: bool, pr
     return Table(tuple(choices), len(base.buffer), base_time)
 
 
-def _weighted(subject: Subject) -> dict[str, Any]:
+def _weighted(subject: Subject) -> dict[str, object]:
     """The layers with a quantized weight, in graph order, with their schemes."""
     integer = subject.quantizer.plan(subject.graph).integer
     found = {layer_name(d.node): d.scheme for d in integer if d.rule is not None and d.rule.weight is not None}
@@ -124,7 +125,7 @@ def _weighted(subject: Subject) -> dict[str, Any]:
     return found
 
 
-def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, str]:
+def _refused(subject: Subject, scheme: object, layers: Sequence[str]) -> dict[str, str]:
     """The reasons of those ``layers`` that can't have ``scheme``."""
     if scheme is None:
         return {}
@@ -133,7 +134,7 @@ def _refused(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, 
     return {layer_name(d.node): d.reason for d in weighted if d.scheme != scheme}
 
 
-def _noises(subject: Subject, scheme: Any, layers: Sequence[str]) -> dict[str, float]:
+def _noises(subject: Subject, scheme: object, layers: Sequence[str]) -> dict[str, float]:
     """The noise power at the outputs, relative to their power, with one layer at a time in ``scheme``."""
     if scheme is None or not layers:
         return dict.fromkeys(layers, 0.0)

@@ -11,6 +11,7 @@ from torch import nn
 from quantflow.analysis.layers import Within
 from quantflow.capture.export import export
 from quantflow.data.batches import PickInputs
+from quantflow.delegates import DelegateLike
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.mixed_precision.measure import Subject, measured
 from quantflow.mixed_precision.search_result import SearchResult
@@ -20,15 +21,15 @@ from quantflow.pipeline.quantize import default_quantizer, quantize
 
 def search(
     model: nn.Module,
-    args: Sequence[Any],
-    data: Iterable[Any],
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object],
+    data: Iterable[object],
+    kwargs: Mapping[str, object] | None = None,
     *,
     max_bytes: int | None = None,
     max_ms: float | None = None,
     quantizer: Any = None,
-    precisions: Mapping[str, Any] | None = None,
-    delegate: Any = "xnnpack",
+    precisions: Mapping[str, object] | None = None,
+    delegate: DelegateLike = "xnnpack",
     inputs: PickInputs | None = None,
     recover: bool = True,
     progress: bool = True,
@@ -99,7 +100,7 @@ def search(
     if not mixed.plan(graph).integer:
         remedy = "lower the float model: qf.export(model, args).to_core_aten().to_edge(delegate).to_executorch()"
         raise QuantflowError("search", "the float program keeps the limit", node="limit", remedy=remedy)
-    common = {"delegate": delegate, "inputs": inputs, "recover": recover, "progress": progress}
+    common: dict[str, Any] = {"delegate": delegate, "inputs": inputs, "recover": recover, "progress": progress}
     result = quantize(model, args, data, kwargs, quantizer=mixed, **common)
     size = len(result.program.buffer)
     if max_bytes is not None and size > max_bytes:
@@ -112,7 +113,7 @@ def search(
     return SearchResult(result, chosen, table, frontier(table), time)
 
 
-def _check(precisions: Any) -> None:
+def _check(precisions: object) -> None:
     if precisions is not None and (not isinstance(precisions, Mapping) or not precisions):
         remedy = 'by name, as {"float": None, "int8": INT8}'
         raise QuantflowError("search", "no precisions to choose from", node="precisions", remedy=remedy)

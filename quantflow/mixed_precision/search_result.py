@@ -7,7 +7,6 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from quantflow.metrics import decibels
 from quantflow.mixed_precision.choices import Choice, Table
@@ -75,7 +74,7 @@ class SearchResult:
     def to_json(self) -> str:
         """Return the choices, the table and the frontier as a JSON object."""
         noise, size, time = self.table.total(self.chosen)
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             "precisions": {c.layer: c.precision for c in self.chosen},
             "predicted": {"noise": noise, "bytes": size, "ms": time},
             "bytes": len(self.result.program.buffer),

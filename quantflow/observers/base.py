@@ -141,7 +141,7 @@ class Observer(ObserverBase):
             eps=self.eps,
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         # The number of channels is unknown before the first data, so the buffers take the shapes of the state dict.
         for name in self.resized:
             if prefix + name in state_dict:

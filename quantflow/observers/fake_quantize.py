@@ -147,7 +147,7 @@ class FakeQuantize(FakeQuantizeBase):
         """
         raise QuantflowError("prepare", "a FakeQuantize is made around an observer", remedy="FakeQuantize(observer)")
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         for name in ("scale", "zero_point"):
             if prefix + name in state_dict:
                 grid = getattr(self, name)

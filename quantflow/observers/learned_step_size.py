@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -69,7 +67,7 @@ class LearnedStepSize(FakeQuantize):
         scale = scale.detach() + (scale - scale.detach()) * share  # same value, scaled gradient
         return round_to_grid(x, scale, zero_point, self.quant_min, self.quant_max, self.ch_axis)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}scale" not in state_dict:
             return

@@ -117,7 +117,7 @@ class MovingAverageMinMaxObserver(Observer):
         high = torch.where(self.max_val.isfinite(), torch.lerp(self.max_val, high, weight), high)
         return low, high
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._common = None
 

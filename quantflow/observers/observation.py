@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Protocol, cast
 
 import torch
 import torch.ao.quantization as ao
@@ -14,12 +15,34 @@ from torchao.quantization.pt2e import observer as pt2e_observer
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.upstream.operators import OpOverload
 
+
+class AffineObserver(Protocol):
+    """What an observer or a fake quantizer with a scale and a zero point has, torchao's too."""
+
+    dtype: torch.dtype
+    qscheme: torch.qscheme
+    ch_axis: int
+    quant_min: int
+    quant_max: int
+    min_val: torch.Tensor
+    max_val: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 _OBSERVERS = (
     pt2e_observer.ObserverBase,
     pt2e_observer.AffineQuantizedObserverBase,
     ao.ObserverBase,
 )
 _FAKE_QUANTIZERS = (pt2e_fake_quantize.FakeQuantizeBase, ao.FakeQuantizeBase)
+
+
+def affine(observer: nn.Module) -> AffineObserver:
+    """Return ``observer`` itself, typed as one with a scale and a zero point."""
+    return cast(AffineObserver, observer)
 
 
 def is_fake_quantizer(module: nn.Module) -> bool:
@@ -88,7 +111,7 @@ def has_seen_data(observer: nn.Module) -> bool:
 
 def saw_no_number(observer: nn.Module) -> bool:
     """Whether NaN or infinity is in the range of ``observer``."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = affine(getattr(observer, "activation_post_process", observer))
     low, high = inner.min_val, inner.max_val
     return bool(low.isnan().any() or high.isnan().any() or (low == float("-inf")).any() or (high == float("inf")).any())
 
@@ -99,6 +122,6 @@ def qparams_of(observer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     if theirs and isinstance(
         getattr(observer, "scale", None), torch.Tensor
     ):  # torchao's fake quantizers compute them again, by another formula
-        return observer.scale.detach(), observer.zero_point.detach()
-    scale, zero_point = observer.calculate_qparams()
+        return affine(observer).scale.detach(), affine(observer).zero_point.detach()
+    scale, zero_point = affine(observer).calculate_qparams()
     return scale.detach(), zero_point.detach()

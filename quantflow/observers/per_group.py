@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
+from quantflow.graph.aten import node_argument
 from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.observers.min_max import MinMaxObserver
 from quantflow.qparams.qparams import quantize
@@ -52,18 +54,18 @@ class PerGroupMinMaxObserver(MinMaxObserver):
             module: The graph, changed in place.
             node: The call of this observer on the weight.
         """
-        weight = tensor_of(module, node.args[0]).detach()  # type: ignore[arg-type]
+        weight = tensor_of(module, node_argument(node)).detach()
         scale, zero_point = (q.to(weight.device) for q in self.calculate_qparams())
         grid = (scale[..., None], zero_point[..., None], self.quant_min, self.quant_max)
         integers = quantize(weight.unflatten(1, (-1, self.group)), *grid).flatten(1).to(torch.int8)
         limits = (-self.quant_max - 1, self.quant_max)  # XNNPACK recognizes 4 bits by -8 and 7
-        base, names = str(node.args[0].target), []  # type: ignore[union-attr]
+        base, names = str(node_argument(node).target), []
         for suffix, tensor in (("quantized", integers), ("scale", scale), ("zero_point", zero_point.long())):
             names.append(unused_name(module, f"{base}_{suffix}"))
             set_tensor(module, names[-1], tensor, parameter=False)
         for user in list(node.users):
             reads = (read_attribute(module, name, user, node) for name in names)
-            args = (*reads, *limits, torch.int8, self.group, weight.dtype)
+            args: tuple[Argument, ...] = (*reads, *limits, torch.int8, self.group, weight.dtype)
             with module.graph.inserting_before(user):
                 target = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
                 dequantized = module.graph.call_function(target, args)

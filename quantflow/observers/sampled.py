@@ -86,7 +86,7 @@ class SampledObserver(MinMaxObserver):
             seen = torch.stack([other[name] for other in everyone]).sum() - (len(everyone) - 1) * known[name]
             setattr(self, name, seen.to(self.count.device))
         share = int(known["batches"]) / max(int(self.batches), 1)
-        rows = drawn_together(known["sample"], [other["sample"] for other in everyone], BATCHES, share)
+        rows = drawn_together(list(known["sample"]), [list(other["sample"]) for other in everyone], BATCHES, share)
         if rows:
             self.sample = torch.stack(rows).to(self.sample.device)
         self._found = None
@@ -137,7 +137,7 @@ class SampledObserver(MinMaxObserver):
             low, high, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric, eps=self.eps
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._found = self._common = None
 

@@ -14,7 +14,7 @@ from quantflow.distributed import Peers, widest, world_size
 from quantflow.errors import QuantflowError
 from quantflow.observers.base import Observer
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.observation import is_fake_quantizer, observers_of, watching
+from quantflow.observers.observation import AffineObserver, affine, is_fake_quantizer, observers_of, watching
 
 # Torchao's observers whose only state is the extremes.
 _EXTREMES = frozenset(
@@ -91,10 +91,10 @@ def synchronize(graph: GraphModule) -> None:
             if not inner.is_dynamic:
                 inner.synchronize()
         elif type(inner) in _EXTREMES:
-            _widen(inner)
+            _widen(affine(inner))
 
 
-def _widen(observer: nn.Module) -> None:
+def _widen(observer: AffineObserver) -> None:
     if observer.min_val.numel():
         low, high = widest(observer.min_val, observer.max_val)
         observer.min_val.copy_(low)

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import nn
+from torch.export import ExportedProgram
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from quantflow import ptq
@@ -19,9 +20,10 @@ from quantflow.analysis.accuracy_control import keep_within
 from quantflow.analysis.evaluator import Evaluator
 from quantflow.analysis.layers import Within
 from quantflow.calibration.calibrate import calibrate
-from quantflow.capture.export import export
+from quantflow.capture.export import DynamicShapes, export
 from quantflow.conversion.convert import convert
 from quantflow.data.batches import PickInputs
+from quantflow.delegates import DelegateLike
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.lowering.program import Program
@@ -89,19 +91,19 @@ class Result:
 
 
 def quantize(
-    model: nn.Module,
-    args: Sequence[Any],
-    data: Iterable[Any],
-    kwargs: Mapping[str, Any] | None = None,
+    model: nn.Module | ExportedProgram,
+    args: Sequence[object],
+    data: Iterable[object],
+    kwargs: Mapping[str, object] | None = None,
     *,
     quantizer: Quantizer | None = None,
-    delegate: Any = "xnnpack",
+    delegate: DelegateLike = "xnnpack",
     dynamic_batch: bool = True,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     inputs: PickInputs | None = None,
     recover: Literal["auto"] | bool = "auto",
     max_drop: float | None = None,
-    validation: Iterable[Any] | None = None,
+    validation: Iterable[object] | None = None,
     progress: bool = True,
 ) -> Result:
     """Quantize ``model`` after training (PTQ) and lower it to a program.
@@ -178,11 +180,11 @@ class _Job:
     """The captured model and the data, from which programs are built with different quantizers."""
 
     graph: TrainableGraphModule
-    args: Sequence[Any]
-    data: Iterable[Any]
-    kwargs: Mapping[str, Any] | None
-    delegate: Any
-    dynamic_shapes: Any
+    args: Sequence[object]
+    data: Iterable[object]
+    kwargs: Mapping[str, object] | None
+    delegate: DelegateLike
+    dynamic_shapes: DynamicShapes
     inputs: PickInputs | None
     recover: bool
     progress: bool
@@ -215,7 +217,7 @@ class _Job:
         return Result(program, converted, Report(plan, recovered, self.seconds, len(program.buffer), fraction))
 
 
-def _within_max_drop(job: _Job, quantizer: Any, max_drop: float, validation: Iterable[Any]) -> Result:
+def _within_max_drop(job: _Job, quantizer: Any, max_drop: float, validation: Iterable[object]) -> Result:
     if not hasattr(quantizer, "overriding"):
         remedy = "pass one with overrides by layer, as XNNPACKQuantizer()"
         reason = f"{type(quantizer).__name__} can't leave single layers in float"
@@ -242,7 +244,7 @@ def _within_max_drop(job: _Job, quantizer: Any, max_drop: float, validation: Ite
     return replace(kept.built, report=replace(kept.built.report, accuracy_control=kept.accuracy_control))
 
 
-def default_quantizer(delegate: Any, **settings: Any) -> Quantizer:
+def default_quantizer(delegate: DelegateLike, **settings: Any) -> Quantizer:
     """The quantizer registered for ``delegate``, constructed with ``settings``.
 
     Raises:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -20,7 +18,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from quantflow.errors import QuantflowError
-from quantflow.graph.aten import is_float_tensor, value
+from quantflow.graph.aten import is_float_tensor, node_argument, value
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.observers import MinMaxObserver, Observer, PerGroupMinMaxObserver
@@ -79,11 +77,11 @@ def _make_observer(
 
 
 def _construct(spec: QuantizationSpec) -> nn.Module:
-    arguments: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    constructor: Callable[..., Any] = arguments.pop("observer_or_fake_quant_ctr")
+    arguments = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    constructor = arguments.pop("observer_or_fake_quant_ctr")
     if spec.qscheme not in PER_CHANNEL:
         arguments.pop("ch_axis")
-    return constructor.with_args(**arguments)()  # type: ignore[attr-defined]
+    return constructor.with_args(**arguments)()
 
 
 def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
@@ -139,7 +137,7 @@ def _calls(node: Node, name: str | None) -> bool:
 def _observed(node: Node) -> Node:
     """The tensor that a chain of observer calls ending in ``node`` observes."""
     while node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_argument(node)
     return node
 
 

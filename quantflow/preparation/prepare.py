@@ -20,7 +20,7 @@ from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.lowering.core_aten import CoreAten
 from quantflow.observers import Observer
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
-from quantflow.observers.observation import is_converted, observer_of, observers_of
+from quantflow.observers.observation import affine, is_converted, observer_of, observers_of
 from quantflow.preparation.insertion import (
     drop_uncalled_observers,
     insert_observers,
@@ -167,5 +167,5 @@ def scales_with_channels(observer: nn.Module, axis: int) -> bool:
     return (
         getattr(observer, "qscheme", None) is torch.per_channel_symmetric
         and getattr(observer, "ch_axis", None) == axis
-        and observer.quant_min == -observer.quant_max
+        and affine(observer).quant_min == -affine(observer).quant_max
     )

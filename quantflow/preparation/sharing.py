@@ -65,7 +65,8 @@ def sharing_groups(graph: Graph) -> list[Group]:
     for key, spec in specs.items():
         if isinstance(spec, SharedQuantizationSpec):
             union(key, spec.edge_or_node)
-        if isinstance(key, tuple) and annotation_of(key[1]).allow_implicit_sharing:  # type: ignore[union-attr]
+        annotation = annotation_of(key[1]) if isinstance(key, tuple) else None
+        if isinstance(key, tuple) and annotation is not None and annotation.allow_implicit_sharing:
             for same_tensor in _same_tensor(key[0]):
                 if same_tensor in specs and _same_grid(roots[key], roots[same_tensor]):
                     union(key, same_tensor)

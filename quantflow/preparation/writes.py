@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from quantflow.errors import QuantflowError
-from quantflow.graph.aten import label
+from quantflow.graph.aten import label, node_argument
 from quantflow.graph.state import aliased_by, written_by, written_tensors
 from quantflow.observers.observation import observer_of
 from quantflow.preparation.sharing import annotation_of
@@ -41,7 +41,7 @@ def check_observed_writes(module: GraphModule) -> None:
             names.append(base)
             observes = observer_of(base, module) is not None
             observed = observed or observes
-            base = base.args[0] if observes else aliased_by(base)  # type: ignore[assignment]
+            base = node_argument(base) if observes else aliased_by(base)
         seen_later = any(order[user] > order[node] for name in names for user in name.users)
         if observed and (names[-1].op == "get_attr" or seen_later):
             raise _refusal("convert", node)

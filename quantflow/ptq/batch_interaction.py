@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -34,7 +33,7 @@ def examples_interact(graph: GraphModule, batch: tuple, cut: Sequence[bool]) -> 
     if size == 1:
         return False
 
-    def rows(start: int, pair: int) -> tuple[Any, ...]:
+    def rows(start: int, pair: int) -> tuple[object, ...]:
         return tuple(given[start:pair] if by_example else given for given, by_example in zip(batch, cut, strict=True))
 
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers import FixedQParamsObserver
+from quantflow.observers.observation import AffineObserver, affine
 from quantflow.qparams.qparams import SYMMETRIC, choose_qparams
 from quantflow.simulation.output_gradients import BINS, OutputGradients, ValueGradients
 
@@ -49,12 +48,12 @@ def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> Trainable
     for observer, of_value in gradients.values.items():
         if not of_value.sums:
             continue  # no output depends on it
-        grid = cheapest_grid(observer, of_value)
+        grid = cheapest_grid(affine(observer), of_value)
         fixed.set_submodule(names[observer], FixedQParamsObserver.like(observer, *grid))
     return fixed
 
 
-def cheapest_grid(observer: Any, of_value: ValueGradients) -> tuple[torch.Tensor, torch.Tensor]:
+def cheapest_grid(observer: AffineObserver, of_value: ValueGradients) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point for the tensors of ``observer`` that move the outputs least."""
     sums = torch.cat(of_value.sums).double()
     width = (of_value.high - of_value.low) / BINS

@@ -6,9 +6,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -92,7 +91,7 @@ class RecoveryResult:
 
 def recover(
     graph: GraphModule,
-    data: Sample | Iterable[Any],
+    data: Sample | Iterable[object],
     *,
     inputs: PickInputs | None = None,
     progress: bool = True,
@@ -147,7 +146,7 @@ def recover(
     reference = outputs(with_float_weights(current), held_out, integers=False)
     steps = [Step("as calibrated", _sqnr(current, held_out, reference), kept=True)]
 
-    def attempt(name: str, make: Any) -> None:
+    def attempt(name: str, make: Callable[[TrainableGraphModule], TrainableGraphModule]) -> None:
         nonlocal current
         start = time.perf_counter()
         candidate = make(current)

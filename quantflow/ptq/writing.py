@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import set_argument
+from quantflow.graph.aten import node_argument, set_argument
 from quantflow.graph.parameters import read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.observers import FixedQParamsObserver
 from quantflow.simulation.float_weights import remember_float_weight
@@ -16,7 +16,7 @@ Grid = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one
 
 def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: Grid) -> None:
     """Make ``weight``, which lies on ``grid``, the layer's weight, and settle its observer there."""
-    read: Node = layer.weight.args[0]  # type: ignore[assignment]
+    read: Node = node_argument(layer.weight)
     like = tensor_of(graph, read)
     remember_float_weight(read, like)
     set_tensor(graph, str(read.target), weight.reshape(like.shape).to(like), parameter=True)
@@ -25,7 +25,7 @@ def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: G
 
 def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
     """Add ``shift``, one an output, to the layer's bias, which it gets where it has none."""
-    read: Node = layer.weight.args[0]  # type: ignore[assignment]
+    read: Node = node_argument(layer.weight)
     if layer.bias is not None:
         bias = tensor_of(graph, layer.bias).detach()
         remember_float_weight(layer.bias, bias)

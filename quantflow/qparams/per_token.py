@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, LINEARS, op
@@ -15,7 +15,7 @@ from quantflow.qparams.rounding import round_to_grid
 QUANT_MIN, QUANT_MAX = -128, 127
 
 
-def is_per_token(observer: Any, readers: Iterable[Node]) -> bool:
+def is_per_token(observer: nn.Module, readers: Iterable[Node]) -> bool:
     """Whether the tensor that ``observer`` quantizes for ``readers`` gets a range per row at run time.
 
     Kernels of linear layers with dynamic int8 inputs use a range per row. A quantization spec can't express this; it only

@@ -44,20 +44,21 @@ def round_to_grid(
 
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: Any, high: Any, scale: Any, inverse: Any) -> torch.Tensor:  # type: ignore[override]
-        limits, step = (low, high), scale
-        if low.ndim == 0 and x.device.type == "cpu":  # Python numbers use the vectorized path
-            limits, step, inverse = (low.item(), high.item()), scale.item(), inverse.item()
-        y = x.clamp(*limits)
+    def forward(ctx: Any, x: torch.Tensor, *grid: torch.Tensor) -> torch.Tensor:
+        numbers: list[Any] = list(grid)
+        if grid[0].ndim == 0 and x.device.type == "cpu":  # Python numbers use the vectorized path
+            numbers = [t.item() for t in grid]
+        low, high, scale, inverse = numbers
+        y = x.clamp(low, high)
         inside = y == x if any(ctx.needs_input_grad) else None
-        y.mul_(inverse).round_().mul_(step)
+        y.mul_(inverse).round_().mul_(scale)
         # The output itself is not saved, because the next operator may write into it.
-        error = (y - torch.where(inside, x, 0.0), scale) if ctx.needs_input_grad[3] else ()
+        error = (y - torch.where(inside, x, 0.0), grid[2]) if inside is not None and ctx.needs_input_grad[3] else ()
         ctx.save_for_backward(inside, *error)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         inside, *learned = ctx.saved_tensors
         to_scale = None
         if learned:

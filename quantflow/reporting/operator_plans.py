@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from quantflow.delegates.delegation import Delegation
 from quantflow.reporting.markup import Markup, details, element, section, table
@@ -25,6 +25,13 @@ class OperatorPlan(Protocol):
     @property
     def becomes(self) -> str:
         """Integers or float, and where the operator runs."""
+
+
+class Plan(Protocol):
+    """A plan, as ``quantizers.Plan`` is."""
+
+    @property
+    def operators(self) -> Sequence[OperatorPlan]: ...
 
 
 def graph(operators: Sequence[OperatorPlan]) -> Markup:
@@ -76,7 +83,7 @@ def _told(operator: OperatorPlan) -> str:
 
 def lowered(delegation: Delegation) -> Markup:
     """The section on delegation: the operators of the program by delegate, float and kernel."""
-    runs: list[tuple[str, Any]] = [
+    runs: list[tuple[str, Counter[str]]] = [
         ("delegate", delegation.delegated),
         ("delegate, in float", delegation.floating),
         ("executorch's own kernels", delegation.portable),

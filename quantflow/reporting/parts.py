@@ -12,6 +12,7 @@ from quantflow.evaluation import Verification
 from quantflow.inspection.environment import Environment
 from quantflow.lowering.program import Program
 from quantflow.pipeline.quantize import Report, Result
+from quantflow.reporting.operator_plans import Plan
 from quantflow.training import History
 
 
@@ -39,7 +40,7 @@ class Parts:
     environment: Environment
     built: Report | None
     program: Program | None
-    plan: Any
+    plan: Plan | None
     history: History | None
     verification: Verification | None
     diagnosis: Diagnosis | None
@@ -87,7 +88,7 @@ class Parts:
         }
 
 
-def checked(**given: Any) -> None:
+def checked(**given: object) -> None:
     """Check the type of each part.
 
     Raises:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from quantflow.analysis import Diagnosis, Sensitivities
 from quantflow.errors import QuantflowError
@@ -17,6 +16,7 @@ from quantflow.files import write_atomically
 from quantflow.inspection.environment import examine
 from quantflow.lowering.program import Program
 from quantflow.pipeline.quantize import Result
+from quantflow.reporting.operator_plans import Plan
 from quantflow.reporting.page import page
 from quantflow.reporting.parts import Parts, checked
 from quantflow.training import History
@@ -28,7 +28,7 @@ def report(
     title: str = "Quantization report",
     result: Result | None = None,
     program: Program | None = None,
-    plan: Any = None,
+    plan: Plan | None = None,
     history: History | None = None,
     verification: Verification | None = None,
     diagnosis: Diagnosis | None = None,

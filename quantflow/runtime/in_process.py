@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from quantflow.errors import QuantflowError
@@ -62,7 +63,7 @@ def missing_kernels(buffer: bytes, name: str) -> list[str]:
     return [] if called is None else sorted(kernel for kernel in called.kernels if kernel not in there)
 
 
-def execute(method: Any, name: str, inputs: list[Any]) -> list[Any]:
+def execute(method: Any, name: str, inputs: Sequence[object]) -> list[Any]:
     """Run ``method`` on flat ``inputs``."""
     try:
         return method.execute(inputs)

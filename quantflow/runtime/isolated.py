@@ -44,7 +44,7 @@ def warm_up() -> None:
         _server()
 
 
-def run(buffer: bytes, calls: Sequence[Sequence[Any]] = (), *, seconds: float = 600.0) -> Trial:
+def run(buffer: bytes, calls: Sequence[Sequence[object]] = (), *, seconds: float = 600.0) -> Trial:
     """Load ``forward`` of the program ``buffer`` and call it on each of ``calls``, one after the other.
 
     Args:

@@ -30,11 +30,11 @@ from quantflow.runtime.in_process import missing_kernels
 IDLE = 300.0  # seconds without a program after which a child ends
 
 
-def encode(values: list[list[Any]]) -> tuple[bytes, bytes]:
+def encode(values: Sequence[Sequence[object]]) -> tuple[bytes, bytes]:
     """Encode lists of tensors, numbers, strings and None as JSON that refers to tensors by name, and the tensors."""
     tensors: dict[str, torch.Tensor] = {}
 
-    def told(value: Any) -> Any:
+    def told(value: object) -> dict[str, object]:
         if not isinstance(value, torch.Tensor):
             return {"value": value}
         name = str(len(tensors))
@@ -62,7 +62,7 @@ def serve(connection: Connection) -> None:
             buffer, text, blob = (connection.recv_bytes() for _ in range(3))
         except EOFError:
             return
-        outputs: list[list[Any]] = []
+        outputs: list[list[object]] = []
         said: dict[str, Any] = {"loaded": False, "failure": "", "operators": []}
         try:
             program = runtime.load_program(buffer)
@@ -78,7 +78,7 @@ def serve(connection: Connection) -> None:
             connection.send_bytes(message)
 
 
-def _own(value: Any) -> Any:
+def _own(value: object) -> object:
     """A copy of ``value``, because the next call overwrites the memory of the runtime."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
@@ -98,7 +98,7 @@ class _Child:
     control: socket.socket
     life: Connection
 
-    def end(self, ready: Sequence[Any]) -> bool:
+    def end(self, ready: Sequence[object]) -> bool:
         """Kill the child if its control socket is ``ready``. Return whether the child has ended."""
         if self.control in ready:
             os.kill(self.pid, signal.SIGKILL)

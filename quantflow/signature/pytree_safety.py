@@ -29,7 +29,7 @@ def _plain(spec: dict[str, Any]) -> bool:
     return not _names_enumeration(_unwrapped(context)) and all(_plain(child) for child in spec["children_spec"])
 
 
-def _unwrapped(context: Any) -> Any:
+def _unwrapped(context: object) -> object:
     """The decoded ``context``. A context is JSON inside JSON, and loading the inner JSON would create the enumerations."""
     if not isinstance(context, str):
         return context
@@ -39,7 +39,7 @@ def _unwrapped(context: Any) -> Any:
         return context
 
 
-def _names_enumeration(value: Any) -> bool:
+def _names_enumeration(value: object) -> bool:
     if isinstance(value, dict):
         return "__enum__" in value or any(_names_enumeration(v) for v in value.values())
     return isinstance(value, list) and any(_names_enumeration(v) for v in value)

@@ -88,7 +88,7 @@ class Signature:
         info = pytree_info_of(module.graph)
         return cls(tuple(inputs), info.in_spec if info else None, info.out_spec if info else None)
 
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:
+    def flatten(self, args: Sequence[object], kwargs: Mapping[str, object], *, stage: str) -> list[Any]:
         """Return the flat inputs of the call ``(*args, **kwargs)``.
 
         Raises:
@@ -100,7 +100,7 @@ class Signature:
             _check(declared, given, sizes, stage)
         return flat
 
-    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, stage: str) -> list[Any]:
+    def leaves(self, args: Sequence[object], kwargs: Mapping[str, object], *, stage: str) -> list[Any]:
         """Return the flat inputs as :meth:`flatten` does, but check only their structure and count."""
         if self.in_spec is None:
             names = [i.name for i in self.inputs][len(args) :]
@@ -129,7 +129,7 @@ class Signature:
             )
         return flat
 
-    def call(self, flat: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
+    def call(self, flat: Sequence[object]) -> tuple[tuple, dict[str, Any]]:
         """Return positional and keyword inputs from flat inputs; all are positional if the structure is unknown."""
         if self.in_spec is None:
             return tuple(flat), {}
@@ -143,7 +143,7 @@ class Signature:
                 inputs[position].copy_(new)
         return outputs[len(self.written) :]
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
+    def unflatten(self, outputs: Sequence[object]) -> Any:
         """Return ``outputs`` in the model's own structure. If it is unknown, return the single output or a tuple."""
         if self.out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -238,7 +238,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> None:
+def _check(declared: Input, given: object, sizes: dict[str, int], stage: str) -> None:
     if declared.dtype is None:
         if declared.constant is not None and not _equals(given, declared.constant):
             shown = f"{given!r}" if isinstance(given, (int, float, str)) else f"a {type(given).__name__}"
@@ -259,7 +259,7 @@ def _check(declared: Input, given: Any, sizes: dict[str, int], stage: str) -> No
         raise QuantflowError(stage, reason, node=declared.name, remedy=remedy)
 
 
-def _equals(given: Any, constant: Any) -> bool:
+def _equals(given: object, constant: object) -> bool:
     """Whether ``given`` equals ``constant``; False for a tensor and for a value that can't be compared."""
     try:
         return not isinstance(given, torch.Tensor) and bool(given == constant)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
 from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.observers.observation import qparams_of
+from quantflow.observers.observation import affine, qparams_of
 from quantflow.qparams.per_token import is_per_token, round_per_token
 from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.qparams.rounding import round_to_grid
@@ -22,7 +21,7 @@ def is_affine(observer: nn.Module) -> bool:
     return hasattr(observer, "qscheme") and hasattr(observer, "quant_min") and not dtype.is_floating_point
 
 
-def fake_quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ()) -> torch.Tensor:
+def fake_quantized(observer: nn.Module, x: torch.Tensor, readers: Iterable[Node] = ()) -> torch.Tensor:
     """``x`` quantized and dequantized as ``observer`` will.
 
     Args:
@@ -30,15 +29,16 @@ def fake_quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ())
         x: The tensor that it observes.
         readers: The nodes that read it. They decide whether a dynamic observer has one range for each row.
     """
+    grid = affine(observer)
     if getattr(observer, "is_dynamic", False):
         if is_per_token(observer, readers):
             return round_per_token(x)
         scale, zero_point = choose_qparams(
             x.detach().min().float(),
             x.detach().max().float(),
-            quant_min=observer.quant_min,
-            quant_max=observer.quant_max,
-            symmetric=observer.qscheme in SYMMETRIC,
+            quant_min=grid.quant_min,
+            quant_max=grid.quant_max,
+            symmetric=grid.qscheme in SYMMETRIC,
         )
     elif not is_affine(observer):
         return x
@@ -47,9 +47,9 @@ def fake_quantized(observer: Any, x: torch.Tensor, readers: Iterable[Node] = ())
     rows, axis = x, 0
     if isinstance(observer, PerGroupMinMaxObserver):  # each group of a weight is a row with a scale of its own
         rows, scale, zero_point = x.reshape(-1, observer.group), scale.reshape(-1), zero_point.reshape(-1)
-    elif observer.qscheme in PER_CHANNEL:
-        axis = int(observer.ch_axis)
+    elif grid.qscheme in PER_CHANNEL:
+        axis = int(grid.ch_axis)
     else:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    limits = observer.quant_min, observer.quant_max
+    limits = grid.quant_min, grid.quant_max
     return round_to_grid(rows, scale.to(x.device), zero_point.to(x.device), *limits, axis).reshape(x.shape)

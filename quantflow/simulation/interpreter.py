@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class Interpreter:
 
     def run(
         self,
-        inputs: Iterable[Any] = (),
+        inputs: Iterable[object] = (),
         *,
         nodes: Iterable[Node] | None = None,
         values: Values | None = None,
@@ -103,7 +103,7 @@ class Interpreter:
             x = evaluate(node, values)
             return _with_gradient(node, x) if self.gradients else x
         observer = self._observers[node] if node in self._observers else observer_of(node, self.graph)
-        args = map_arg(node.args, lambda n: values[n])
+        args = cast(tuple, map_arg(node.args, lambda n: values[n]))
         if observer is None:
             return self.graph.get_submodule(str(node.target))(*args)
         return fake_quantized(observer, args[0], node.users) if self._quantizes(node) else args[0]
@@ -129,7 +129,8 @@ def evaluate(node: Node, values: Values) -> Any:
     if node.target in _MODES:
         return None
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
-    return (node.target if writes_for_others(node) else op(node))(*args, **kwargs)
+    target = node.target if writes_for_others(node) else op(node)
+    return cast(Callable, target)(*args, **kwargs)
 
 
 def returned(output: Node, values: Values) -> list[Any]:
@@ -137,7 +138,7 @@ def returned(output: Node, values: Values) -> list[Any]:
     return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
 
 
-def float_tensors(leaves: Iterable[Any]) -> list[torch.Tensor]:
+def float_tensors(leaves: Iterable[object]) -> list[torch.Tensor]:
     """The float tensors among ``leaves``."""
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 

@@ -36,7 +36,7 @@ class Simulation:
             self.known |= as_converted(graph)
 
     @torch.no_grad()
-    def __call__(self, *batch: Any) -> list[Any]:
+    def __call__(self, *batch: object) -> list[Any]:
         result: list[Any] = []
         for node, values in self.interpreter.run(batch, known=self.known):
             if node.op == "output":

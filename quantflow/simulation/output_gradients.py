@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from quantflow.data.sample import Inputs
-from quantflow.observers.observation import observer_of
+from quantflow.observers.observation import affine, observer_of
 from quantflow.simulation.fake_quantized import is_affine
 from quantflow.simulation.interpreter import Interpreter, float_tensors, returned
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
@@ -169,7 +169,8 @@ def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: Outpu
 def _keep_value_gradients(observer: nn.Module, y: torch.Tensor, moved: Moved, found: OutputGradients) -> None:
     if not is_affine(observer) or getattr(observer, "is_dynamic", False) or not hasattr(observer, "min_val"):
         return
-    low, high = float(observer.min_val.min().clamp(max=0.0)), float(observer.max_val.max().clamp(min=0.0))
+    grid = affine(observer)
+    low, high = float(grid.min_val.min().clamp(max=0.0)), float(grid.max_val.max().clamp(min=0.0))
     if not low < high:
         return
     of_value = found.values.setdefault(observer, ValueGradients(low, high))

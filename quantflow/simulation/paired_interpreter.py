@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from quantflow.data.sample import Inputs
+from quantflow.graph.aten import node_argument
 from quantflow.graph.state import is_written
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import FLOAT_WEIGHT, attribute
@@ -98,7 +99,7 @@ def _read_again(network: Interpreter, layer: Layer, integers: list[Values]) -> N
     """Compute the layer's output in the integer network from the weight and bias that the graph has now."""
     graph = network.graph
     observer = graph.get_submodule(str(layer.weight.target))
-    weight = fake_quantized(observer, attribute(graph, layer.weight.args[0]))  # type: ignore[arg-type]
+    weight = fake_quantized(observer, attribute(graph, node_argument(layer.weight)))
     for values in integers:
         values[layer.weight] = weight
         if layer.bias is not None:

@@ -27,7 +27,7 @@ class PartialNetwork:
         returned: The float outputs.
     """
 
-    def __init__(self, graph: GraphModule, flat: Sequence[Any], active: Collection[Node]) -> None:
+    def __init__(self, graph: GraphModule, flat: Sequence[object], active: Collection[Node]) -> None:
         self.graph, self.flat, self.active = graph, flat, frozenset(active)
         reads = [n for n in graph.graph.nodes if n.op == "get_attr" and not is_written(n)]
         self._constants = {n: attribute(graph, n) for n in reads}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch.fx import GraphModule
 
@@ -18,7 +17,7 @@ from quantflow.simulation.network import peak_bytes
 MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 
 
-def check_float(graph: Any, stage: str) -> None:
+def check_float(graph: object, stage: str) -> None:
     """Refuse what is not a captured graph before it is prepared."""
     if not isinstance(graph, GraphModule):
         reason, remedy = f"{type(graph).__name__} is no captured graph", "pass qf.export(model, args).module()"
@@ -28,7 +27,7 @@ def check_float(graph: Any, stage: str) -> None:
         raise QuantflowError(stage, "the graph is prepared already", node=next(iter(observers)), remedy=remedy)
 
 
-def check_calibrated(graph: Any, stage: str) -> None:
+def check_calibrated(graph: object, stage: str) -> None:
     """Refuse what is not a graph that is prepared for PTQ and calibrated."""
     observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
     if not observers:
@@ -44,7 +43,7 @@ def check_calibrated(graph: Any, stage: str) -> None:
 
 
 def draw(
-    graph: GraphModule, data: Sample | Iterable[Any], *, stage: str, inputs: PickInputs | None = None
+    graph: GraphModule, data: Sample | Iterable[object], *, stage: str, inputs: PickInputs | None = None
 ) -> tuple[Inputs, ...]:
     """Batches of flat inputs of ``graph``: those of a :class:`Sample`, or of one drawn from the batches of ``data``.
 

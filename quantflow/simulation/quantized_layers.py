@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import LINEARS, argument, aten, op, value
-from quantflow.graph.parameters import is_constant, reads_of, tensor_of
+from quantflow.graph.aten import LINEARS, argument, aten, node_argument, op, value
+from quantflow.graph.parameters import Reads, is_constant, reads_of, tensor_of
 from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.observers.observation import is_fake_quantizer, observer_of
+from quantflow.observers.observation import affine, is_fake_quantizer, observer_of
 from quantflow.qparams.qparams import PER_CHANNEL
 from quantflow.simulation.fake_quantized import is_affine
 
@@ -42,7 +42,7 @@ class Layer:
     @property
     def source(self) -> Node:
         """What the layer reads."""
-        return self.node.args[0]  # type: ignore[return-value]
+        return node_argument(self.node)
 
     @property
     def bias(self) -> Node | None:
@@ -94,7 +94,8 @@ class Layer:
             offsets = torch.arange(self.kernel[d], device=index.device) * dilation[d]
             shape = [len(index), *(len(offsets) if e == d else 1 for e in range(dims))]
             where.append((start[:, None] + offsets).reshape(shape))
-        patches = x[(example.reshape(-1, *[1] * dims), slice(None), *reversed(where))]  # [rows, *kernel, channels]
+        at: tuple[torch.Tensor | slice, ...] = (example.reshape(-1, *[1] * dims), slice(None), *reversed(where))
+        patches = x[at]  # [rows, *kernel, channels]
         patches = patches.flatten(1, dims).transpose(1, 2)
         return patches.reshape(len(index), self.groups, -1).transpose(0, 1)
 
@@ -113,11 +114,11 @@ def quantized_layers(graph: GraphModule, *, solvable: bool = True) -> dict[Node,
 
 def _is_solvable(layer: Layer, graph: GraphModule) -> bool:
     """Whether a solver can hold the layer's features, and knows its grid: one step an output, or one for all."""
-    features = tensor_of(graph, layer.weight.args[0])[0].numel()  # type: ignore[arg-type]
+    features = tensor_of(graph, node_argument(layer.weight))[0].numel()
     return features <= _SOLVABLE and not isinstance(layer.observer, PerGroupMinMaxObserver)
 
 
-def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
+def _layer(node: Node, graph: GraphModule, reads: Reads) -> Layer | None:
     if op(node) not in LINEARS and op(node) not in _CONVOLUTIONS:
         return None
     weight, bias, output = argument(node, "weight"), argument(node, "bias"), value(node)
@@ -126,7 +127,7 @@ def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
     observer = observer_of(weight, graph)
     if observer is None or is_fake_quantizer(observer) or not is_affine(observer) or len(weight.users) > 1:
         return None
-    if observer.qscheme in PER_CHANNEL and int(observer.ch_axis) != 0:  # type: ignore[arg-type]
+    if affine(observer).qscheme in PER_CHANNEL and int(affine(observer).ch_axis) != 0:
         return None
     if bias is not None and not is_constant(bias):
         return None
@@ -136,13 +137,13 @@ def _layer(node: Node, graph: GraphModule, reads: Any) -> Layer | None:
         return None
     if op(node) in _CONVOLUTIONS and output.ndim != _CONVOLUTIONS[op(node)] + 2:  # an unbatched call
         return None
-    tensor = tensor_of(graph, weight.args[0])  # type: ignore[arg-type]
+    tensor = tensor_of(graph, node_argument(weight))
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
     if not tensor.is_floating_point():
         return None
     return Layer(node, weight, observer, groups, tuple(tensor.shape[2:]))
 
 
-def _each(given: Any, dims: int) -> list[int]:
+def _each(given: int | Sequence[int], dims: int) -> list[int]:
     given = [given] if isinstance(given, int) else list(given)
     return [int(g) for g in (given * dims if len(given) == 1 else given)]

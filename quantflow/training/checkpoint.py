@@ -53,7 +53,7 @@ class Checkpoints:
             remedy = "1 or more steps; one is written after each epoch besides"
             raise QuantflowError("train", f"every {self.every} steps is no interval", node="checkpoints", remedy=remedy)
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> Path:
         """Write the checkpoint of a step and remove all but the last two.
 
         Args:

@@ -64,7 +64,7 @@ class Distillation:
         Returns:
             A context manager, which gives the loss: of the task's loss, the output, and the positional and keyword inputs.
         """
-        with recorded_features(graph, self.features) as ours, recorded_features(self.teacher, self.features) as theirs:  # type: ignore[arg-type]
+        with recorded_features(graph, self.features) as ours, recorded_features(self.teacher, self.features) as theirs:
 
             def mixed(task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
                 return self._loss(task_loss, output, args, kwargs, list(zip(ours, theirs, strict=True)))

@@ -67,7 +67,7 @@ def decode(data: Any, tensors: Tensors) -> Any:
     return deque(items, **dict(bound)) if name == "deque" else _SEQUENCES[name](items)
 
 
-def difference(one: Any, other: Any, tensors: Tensors, others: Tensors) -> str | None:
+def difference(one: object, other: object, tensors: Tensors, others: Tensors) -> str | None:
     """The first place where two encoded states are not bitwise equal; None if they are. The order in a dict is ignored."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         (name,) = one.keys() - {"maxlen"}

@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ class Epochs:
         steps: The steps of an epoch; None if the data have no length.
     """
 
-    data: Iterable[Any]
+    data: Iterable[object]
     inputs: PickInputs | None
     device: torch.device
     seed: int

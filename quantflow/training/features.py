@@ -37,7 +37,7 @@ class FeatureRecorder(nn.Module):
 
 
 @contextlib.contextmanager
-def recorded_features(graph: nn.Module, layers: Sequence[str]) -> Iterator[list[FeatureRecorder]]:
+def recorded_features(graph: object, layers: Sequence[str]) -> Iterator[list[FeatureRecorder]]:
     """Insert recorders on the outputs of ``layers`` (dotted names of the eager model); remove them at the end.
 
     Raises:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -33,7 +36,7 @@ class History:
     best_epoch: int | None = None
     resumed_at: list[int] = field(default_factory=list)
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Draw loss and metrics over epochs, as a matplotlib figure."""
         import matplotlib.pyplot as plt
         from matplotlib.ticker import MaxNLocator

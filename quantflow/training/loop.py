@@ -7,10 +7,10 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -37,13 +37,13 @@ Validate = Callable[[TrainableGraphModule], float]
 
 def train(
     graph: TrainableGraphModule,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     epochs: int = 1,
     loss: Loss = F.cross_entropy,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
-    scheduler: Any = None,
+    scheduler: LRScheduler | None = None,
     schedule: Schedule | None = None,
     distill: Distillation | None = None,
     clip_norm: float | None = None,
@@ -216,7 +216,7 @@ def _check(graph: TrainableGraphModule) -> None:
         warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
 
 
-def _check_alike(everyone: list[list[Any]]) -> None:
+def _check_alike(everyone: list[list[object]]) -> None:
     """Raise if graphs, options or resumed steps differ between processes."""
     (kind, step), *others = everyone
     for rank, (theirs, their_step) in enumerate(others, 1):

@@ -21,7 +21,7 @@ def random_state() -> dict[str, torch.Tensor]:
     state = {"torch": torch.get_rng_state()}
     for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         state[f"cuda{device}"] = torch.cuda.get_rng_state(device)
-    _kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     state["numpy_rest"] = torch.tensor([position, has_gauss, gauss], dtype=torch.float64)
     _version, internal, gauss_next = random.getstate()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from quantflow import distributed
@@ -46,7 +47,7 @@ class TrainingState:
 
     graph: TrainableGraphModule
     optimizer: torch.optim.Optimizer
-    scheduler: Any
+    scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
     history: History = field(default_factory=History)
@@ -59,7 +60,7 @@ class TrainingState:
     data_random: Tensors = field(default_factory=dict)
     epoch_start: Tensors = field(default_factory=dict)
 
-    def fingerprint(self, *options: Any) -> str:
+    def fingerprint(self, *options: object) -> str:
         """A digest of the graph, the optimizer and ``options``, equal for all checkpoints of this run."""
         shapes = {name: list(t.shape) for name, t in self.graph.state_dict().items()}
         nodes = [n for n in self.graph.graph.nodes if n.op != "get_attr" and TRACKING not in n.meta]  # in either mode
@@ -146,5 +147,5 @@ class TrainingState:
                 raise QuantflowError("train", reason, node=name, remedy=remedy)
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     return isinstance(value, (int, float, bool, str, list, tuple, type(None)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +25,7 @@ def check_usable(run: TrainingState, *, validated: bool, saved: bool) -> None:
             "use a first-order optimizer, as torch.optim.AdamW",
         )
         raise QuantflowError("train", reason, node=type(run.optimizer).__name__, remedy=remedy)
-    on_plateau = isinstance(run.scheduler, ReduceLROnPlateau)
-    if on_plateau and run.scheduler.mode == "max" and not validated:
+    if isinstance(run.scheduler, ReduceLROnPlateau) and run.scheduler.mode == "max" and not validated:
         reason, remedy = 'mode "max" needs the result of validate, and there is none', 'validate=..., or mode="min"'
         raise QuantflowError("train", reason, node="ReduceLROnPlateau", remedy=remedy)
     if saved:
@@ -72,7 +70,7 @@ def update(run: TrainingState, value: torch.Tensor, clip_norm: float | None) -> 
 def end_epoch_on_plateau(run: TrainingState) -> None:
     """Step a ``ReduceLROnPlateau`` with the result of ``validate`` (mode "max") or the mean training loss (mode "min")."""
     if isinstance(run.scheduler, ReduceLROnPlateau):
-        figures: dict[str, Any] = {"max": run.history.metric, "min": run.history.loss}
+        figures: dict[str, list[float]] = {"max": run.history.metric, "min": run.history.loss}
         run.scheduler.step(figures[run.scheduler.mode][-1])
 
 

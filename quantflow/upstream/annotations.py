@@ -6,9 +6,9 @@ Checked with torch 2.14.1, torchao 0.18.0, executorch 1.5.1.
 
 from __future__ import annotations
 
-from typing import Any
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 
 
-def mark_annotated(annotation: Any) -> None:
+def mark_annotated(annotation: QuantizationAnnotation) -> None:
     """Mark a ``torchao.quantization.pt2e.quantizer.QuantizationAnnotation`` as decided."""
     annotation._annotated = True

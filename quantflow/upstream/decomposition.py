@@ -65,7 +65,8 @@ def _registered_at_once() -> Iterator[None]:
     """
     from torch.export import exported_program
 
-    base, no_gradient = torch._ops.OperatorBase, exported_program.autograd_not_implemented
+    base = torch._ops.OperatorBase
+    no_gradient = exported_program.autograd_not_implemented  # type: ignore[attr-defined]  # torch does not export it
     register = base.py_impl
 
     def py_impl(self: Any, key: Any) -> Callable[[Callable], Callable]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch.fx import Graph
+from torch.fx.graph import CodeGen
 
 # Attributes of a GraphModule that it computes from its graph.
 GENERATED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls"})
 
 
-def codegen_of(graph: Graph) -> Any:
-    """Return the code generator of ``graph`` (a ``torch.fx.graph.CodeGen``)."""
+def codegen_of(graph: Graph) -> CodeGen:
+    """Return the code generator of ``graph``."""
     return graph._codegen
 
 

@@ -27,12 +27,12 @@ __all__ = [
 BUILTINS = "torch._C"
 
 
-def schema_of(target: Any) -> Any:
+def schema_of(target: object) -> Any:
     """Return the schema of an operator (a ``torch.FunctionSchema``); None if ``target`` has none."""
     return getattr(target, "_schema", None)
 
 
-def packet_name(target: Any) -> str:
+def packet_name(target: object) -> str:
     """Return ``"conv2d"`` for ``aten.conv2d.default``; ``""`` if ``target`` is no operator."""
     return getattr(target, "_opname", None) or ""
 
@@ -42,6 +42,6 @@ def overload_name(target: OpOverload) -> str:
     return target._overloadname
 
 
-def qualified_name(target: Any) -> str:
+def qualified_name(target: object) -> str:
     """Return ``"aten::add.Tensor"`` for ``aten.add.Tensor``; ``""`` if ``target`` is no operator."""
     return getattr(target, "_name", None) or ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -58,7 +58,7 @@ def preprocessing(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Callable[[Any], torch.Tensor]:
     """Resize the shorter side to 256/224 of the size (optional), center crop, scale to 0..1 and normalize."""
-    steps: list[Any] = [v2.ToImage()]
+    steps: list[Callable] = [v2.ToImage()]
     if resize:
         steps.append(v2.Resize(image_size * 256 // 224, antialias=True))
     steps += [v2.CenterCrop(image_size), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
@@ -78,7 +78,7 @@ def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
         raise QuantflowError("data", "no such data", node=f"--data {name}", remedy=remedy)
     try:
         by_split = "train" not in inspect.signature(kind).parameters
-        parts: Sequence[dict[str, Any]] = (
+        parts: Sequence[dict[str, object]] = (
             [{"split": "train"}, {"split": "test"}] if by_split else [{"train": True}, {"train": False}]
         )
         train, held_out = (kind(str(root), download=True, transform=transform, **part) for part in parts)
@@ -134,7 +134,12 @@ def labelled_folder(folder: Path, transform: Callable[[Any], torch.Tensor]) -> D
         raise QuantflowError("data", reason, node=str(folder), remedy=remedy) from error
 
 
+def count_of(dataset: Dataset) -> int:
+    """The number of images; a ``Dataset`` declares no length."""
+    return len(cast(Sized, dataset))
+
+
 def first(dataset: Dataset, count: int | None) -> Dataset:
     """The first ``count`` images, or all."""
-    size = len(dataset)  # type: ignore[arg-type]
+    size = count_of(dataset)
     return dataset if count is None or count >= size else Subset(dataset, range(count))

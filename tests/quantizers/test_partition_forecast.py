@@ -220,3 +220,22 @@ def test_islands_that_leave_the_delegate_are_one_warning():
 def test_islands_within_the_delegate_are_no_complaint():
     graph = qf.export(SMALL["softmax over the last"][0], (IMAGE,)).module()
     qf.prepare(graph, XNNPACKQuantizer(strict=True))
+
+
+STATISTICS = {
+    "group norm": nn.GroupNorm(2, 8),
+    "instance norm": nn.InstanceNorm2d(8, affine=True),
+    "instance norm without weights": nn.InstanceNorm2d(8),
+    "batch norm": nn.BatchNorm2d(8, track_running_stats=False),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.filterwarnings("ignore:.edge.*left to portable kernels", "ignore:.plan.*which no delegate runs")
+def test_norms_over_their_own_statistics_are_forecast_as_they_are_lowered(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), STATISTICS[name], nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    plan = XNNPACKQuantizer().plan(qf.export(model, (x,)).module())
+    result = qf.quantize(model, (x,), [x], recover=False, progress=False)
+    found = result.program.delegation
+    assert (plan.calls, plan.forecast.portable.total()) == (found.calls, found.portable.total())

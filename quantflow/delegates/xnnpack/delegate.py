@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
@@ -12,11 +12,15 @@ from quantflow.graph import modes
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
 from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_REWRITES, rewrite
 
+if TYPE_CHECKING:
+    from executorch.exir.backend.partitioner import Partitioner
+    from executorch.exir.pass_manager import PassType
+
 
 class Xnnpack(Delegate):
     """The delegate for XNNPACK, which runs operators in float, static int8 or dynamic int8."""
 
-    def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+    def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Partitioner]:
         """Return the partitioner, which leaves out the edge nodes named in ``refused``."""
         from quantflow.delegates.xnnpack.partitioner import (
             Int8Partitioner,  # the import of executorch takes seconds, so it is late
@@ -24,7 +28,7 @@ class Xnnpack(Delegate):
 
         return [Int8Partitioner(refused)]
 
-    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Any]:
+    def one_by_one(self, refused: frozenset[str] = frozenset()) -> list[Partitioner]:
         """Return the partitioner that delegates each operator in a call of its own."""
         from quantflow.delegates.xnnpack.partitioner import Int8Partitioner
 
@@ -44,7 +48,7 @@ class Xnnpack(Delegate):
         rewrite(graph, PORTABLE_LACKS)
         rewrite(graph, ROW_REWRITES)
 
-    def passes(self) -> list[Any]:
+    def passes(self) -> list[PassType]:
         """Return the passes that run on the edge program before it is partitioned."""
         from quantflow.delegates.xnnpack.int8 import one_dequantize_per_user
         from quantflow.delegates.xnnpack.layout import softmax_over_rows

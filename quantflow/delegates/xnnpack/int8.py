@@ -7,7 +7,8 @@ class here extends or restricts one of these configurations. A rejected node run
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config import generic_node_configs as generic
@@ -22,6 +23,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from quantflow.graph.aten import node_argument
+
 
 class _Integer(generic.GenericNodePartitionerConfig):
     """An operator in float, or in int8 if its inputs are dequantized, its output is quantized and :meth:`runs` is true."""
@@ -34,9 +37,8 @@ class _Integer(generic.GenericNodePartitionerConfig):
         return True
 
     def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
-        output = _quantize_behind(node)
-        quantized = output is not None and all(map(is_dequant, node.all_input_nodes))
-        if quantized and not self.runs(node, node.all_input_nodes, output):  # type: ignore[arg-type]
+        inputs, output = node.all_input_nodes, _quantize_behind(node)
+        if output is not None and all(map(is_dequant, inputs)) and not self.runs(node, inputs, output):
             return [node]
         return super().get_node_and_deps(node, ep)
 
@@ -64,20 +66,25 @@ def _bounded(low: float, high: float) -> type[_Integer]:
 
     class Bounded(_Integer):
         def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
-            steps: list[Any] = [given.args[1] for given in inputs]
+            steps = [_scale(given) for given in inputs]
             product = len(steps) == 2 and target_name(node) == "mul.Tensor"
             sums = [math.prod(steps)] if product else steps
-            return all(low <= step / output.args[1] < high for step in sums)  # type: ignore[operator]
+            return all(low <= step / _scale(output) < high for step in sums)
 
     return Bounded
+
+
+def _scale(conversion: Node) -> float:
+    """The scale of a quantize or dequantize node, per tensor."""
+    return cast(float, conversion.args[1])
 
 
 class _LeakyReLU(_Integer, generic.LeakyReLUConfig):
     """Leaky ReLU. The kernel multiplies in fixed point with 8 fractional bits and gives wrong results outside that range."""
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
-        slope: Any = node.args[1] if len(node.args) > 1 else 0.01
-        ratio: Any = inputs[0].args[1] / output.args[1]  # type: ignore[operator]
+        slope = cast(float, node.args[1]) if len(node.args) > 1 else 0.01
+        ratio = _scale(inputs[0]) / _scale(output)
         return 2**-8 <= ratio <= 2**7 and 2**-8 <= abs(ratio * slope) <= 127
 
 
@@ -93,22 +100,21 @@ class _BatchedMatmul(_Integer, generic.BMMConfig):
     """Batched matmul. The kernel supports no zero point in the second operand."""
 
     def runs(self, node: Node, inputs: list[Node], output: Node) -> bool:
-        return node.args[1].args[2] == 0  # type: ignore[union-attr]
+        return bool(node_argument(node, 1).args[2] == 0)
 
 
 class _Prelu(_Integer, PreluConfig):
     """PReLU, in int8 if its slope is quantized. A pass of the delegate fails for ranks other than 4, also in float."""
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
-        given: Any = node.args[0]
-        if given.meta["val"].dim() != 4:
+        if node_argument(node).meta["val"].dim() != 4:
             return False
-        if is_dequant(node.args[1]):  # type: ignore[arg-type]
+        if is_dequant(node_argument(node, 1)):
             return self.check_common_constraints(node, ep)
         return PreluConfig.check_constraints(self, node, ep)
 
     def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
-        if is_dequant(node.args[1]):  # type: ignore[arg-type]
+        if is_dequant(node_argument(node, 1)):
             return _Integer.get_node_and_deps(self, node, ep)
         return PreluConfig.get_node_and_deps(self, node, ep)
 
@@ -161,13 +167,13 @@ _OURS = (
 )
 # Batch norm is left out: a batch norm that was not folded reads tensors that the program computes or writes, and the delegate
 # would treat them as constants.
-_TARGETS = {config.target_name for config in (*_OURS, BatchNormConfig)}  # type: ignore[attr-defined]
+_TARGETS = {config.target_name for config in (*_OURS, BatchNormConfig)}
 CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name not in _TARGETS), *_OURS)
 
 
 def target_name(node: Node) -> str:
     """Return the name of the operator that ``node`` calls, in the form of the configurations; ``""`` for other nodes."""
-    return format_target_name(node.target.__name__) if node.op == "call_function" else ""  # type: ignore[union-attr]
+    return format_target_name(cast(Callable, node.target).__name__) if node.op == "call_function" else ""
 
 
 def one_dequantize_per_user(module: GraphModule) -> PassResult:

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from quantflow.upstream.edge_operators import ops
+from quantflow.upstream.fake_tensors import FakeTensor
 
 _edge = ops.edge.aten
 # Operators that XNNPACK computes in channels-last layout, and operators that restore the contiguous layout.
@@ -74,6 +75,6 @@ def _rows(shape: list[int]) -> list[int]:
     return [shape[0], shape[1] * shape[2], shape[3]]
 
 
-def _viewed(val: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    with val.fake_mode:  # type: ignore[attr-defined]
+def _viewed(val: FakeTensor, shape: list[int]) -> torch.Tensor:
+    with val.fake_mode:
         return val.new_empty((val.shape[0], *shape[1:]))

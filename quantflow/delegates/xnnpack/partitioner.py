@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from quantflow.delegates.xnnpack import int8
+from quantflow.graph.aten import node_argument
 from quantflow.graph.partitioning import delegate_calls
 from quantflow.graph.state import is_written
 
@@ -41,11 +42,11 @@ class Int8Partitioner(XnnpackPartitioner):
         super().__init__(configs=[config for config in int8.CONFIGS if not _would_be_stranded(config, refused)])
         self.one_by_one = one_by_one
         for config in self.target_partitioner_configs.values():
-            config.check_constraints = _unless(refused, config.check_constraints)  # type: ignore[method-assign]
-            config.check_constraints = _without_state(config, config.check_constraints)  # type: ignore[method-assign]
+            config.check_constraints = _unless(refused, config.check_constraints)
+            config.check_constraints = _without_state(config, config.check_constraints)
             if isinstance(config, GEMMConfig):
-                config.check_constraints = _with_own_bias(config, config.check_constraints)  # type: ignore[method-assign]
-            config.get_partition = self._noting(config.get_partition)  # type: ignore[method-assign]
+                config.check_constraints = _with_own_bias(config, config.check_constraints)
+            config.get_partition = self._noting(config.get_partition)
         self._taken: list[tuple[Callable, Node]] = []  # operators with the function that returns their partition
 
     def _noting(self, get_partition: Callable) -> Callable:
@@ -116,7 +117,7 @@ def _unless(refused: frozenset[str], check: Callable[[Node, ExportedProgram], bo
 
 def _quantizes_a_scalar(node: Node) -> bool:
     """Whether ``node`` quantizes a tensor without dimensions. A pass of the delegate's compiler fails on it."""
-    given = node.args[0].meta.get("val") if is_quant(node) else None  # type: ignore[union-attr]
+    given = node_argument(node).meta.get("val") if is_quant(node) else None
     return isinstance(given, torch.Tensor) and given.ndim == 0
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, has_argument, is_float_tensor, value
 from quantflow.graph.rewrites.poles import feeds_a_pole
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
+from quantflow.upstream.operators import OpOverload
 
 
 def silu(module: GraphModule, node: Node) -> Node | None:
@@ -44,7 +44,7 @@ def clamp(module: GraphModule, node: Node) -> Node | None:
     return call_before(node, aten.hardtanh.default, x, low, high)
 
 
-ACTIVATION_REWRITES: dict[Any, Rewrite] = {
+ACTIVATION_REWRITES: dict[OpOverload, Rewrite] = {
     aten.silu.default: silu,
     aten.hardsigmoid.default: hardsigmoid,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), clamp),

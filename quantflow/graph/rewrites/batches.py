@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quantflow.graph.aten import is_view, value
+from quantflow.graph.aten import is_view, node_argument, tensor_value, value
 
 
 def batch_dimension(node: Node) -> int | None:
@@ -32,12 +33,12 @@ def _source(node: Node) -> Node | None:
     """The input that determines the dimensions of ``node``, or None if there are several or none."""
     call = _call(node)
     given = [n for n in call.all_input_nodes if n.op != "get_attr" and value(n) is not None]
-    same = [n for n in given if value(node) is not None and value(n).ndim == value(node).ndim]  # type: ignore[union-attr]
+    same = [n for n in given if value(node) is not None and tensor_value(n).ndim == tensor_value(node).ndim]
     return same[0] if same else given[0] if len(given) == 1 else None
 
 
 def _call(node: Node) -> Node:
-    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+    return node_argument(node) if node.target is operator.getitem else node
 
 
 def _carried(node: Node, source: Node, dim: int) -> int | None:
@@ -58,10 +59,10 @@ def _carried(node: Node, source: Node, dim: int) -> int | None:
 
     try:
         args, kwargs = map_arg((call.args, call.kwargs), doubled)
-        result: Any = call.target(*args, **kwargs)  # type: ignore[operator]
+        result = cast(Callable, call.target)(*args, **kwargs)
     except Exception:  # a view with the example's sizes, or an operator that depends on values
         return None if is_view(call) else dim
-    result = result if call is node else result[node.args[1]]  # type: ignore[index]
+    result = result if call is node else result[node.args[1]]
     if result.ndim != found.ndim:
         return None
     return next((place for place, (a, b) in enumerate(zip(result.shape, found.shape, strict=True)) if a != b), None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, has_argument, value
+from quantflow.graph.aten import argument, aten, has_argument, tensor_value, value
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, reads_part, tensor_before
+from quantflow.upstream.operators import OpOverload
 
 _SUM, _MEAN, _MAX = range(3)  # the operator's modes
 _FAST = (torch.float32, torch.float16, torch.bfloat16)  # dtypes for which the operator has a fast sum
@@ -24,7 +24,7 @@ def embedding_bag(module: GraphModule, node: Node) -> Replacement:
         return None
     if not all(isinstance(size, int) for size in (*ids.shape, *starts.shape)):
         return None
-    dtype, count = value(weight).dtype, ids.shape[0]  # type: ignore[union-attr]
+    dtype, count = tensor_value(weight).dtype, ids.shape[0]
     if not count and argument(node, "mode") == _MAX:
         return None
     places = tensor_before(module, node, torch.arange(count, dtype=starts.dtype))
@@ -75,13 +75,13 @@ def _spread(module: GraphModule, node: Node, rows: Node, inside: Node, other: fl
 
 
 def _number(module: GraphModule, like: Node, node: Node, number: float) -> Node:
-    return tensor_before(module, node, torch.full((1,), number, dtype=value(like).dtype))  # type: ignore[union-attr]
+    return tensor_before(module, node, torch.full((1,), number, dtype=tensor_value(like).dtype))
 
 
 def _cast(node: Node, given: Node, dtype: torch.dtype) -> Node:
     return call_before(node, aten.to.dtype, given, dtype)
 
 
-EMBEDDING_BAG_REWRITES: dict[Any, Rewrite] = dict.fromkeys(
+EMBEDDING_BAG_REWRITES: dict[OpOverload, Rewrite] = dict.fromkeys(
     (aten.embedding_bag.default, aten.embedding_bag.padding_idx), embedding_bag
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+from quantflow.upstream.operators import OpOverload
 
 
 def zeros_for_empty(module: GraphModule, node: Node) -> Node | None:
@@ -20,4 +19,4 @@ def zeros_for_empty(module: GraphModule, node: Node) -> Node | None:
     return like if given is None or given.dtype == val.dtype else call_before(node, aten.to.dtype, like, val.dtype)
 
 
-EMPTY_REWRITES: dict[Any, Rewrite] = {aten.empty_like.default: zeros_for_empty}
+EMPTY_REWRITES: dict[OpOverload, Rewrite] = {aten.empty_like.default: zeros_for_empty}

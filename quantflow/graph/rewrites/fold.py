@@ -5,13 +5,12 @@ The rewrites are exact except for the order of sums. Each patch position has a k
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, pair, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape, open_sizes, tensor_before
+from quantflow.upstream.operators import OpOverload
 
 
 def fold(module: GraphModule, node: Node) -> Node | None:
@@ -57,5 +56,5 @@ def _ones(channels: int, kernel: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.eye(places, dtype=dtype).reshape(places, 1, *kernel).repeat(channels, 1, 1, 1)
 
 
-FOLD_REWRITES: dict[Any, Rewrite] = {aten.col2im.default: fold}
-PATCH_REWRITES: dict[Any, Rewrite] = {**FOLD_REWRITES, aten.im2col.default: unfold}
+FOLD_REWRITES: dict[OpOverload, Rewrite] = {aten.col2im.default: fold}
+PATCH_REWRITES: dict[OpOverload, Rewrite] = {**FOLD_REWRITES, aten.im2col.default: unfold}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.graph.aten import aten, only_user, op, value
+from quantflow.graph.aten import aten, only_user, op, tensor_value, value
 from quantflow.graph.rewrites.rewriting import call_before
 
 _PERMUTES = frozenset({aten.permute.default, aten.transpose.int})
@@ -24,7 +25,7 @@ def known(node: Node) -> bool:
 
 def laid_out(node: Node, product: Node) -> Node:
     """Return ``product``, which is contiguous and has the shape of ``node``, in the layout of ``node``."""
-    order = _order(value(node))  # type: ignore[arg-type]
+    order = _order(tensor_value(node))
     assert order is not None
     if order == sorted(order) or _is_copied_next(node, product):
         return product
@@ -47,10 +48,10 @@ def _is_copied_next(node: Node, product: Node) -> bool:
         return False
     if reader.target is aten.view.default:
         reader.target = aten.reshape.default
-    given = value(product)
+    given = product.meta["val"]
     for permutation in passed:
-        with given.fake_mode:  # type: ignore[union-attr]
-            given = permutation.meta["val"] = permutation.target(given, *permutation.args[1:])  # type: ignore[operator]
+        with given.fake_mode:
+            given = permutation.meta["val"] = cast(Callable, permutation.target)(given, *permutation.args[1:])
     return True
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, value
+from quantflow.graph.aten import argument, aten, tensor_value, value
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, call_part
+from quantflow.upstream.operators import OpOverload
 
 
 def median(module: GraphModule, node: Node) -> Node | None:
@@ -52,10 +51,10 @@ def argsort(module: GraphModule, node: Node) -> Replacement:
 
 def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
     """The median of ``x`` along ``dim`` and its index, inserted before ``node``: the maximum of the smaller half."""
-    size = value(x).shape[dim]  # type: ignore[union-attr]
+    size = tensor_value(x).shape[dim]
     smallest = call_before(node, aten.topk.default, x, (size + 1) // 2, dim, False, True)
     middle = [call_before(node, aten.slice.Tensor, call_part(node, smallest, part), dim, -1) for part in (0, 1)]
-    if value(x).is_floating_point():  # type: ignore[union-attr]
+    if tensor_value(x).is_floating_point():
         missing = call_before(node, aten.isnan.default, x)
         # The maximum of a row with a NaN is the NaN.
         greatest = call_before(node, aten.topk.default, x, 1, dim, True, True)
@@ -67,7 +66,7 @@ def _middle(node: Node, x: Node, dim: int, *, keepdim: bool) -> list[Node]:
     return middle if keepdim else [call_before(node, aten.squeeze.dim, given, dim) for given in middle]
 
 
-ORDER_REWRITES: dict[Any, Rewrite] = {
+ORDER_REWRITES: dict[OpOverload, Rewrite] = {
     aten.median.default: median,
     aten.median.dim: median_of_rows,
     aten.sort.default: sort,

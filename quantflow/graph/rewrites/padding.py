@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, op, value
+from quantflow.graph.aten import argument, aten, node_argument, op, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+from quantflow.upstream.operators import OpOverload
 
 _NUMBERED = {
     aten.conv1d.padding: aten.conv1d.default,
@@ -18,8 +17,8 @@ _NUMBERED = {
 
 def same_padding(module: GraphModule, node: Node) -> Node | None:
     """Write a convolution with ``padding="same"`` with numbers. A pad that is longer at the end becomes a separate operator."""
-    x, padding = node.args[0], argument(node, "padding")
-    weight, val = value(argument(node, "weight")), value(x)  # type: ignore[arg-type]
+    x, padding = node_argument(node), argument(node, "padding")
+    weight, val = value(argument(node, "weight")), value(x)
     if padding not in ("same", "valid") or weight is None or val is None or val.ndim != weight.ndim:
         return None
     spatial = weight.ndim - 2
@@ -36,4 +35,4 @@ def same_padding(module: GraphModule, node: Node) -> Node | None:
     )
 
 
-PADDING_REWRITES: dict[Any, Rewrite] = dict.fromkeys(_NUMBERED, same_padding)
+PADDING_REWRITES: dict[OpOverload, Rewrite] = dict.fromkeys(_NUMBERED, same_padding)

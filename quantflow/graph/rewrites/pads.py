@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, has_argument, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before
+from quantflow.upstream.operators import OpOverload
 
 
 def negative_pad(module: GraphModule, node: Node) -> Node | None:
@@ -33,4 +32,4 @@ def negative_pad(module: GraphModule, node: Node) -> Node | None:
 
 _FAR = 2**63 - 1  # the end of a slice that reaches the end of its tensor
 
-PAD_REWRITES: dict[Any, Rewrite] = dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), negative_pad)
+PAD_REWRITES: dict[OpOverload, Rewrite] = dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), negative_pad)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, is_float_tensor, pair, value
+from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, pair, tensor_value, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
+from quantflow.upstream.operators import OpOverload
 
 
 def mean(module: GraphModule, node: Node) -> Node | None:
     """Write a mean over height and width without ``keepdim`` as a mean with ``keepdim`` and a view."""
-    x, dims, sizes = node.args[0], argument(node, "dim"), open_shape(node)
-    rank = len(value(x).shape) if value(x) is not None else 0  # type: ignore[arg-type, union-attr]
+    x, dims, sizes = node_argument(node), argument(node, "dim"), open_shape(node)
+    rank = len(tensor_value(x).shape) if value(x) is not None else 0
     if argument(node, "keepdim") or sizes is None or rank != 4 or sorted(d % 4 for d in dims or []) != [2, 3]:
         return None
     if argument(node, "dtype") is not None:
@@ -23,8 +22,8 @@ def mean(module: GraphModule, node: Node) -> Node | None:
 
 def average_pool(module: GraphModule, node: Node) -> Node | None:
     """Write an average pool as a depthwise convolution, whose equal weights are exact in int8."""
-    x = node.args[0]
-    val = value(x)  # type: ignore[arg-type]
+    x = node_argument(node)
+    val = value(x)
     kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
     stride = pair(argument(node, "stride") or kernel)
     whole = argument(node, "count_include_pad") or padding == [0, 0]
@@ -44,20 +43,20 @@ def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """Write an adaptive average pool with windows of equal size: as a mean for a single window, as its input for windows of one
     pixel, else as :func:`average_pool`. (In channels-last memory, a pool of one window decomposes into a mean and a restride.)
     """
-    x = node.args[0]
-    val, size = value(x), pair(argument(node, "output_size"))  # type: ignore[arg-type]
+    x = node_argument(node)
+    val, size = value(x), pair(argument(node, "output_size"))
     sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 and is_float_tensor(node) else []
     if sizes and size == [1, 1]:
         return call_before(node, aten.mean.dim, x, [2, 3], True)
     if not sizes or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True)):
         return None
     if sizes == size:
-        return x  # type: ignore[return-value]
+        return x
     window = [s // o for s, o in zip(sizes, size, strict=True)]
     return average_pool(module, call_before(node, aten.avg_pool2d.default, x, window))
 
 
-POOL_REWRITES: dict[Any, Rewrite] = {
+POOL_REWRITES: dict[OpOverload, Rewrite] = {
     aten.mean.dim: mean,
     aten.adaptive_avg_pool2d.default: adaptive_pool,
     aten.avg_pool2d.default: average_pool,

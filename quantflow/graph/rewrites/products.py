@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, tensor_value, value
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.rewrites import memory_layout
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, open_sizes
+from quantflow.upstream.operators import OpOverload
 
 
 def no_batches(first: Node, second: Node) -> str | None:
@@ -72,7 +72,7 @@ def attention(module: GraphModule, node: Node) -> Node | None:
     query, key, given = (_folded(node, argument(node, name)) for name in ("query", "key", "value"))
     scale = argument(node, "scale")
     if scale is None:
-        scale = 1 / math.sqrt(value(query).shape[-1])  # type: ignore[union-attr]
+        scale = 1 / math.sqrt(tensor_value(query).shape[-1])
     scaled = call_before(node, aten.mul.Tensor, query, constant_before(module, node, scale))
     scores = call_before(node, aten.bmm.default, scaled, call_before(node, aten.transpose.int, key, 1, 2))
     weights = call_before(node, aten.softmax.int, scores, -1)
@@ -115,25 +115,25 @@ _VARIES = "several of its sizes vary"
 
 
 def _folded_shape(operand: Node) -> list[int] | None:
-    shape = value(operand).shape  # type: ignore[union-attr]
+    shape = tensor_value(operand).shape
     return open_sizes([math.prod(shape[:-2]), *shape[-2:]])
 
 
 def _folded(node: Node, operand: Node) -> Node:
     """``operand`` with its batch dimensions merged."""
-    if value(operand).ndim == 3:  # type: ignore[union-attr]
+    if tensor_value(operand).ndim == 3:
         return operand
     return call_before(node, aten.reshape.default, operand, _folded_shape(operand))
 
 
 def _unfolded(node: Node, product: Node) -> Node:
     """``product`` in the shape and the memory layout of ``node``."""
-    if value(node).ndim != 3:  # type: ignore[union-attr]
+    if tensor_value(node).ndim != 3:
         product = call_before(node, aten.reshape.default, product, open_shape(node))
     return memory_layout.laid_out(node, product)
 
 
-PRODUCT_REWRITES: dict[Any, Rewrite] = {
+PRODUCT_REWRITES: dict[OpOverload, Rewrite] = {
     aten.matmul.default: matmul,
     aten.scaled_dot_product_attention.default: attention,
 }

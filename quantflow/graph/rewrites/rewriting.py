@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.aten import label, op, value
@@ -19,6 +19,7 @@ from quantflow.graph.rewrites.batches import batch_dimension
 from quantflow.graph.state import aliased_by, is_written, memory_of, seen_as_one, written_tensors
 from quantflow.upstream.fake_tensors import enable_python_dispatcher
 from quantflow.upstream.modules import own_buffers, own_parameters
+from quantflow.upstream.operators import OpOverload
 
 # The replacement of a node: a node or, for a call with several results, the results that are read, by index; None if the
 # rewrite does not apply.
@@ -38,7 +39,7 @@ _SAVED_BY_AUTOGRAD = frozenset(
 )
 
 
-def rewrite(module: GraphModule, rewrites: Mapping[Any, Rewrite]) -> GraphModule:
+def rewrite(module: GraphModule, rewrites: Mapping[OpOverload, Rewrite]) -> GraphModule:
     """Apply ``rewrites``, a table by operator, to every node of ``module``, in place.
 
     A view of memory that the graph writes is not rewritten, because a replacement could be a copy. A new tensor is not replaced
@@ -90,7 +91,8 @@ def _undo(module: GraphModule, there: set[Node], weights: Mapping[str, torch.Ten
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
         held = module.get_submodule(owner)
-        (own_parameters(held) if isinstance(tensor, torch.nn.Parameter) else own_buffers(held))[leaf] = tensor
+        state: dict = own_parameters(held) if isinstance(tensor, torch.nn.Parameter) else own_buffers(held)
+        state[leaf] = tensor
 
 
 def _inserted(before: Node, node: Node) -> set[Node]:
@@ -106,7 +108,7 @@ def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> No
     results = [node] if isinstance(replacement, Node) else list(node.users)
     for old in results:
         if old.users:
-            new = replacement if isinstance(replacement, Node) else replacement[old.args[1]]  # type: ignore[index]
+            new = replacement if isinstance(replacement, Node) else replacement[cast(int, old.args[1])]
             shares = memory_of(new) not in inserted and aliased_by(node) is None
             shown = shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new))
             if shown or (op(new) in _SAVED_BY_AUTOGRAD and is_written(old)):
@@ -124,7 +126,7 @@ def _viewed_in_other_order(old: Node, new: Node) -> bool:
     return not known and any(user.target is _aten.view.default for user in old.users)
 
 
-def call_before(node: Node, target: Any, *args: Any) -> Node:
+def call_before(node: Node, target: Callable, *args: Argument) -> Node:
     """Insert a call of ``target`` before ``node``, in the same layer."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)

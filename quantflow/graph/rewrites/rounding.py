@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before
+from quantflow.upstream.operators import OpOverload
 
 
 def round_decimals(module: GraphModule, node: Node) -> Node:
@@ -20,4 +19,4 @@ def round_decimals(module: GraphModule, node: Node) -> Node:
     return call_before(node, back, call_before(node, aten.round.default, call_before(node, into, x, tens)), tens)
 
 
-ROUNDING_REWRITES: dict[Any, Rewrite] = {aten.round.decimals: round_decimals}
+ROUNDING_REWRITES: dict[OpOverload, Rewrite] = {aten.round.decimals: round_decimals}

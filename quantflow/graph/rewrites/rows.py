@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, value
+from quantflow.graph.aten import TRANSPOSED_CONVOLUTIONS, argument, aten, op, tensor_value
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
 from quantflow.graph.rewrites.weights import Steps, has_own_weight, reshaped_weight
+from quantflow.upstream.operators import OpOverload
 
 
 def convolution(module: GraphModule, node: Node) -> Node | None:
@@ -23,7 +22,7 @@ def convolution(module: GraphModule, node: Node) -> Node | None:
     if _is_dequantized(weight):
         return _with_own_integers(module, node)
     own = has_own_weight(node)
-    if not is_constant(weight) or value(x).ndim != 3 or (own and not _is_beside_integers(x, node)):  # type: ignore[union-attr]
+    if not is_constant(weight) or tensor_value(x).ndim != 3 or (own and not _is_beside_integers(x, node)):
         return None
     numbered = same_padding(module, node) if op(node) is aten.conv1d.padding else node
     if numbered is None:
@@ -56,7 +55,7 @@ def _with_own_integers(module: GraphModule, node: Node) -> Node | None:
     set_tensor(module, name, tensor_of(module, read).clone(), parameter=False)
     copied = read_attribute(module, name, node, read)
     own = call_before(node, weight.target, copied, *weight.args[1:])
-    return call_before(node, node.target, *(own if given is weight else given for given in node.args))
+    return call_before(node, op(node), *(own if given is weight else given for given in node.args))
 
 
 def _is_dequantized(node: Node) -> bool:
@@ -70,6 +69,6 @@ def _is_beside_integers(x: Node, node: Node) -> bool:
 
 _SIDES = ((1, "stride"), (0, "padding"), (1, "dilation"))  # each with its value along the new dimension
 
-ROW_REWRITES: dict[Any, Rewrite] = dict.fromkeys(
+ROW_REWRITES: dict[OpOverload, Rewrite] = dict.fromkeys(
     (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default), convolution
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, op, value
+from quantflow.graph.aten import argument, aten, node_argument, op, tensor_value
 from quantflow.graph.rewrites.rewriting import Replacement, Rewrite, call_before, open_shape
+from quantflow.upstream.operators import OpOverload
 
 
 def reshape(module: GraphModule, node: Node) -> Node | None:
@@ -32,7 +31,7 @@ def split(module: GraphModule, node: Node) -> Replacement:
     users = list(node.users)
     if not isinstance(parts, (list, tuple)) or any(getattr(u.target, "__name__", "") != "getitem" for u in users):
         return None
-    if any((open_shape(u) is None) if drops else not isinstance(value(u).shape[dim], int) for u in users):  # type: ignore[union-attr]
+    if any((open_shape(u) is None) if drops else not isinstance(tensor_value(u).shape[dim], int) for u in users):
         return None
     read = {user.args[1]: open_shape(user) for user in users}
     slices = {}
@@ -55,10 +54,10 @@ def cat(module: GraphModule, node: Node) -> Node | None:
 
 def alias(module: GraphModule, node: Node) -> Node | None:
     """Replace an alias by its tensor. A slice over the whole tensor is traced as an alias."""
-    return node.args[0]  # type: ignore[return-value]
+    return node_argument(node)
 
 
-SHAPE_REWRITES: dict[Any, Rewrite] = {
+SHAPE_REWRITES: dict[OpOverload, Rewrite] = {
     aten.select.int: select,
     aten.cat.default: cat,
     aten.alias.default: alias,

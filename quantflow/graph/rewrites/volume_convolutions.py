@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, op, value
+from quantflow.graph.aten import argument, aten, node_argument, op, tensor_value, value
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.graph.rewrites.volume_form import DEPTH_BEFORE_CHANNELS, as_images, as_volumes, triple, volume_sizes
@@ -41,19 +41,19 @@ def transposed_convolution(module: GraphModule, node: Node) -> Node | None:
 
 def _batched(module: GraphModule, node: Node, rewrite: _Rewrite, own: bool) -> Node | None:
     """The result of ``rewrite`` on ``node``, with a batch dimension added to a single volume."""
-    x = node.args[0]
-    val = value(x)  # type: ignore[arg-type]
+    x = node_argument(node)
+    val = value(x)
     if val is None or val.ndim != 4:
         return rewrite(module, node, own)
     if not all(isinstance(size, int) for size in val.shape):
         return None
     batch = call_before(node, aten.reshape.default, x, [1, *val.shape])
     names = [declared.name for declared in schema_of(node.target).arguments[1:]]
-    within = call_before(node, node.target, batch, *(argument(node, name) for name in names))
+    within = call_before(node, op(node), batch, *(argument(node, name) for name in names))
     written = rewrite(module, within, own)
     if written is None:
         return None
-    return call_before(node, aten.reshape.default, written, list(value(node).shape))  # type: ignore[union-attr]
+    return call_before(node, aten.reshape.default, written, list(tensor_value(node).shape))
 
 
 def _over_images(module: GraphModule, node: Node, own: bool) -> Node | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, is_float_tensor, value
+from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, tensor_value, value
 from quantflow.graph.rewrites.pools import average_pool
 from quantflow.graph.rewrites.rewriting import call_before, open_shape, tensor_before
 from quantflow.graph.rewrites.volume_form import as_images, as_volumes, triple, volume_sizes
@@ -23,7 +23,7 @@ def global_mean(module: GraphModule, node: Node) -> Node | None:
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """Write an adaptive average pool as a mean for a single window, else as pools over images and then over depth."""
-    x = node.args[0]
+    x = node_argument(node)
     sizes, size = volume_sizes(x), triple(argument(node, "output_size"))
     if sizes is None or volume_sizes(node) is None or not is_float_tensor(node):
         return None
@@ -48,7 +48,7 @@ def max_pool(module: GraphModule, node: Node) -> Node | None:
         sides = [[side[d] for d in dims] for side in ([*kernel, 1], [*stride, 1], [*padding, 0], [*dilation, 1])]
         return call_before(node, aten.max_pool2d.default, images, *sides, ceil)
 
-    images = over(as_images(node, node.args[0]), 1, 2)  # type: ignore[arg-type]
+    images = over(as_images(node, node_argument(node)), 1, 2)
     changes = (kernel[0], stride[0], padding[0]) != (1, 1, 0)
     return as_volumes(node, _over_depth(node, images, sizes[1], lambda column: over(column, 0, 3), changes=changes))
 
@@ -61,7 +61,7 @@ def any_average_pool(module: GraphModule, node: Node) -> Node | None:
     if sizes is None or val is None or volume_sizes(node) is None or not is_float_tensor(node):
         return None
     kernel, padding = triple(argument(node, "kernel_size")), triple(argument(node, "padding"))
-    stride, x = triple(argument(node, "stride") or kernel), node.args[0]
+    stride, x = triple(argument(node, "stride") or kernel), node_argument(node)
     behind = [
         max((windows - 1) * s + k - size - p, 0)
         for windows, s, k, size, p in zip(val.shape[2:], stride, kernel, sizes[1:], padding, strict=True)
@@ -76,8 +76,8 @@ def any_average_pool(module: GraphModule, node: Node) -> Node | None:
         assert averaged is not None
         return averaged
 
-    images = over(as_images(node, x), 1, 2)  # type: ignore[arg-type]
-    depth = volume_sizes(x)[1]  # type: ignore[index]
+    images = over(as_images(node, x), 1, 2)
+    depth = tensor_value(x).shape[2]
     changes = (kernel[0], stride[0]) != (1, 1)
     pooled = as_volumes(node, _over_depth(node, images, depth, lambda column: over(column, 0, 3), changes=changes))
     share = math.prod(kernel) / _divisors(node, sizes[1:], kernel, stride, padding)
@@ -90,7 +90,7 @@ def _divisors(node: Node, sizes: list[int], kernel: list[int], stride: list[int]
     """The divisor of each window's sum in the operator, float64, [depth, height, width] of its output."""
     override = argument(node, "divisor_override")
     lengths = []
-    for size, k, s, p, windows in zip(sizes, kernel, stride, padding, value(node).shape[2:], strict=True):  # type: ignore[union-attr]
+    for size, k, s, p, windows in zip(sizes, kernel, stride, padding, tensor_value(node).shape[2:], strict=True):
         start = torch.arange(windows) * s - p
         end = (start + k).clamp(max=size + p)  # the part of a window beyond the padding does not count
         if not argument(node, "count_include_pad"):
@@ -112,7 +112,7 @@ def _mean(node: Node) -> Node | None:
 
 
 def _adaptive(node: Node, column: Node, depth: int) -> Node:
-    width = value(column).shape[3]  # type: ignore[union-attr]
+    width = tensor_value(column).shape[3]
     return call_before(node, aten.adaptive_avg_pool2d.default, column, [depth, width])
 
 
@@ -120,6 +120,6 @@ def _over_depth(node: Node, images: Node, depth: int, pool: Callable[[Node], Nod
     """``images``, ``depth`` per volume, pooled over the depth. ``pool`` gets images whose height is the depth."""
     if not changes:
         return images
-    _, *rest = value(images).shape  # type: ignore[union-attr]
+    _, *rest = tensor_value(images).shape
     column = call_before(node, aten.reshape.default, images, [-1, 1, depth, math.prod(rest)])
     return call_before(node, aten.reshape.default, pool(column), [-1, *rest])

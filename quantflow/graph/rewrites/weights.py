@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +11,10 @@ from torch.fx import GraphModule, Node
 from quantflow.graph.aten import argument
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.rewriting import call_before
+from quantflow.upstream.operators import OpOverload
 
 # Operators that reshape a weight, each with its second argument.
-Steps = Sequence[tuple[Any, int | list[int]]]
+Steps = Sequence[tuple[OpOverload, int | list[int]]]
 
 
 def has_own_weight(node: Node) -> bool:

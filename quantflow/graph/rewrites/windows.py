@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, value
+from quantflow.graph.aten import argument, aten, node_argument, op, tensor_value, value
 from quantflow.graph.rewrites.rewriting import (
     Replacement,
     Rewrite,
@@ -21,6 +20,7 @@ from quantflow.graph.rewrites.rewriting import (
     tensor_before,
 )
 from quantflow.graph.rewrites.volume_form import triple
+from quantflow.upstream.operators import OpOverload
 
 # The positions that each window of one dimension covers.
 Windows = list[list[int]]
@@ -40,8 +40,8 @@ def sliding_windows(size: int, count: int, kernel: int, stride: int, padding: in
 
 def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
     """Write an adaptive max pool over one, two or three dimensions as a gather and a maximum."""
-    given, val = argument(node, "output_size"), value(node.args[0])  # type: ignore[arg-type]
-    dims = {aten.adaptive_max_pool1d.default: 1, aten.adaptive_max_pool2d.default: 2}.get(node.target, 3)
+    given, val = argument(node, "output_size"), value(node_argument(node))
+    dims = {aten.adaptive_max_pool1d.default: 1, aten.adaptive_max_pool2d.default: 2}.get(op(node), 3)
     if val is None or not all(isinstance(size, int) for size in val.shape[-dims:]):
         return None
     sizes, counts = (
@@ -59,7 +59,7 @@ def adaptive_max_pool(module: GraphModule, node: Node) -> Replacement:
 
 def max_pool3d_with_indices(module: GraphModule, node: Node) -> Replacement:
     """Write a 3-d max pool with indices as a gather and a maximum."""
-    val, pooled = value(node.args[0]), node.meta["val"][0]  # type: ignore[arg-type]
+    val, pooled = value(node_argument(node)), node.meta["val"][0]
     if val is None or not all(isinstance(size, int) for size in val.shape[-3:]):
         return None
     kernel = triple(argument(node, "kernel_size"))
@@ -72,13 +72,13 @@ def _maxima(module: GraphModule, node: Node, windows: Sequence[Windows]) -> Repl
     """The results of ``node``: the maxima over ``windows``, given by dimension, and their indices. None if a size other than
     the batch is dynamic or a window is empty.
     """
-    shape = value(node.args[0]).shape  # type: ignore[arg-type, union-attr]
+    shape = tensor_value(node_argument(node)).shape
     lead = open_sizes(shape[: -len(windows)])
     if lead is None or not all(map(all, windows)):
         return None
     if reads_part(node, 1):
         return _joint_maxima(module, node, lead, list(shape[-len(windows) :]), windows)
-    x: Any = node.args[0]
+    x = node_argument(node)
     before, behind = lead, list(shape[-len(windows) :])
     for spans in windows:
         dim, size = len(before), behind.pop(0)
@@ -120,7 +120,7 @@ def _filled(span: list[int], length: int) -> list[int]:
     return span + span[:1] * (length - len(span))
 
 
-WINDOW_REWRITES: dict[Any, Rewrite] = {
+WINDOW_REWRITES: dict[OpOverload, Rewrite] = {
     **dict.fromkeys(
         (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
         adaptive_max_pool,

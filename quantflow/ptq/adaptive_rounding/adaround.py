@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -37,7 +36,7 @@ _REMEDIES = {
 @torch.no_grad()
 def adaround(
     graph: GraphModule,
-    data: Sample | Iterable[Any],
+    data: Sample | Iterable[object],
     gradients: OutputGradients | None = None,
     *,
     together: int = 1,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
+from quantflow.graph.aten import node_argument
 from quantflow.observers.observation import qparams_of
 from quantflow.ptq.adaptive_rounding.block_reconstruction import NoReconstructionError, Reconstruction, RowGradients
 from quantflow.ptq.adaptive_rounding.blocks import Block
@@ -103,5 +104,5 @@ def _errors(task: Reconstruction, weights: dict[Layer, torch.Tensor]) -> torch.T
 
 
 def _nearest(graph: GraphModule, layer: Layer) -> torch.Tensor:
-    weight = attribute(graph, layer.weight.args[0])  # type: ignore[arg-type]
+    weight = attribute(graph, node_argument(layer.weight))
     return layer.matrices(fake_quantized(layer.observer, weight))

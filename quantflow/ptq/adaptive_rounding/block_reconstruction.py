@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, only_user, op, value
+from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, clamp_limits, is_view, node_argument, only_user, op, value
 from quantflow.graph.state import writes_for_others
 from quantflow.observers import FixedQParamsObserver
 from quantflow.observers.observation import observer_of, qparams_of
@@ -68,7 +68,7 @@ class Reconstruction:
         self.batches, first = len(self._wanted), self._wanted[0][0]
         self.examples = first.shape[0] if first.ndim else 1
         inside = [layers[node] for node in block.layers]
-        self._shapes = {layer: attribute(graph, layer.weight.args[0]).shape for layer in inside}  # type: ignore[arg-type]
+        self._shapes = {layer: attribute(graph, node_argument(layer.weight)).shape for layer in inside}
         self._gradients_at = [_gradients_at(end, graph, inside, gradients) for end in self._ends]
 
     def errors(self, batch: int, weights: dict[Layer, torch.Tensor]) -> torch.Tensor:

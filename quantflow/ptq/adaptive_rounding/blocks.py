@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import is_float_tensor
+from quantflow.graph.aten import is_float_tensor, node_argument
 from quantflow.observers.observation import observer_of
 
 
@@ -107,5 +107,5 @@ def _kinds(graph: GraphModule) -> tuple[set[Node], set[Node]]:
 def _observed(graph: GraphModule, node: Node) -> Node:
     """What ``node`` observes, itself where it is no observer."""
     while observer_of(node, graph) is not None:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_argument(node)
     return node

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from quantflow.observers.observation import qparams_of
+from quantflow.graph.aten import node_argument
+from quantflow.observers.observation import affine, qparams_of
 from quantflow.ptq.writing import by_output
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.quantized_layers import Layer
@@ -46,11 +46,11 @@ class SoftRounding:
     @classmethod
     def of(cls, graph: GraphModule, layer: Layer) -> SoftRounding:
         """Of the weight that ``layer`` has in ``graph``, on the grid of its observer."""
-        weight = attribute(graph, layer.weight.args[0])  # type: ignore[arg-type]
+        weight = attribute(graph, node_argument(layer.weight))
         scale, zero_point = (
             by_output(q.to(weight.device), layer, weight).to(weight) for q in qparams_of(layer.observer)
         )
-        limits: Any = (layer.observer.quant_min, layer.observer.quant_max)
+        limits = (affine(layer.observer).quant_min, affine(layer.observer).quant_max)
         return cls(layer.matrices(weight), scale, zero_point, *limits)
 
     def on_grid(self, part: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,9 +13,8 @@ from torch.fx import GraphModule, Node
 from quantflow.data.batches import PickInputs
 from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowError, QuantflowWarning
-from quantflow.graph.aten import label
+from quantflow.graph.aten import label, node_argument
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.observers.observation import observer_of
 from quantflow.ptq.bias_correction.data_free_statistics import expectations
 from quantflow.ptq.channel_ranges import rows_of_channels
 from quantflow.ptq.writing import add_to_bias
@@ -32,7 +31,7 @@ _STAGE = "correct_bias"
 @torch.no_grad()
 def correct_bias(
     graph: GraphModule,
-    data: Sample | Iterable[Any] | None = None,
+    data: Sample | Iterable[object] | None = None,
     *,
     inputs: PickInputs | None = None,
     progress: bool = True,
@@ -98,20 +97,20 @@ def _from_data(graph: GraphModule, layers: dict[Node, Layer], sample: Sequence[I
 
 def _mean_error(pair: LayerPair) -> torch.Tensor:
     """The float output less the integer one, the mean of each channel, float64."""
-    total: Any = 0.0
+    total: torch.Tensor | float = 0.0
     count = 0
     for reference, values in zip(pair.floats, pair.integers, strict=True):
         error = reference[pair.layer.node] - evaluate(pair.layer.node, values)
         by_channel = rows_of_channels(error, pair.layer.channel_axis)
         total = total + by_channel.double().sum(0)
         count += len(by_channel)
-    return total / count
+    return cast(torch.Tensor, total) / count
 
 
 def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
     known, unknown = expectations(graph), []
     for node, layer in layers.items():
-        read: Node = layer.weight.args[0]  # type: ignore[assignment]
+        read = node_argument(layer.weight)
         weight: torch.Tensor = attribute(graph, read)
         expected = known.get(layer.source)
         features = weight.shape[1] * layer.groups
@@ -122,7 +121,7 @@ def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
         ):
             unknown.append(label(node))
             continue
-        error = fake_quantized(observer_of(layer.weight, graph), weight) - float_weight(read, weight)
+        error = fake_quantized(graph.get_submodule(str(layer.weight.target)), weight) - float_weight(read, weight)
         mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
         moved = 0.0
         if layer.bias is not None:  # what an earlier pass did already

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import CONVOLUTIONS, INFERENCE_IDENTITIES, LINEARS, argument, aten, clamp_limits, op, value
+from quantflow.graph.aten import (
+    CONVOLUTIONS,
+    INFERENCE_IDENTITIES,
+    LINEARS,
+    argument,
+    aten,
+    clamp_limits,
+    node_argument,
+    op,
+    value,
+)
 from quantflow.graph.batch_norm import OUTPUT_MOMENTS
 from quantflow.graph.parameters import is_constant
 from quantflow.observers.observation import observer_of
@@ -45,8 +55,8 @@ def _expected(graph: GraphModule, node: Node, found: dict[Node, Expected]) -> Ex
         return Expected(*node.meta[OUTPUT_MOMENTS])
     if op(node) is aten.add.Tensor:
         return _sum(node, found)
-    source: Any = node.args[0] if node.args else None
-    if source not in found:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or source not in found:
         return None
     x = found[source]
     if op(node) in INFERENCE_IDENTITIES or observer_of(node, graph) is not None:
@@ -63,20 +73,17 @@ def _expected(graph: GraphModule, node: Node, found: dict[Node, Expected]) -> Ex
 
 
 def _sum(node: Node, found: dict[Node, Expected]) -> Expected | None:
-    terms = [found.get(a) for a in node.args[:2]]  # type: ignore[arg-type]
-    if None in terms or argument(node, "alpha") != 1:
+    a, b = (found.get(argument(node, name)) for name in ("self", "other"))
+    if a is None or b is None or argument(node, "alpha") != 1 or a.mean.shape != b.mean.shape:
         return None
-    a, b = terms
-    if a.mean.shape != b.mean.shape:  # type: ignore[union-attr]
-        return None
-    std = None if a.std is None or b.std is None else torch.hypot(a.std, b.std)  # type: ignore[union-attr]
-    return Expected(a.mean + b.mean, std)  # type: ignore[union-attr]
+    std = None if a.std is None or b.std is None else torch.hypot(a.std, b.std)
+    return Expected(a.mean + b.mean, std)
 
 
 def _keeps_the_mean(node: Node) -> bool:
     """Whether what ``node`` averages is of one channel, without zeros that pad it."""
     if op(node) is aten.mean.dim:
-        dims, x = argument(node, "dim"), value(node.args[0])  # type: ignore[arg-type]
+        dims, x = argument(node, "dim"), value(node_argument(node))
         return x is not None and bool(dims) and all(d % x.ndim > 1 for d in dims)
     return op(node) is not aten.avg_pool2d.default or not any(argument(node, "padding"))
 
@@ -85,10 +92,10 @@ def _flattened(node: Node, source: Node, x: Expected) -> Expected | None:
     before, after = value(source), value(node)
     if before is None or after is None or after.ndim != 2:
         return None
-    places = math.prod(before.shape[2:])
+    places = int(math.prod(before.shape[2:]))
     if not isinstance(after.shape[1], int) or after.shape[1] != len(x.mean) * places:
         return None
-    return Expected(*(None if t is None else t.repeat_interleave(int(places)) for t in x))  # type: ignore[arg-type]
+    return Expected(x.mean.repeat_interleave(places), None if x.std is None else x.std.repeat_interleave(places))
 
 
 def _layer_output(graph: GraphModule, node: Node, x: Expected) -> Expected | None:

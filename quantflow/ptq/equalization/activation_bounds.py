@@ -7,7 +7,16 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import CONVOLUTIONS, INFERENCE_IDENTITIES, LINEARS, argument, aten, clamp_limits, op
+from quantflow.graph.aten import (
+    CONVOLUTIONS,
+    INFERENCE_IDENTITIES,
+    LINEARS,
+    argument,
+    aten,
+    clamp_limits,
+    node_argument,
+    op,
+)
 from quantflow.graph.parameters import is_constant, tensor_of
 
 _BOUNDED = {aten.sigmoid.default: (0.0, 1.0), aten.hardsigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0)}
@@ -30,7 +39,7 @@ def proven_extremes(module: GraphModule, layer: Node, channels: int) -> tuple[to
     if op(layer) not in CONVOLUTIONS | LINEARS:
         return low, high
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
-    first, last = _limits(layer.args[0])  # type: ignore[arg-type]
+    first, last = _limits(node_argument(layer))
     if not math.isfinite(first) or not math.isfinite(last) or not is_constant(weight):
         return low, high
     first, last = min(first, 0.0), max(last, 0.0)  # padding adds zeros
@@ -42,7 +51,7 @@ def proven_extremes(module: GraphModule, layer: Node, channels: int) -> tuple[to
 
 def _limits(node: Node) -> tuple[float, float]:
     while op(node) in _WITHIN:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_argument(node)
     if op(node) in _BOUNDED:
         return _BOUNDED[op(node)]
     return clamp_limits(node) or (-math.inf, math.inf)

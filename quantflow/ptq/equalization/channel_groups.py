@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -77,7 +76,7 @@ class _Finder:
 
     def visit(self, node: Node) -> None:
         tensors = [n for n in node.all_input_nodes if n in self.group_of]
-        source: Any = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if is_scalable(self.module, node, self.reads):
             self._read(node, source)
             self._make(node)
@@ -94,8 +93,8 @@ class _Finder:
     def _place(self, node: Node) -> Place:
         return self.group_of[node].tensors[node]
 
-    def _read(self, node: Node, source: Node) -> None:
-        if source not in self.group_of:
+    def _read(self, node: Node, source: Node | None) -> None:
+        if source is None or source not in self.group_of:
             return
         axis = source.meta["val"].ndim - 1 if op(node) in LINEARS else 1
         if self._place(source).axis != axis:
@@ -159,8 +158,8 @@ class _Finder:
     def _gated(self, node: Node) -> Node | None:
         """The tensor that ``node`` multiplies by one of its channels' numbers, or by a plain number above zero."""
         first, second = node.args[:2]
-        if first in self.group_of and isinstance(second, (int, float)) and second > 0:
-            return first  # type: ignore[return-value]
+        if isinstance(first, Node) and first in self.group_of and isinstance(second, (int, float)) and second > 0:
+            return first
         if not isinstance(first, Node) or not isinstance(second, Node) or first is second:
             return None
         for tensor, gate in ((first, second), (second, first)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,7 +11,7 @@ from torch.fx import GraphModule, Node
 from quantflow.data.batches import PickInputs
 from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowWarning
-from quantflow.graph.aten import clamp_limits, only_user
+from quantflow.graph.aten import clamp_limits, node_argument, only_user
 from quantflow.graph.batch_norm import fold_batch_norm
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.ptq.channel_ranges import channel_ranges
@@ -29,7 +28,7 @@ _SMALLEST = 1e-3  # of the largest channel: what is smaller is not raised to it
 
 @torch.no_grad()
 def equalize(
-    graph: GraphModule, data: Sample | Iterable[Any] | None = None, *, inputs: PickInputs | None = None
+    graph: GraphModule, data: Sample | Iterable[object] | None = None, *, inputs: PickInputs | None = None
 ) -> TrainableGraphModule:
     """Return a copy of ``graph`` in which the channels between layers have similar ranges; its function in float is the same.
 
@@ -165,4 +164,4 @@ def _by_channel(weight: torch.Tensor, group: ChannelGroup) -> torch.Tensor:
 
 
 def _repeat(group: ChannelGroup, layer: Node) -> int:
-    return group.tensors[layer.args[0]].repeat  # type: ignore[index]
+    return group.tensors[node_argument(layer)].repeat

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch.fx import Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, op, value
+from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, node_argument, op, value
 
 # Whatever the channels are, each element by itself.
 _ELEMENTWISE = INFERENCE_IDENTITIES | {
@@ -40,7 +39,7 @@ def commutes(node: Node, axis: int) -> bool:
 
     Its output has channels in the same dimension. Clamps are not told of here: theirs is a matter of values.
     """
-    x = value(node.args[0]) if node.args else None  # type: ignore[arg-type]
+    x = value(node_argument(node)) if node.args else None
     if x is None:
         return False
     if op(node) in _ELEMENTWISE:
@@ -68,10 +67,10 @@ def _averages_places(node: Node, axis: int, ndim: int) -> bool:
 
 def flattened_places(node: Node) -> int | None:
     """How many places of each channel (dimension 1) ``node`` makes features of [examples, features], None where it doesn't."""
-    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    before, after = value(node_argument(node)), value(node)
     if op(node) not in _FLATTENS or before is None or after is None or after.ndim != 2 or before.ndim < 2:
         return None
-    sizes: list[Any] = [*before.shape[1:], after.shape[1]]
-    if not all(isinstance(s, int) for s in sizes) or math.prod(sizes[:-1]) != sizes[-1]:
+    sizes = [s for s in (*before.shape[1:], after.shape[1]) if isinstance(s, int)]
+    if len(sizes) < before.ndim or math.prod(sizes[:-1]) != sizes[-1]:
         return None
     return math.prod(sizes[1:-1])

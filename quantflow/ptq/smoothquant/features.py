@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, LINEARS, argument, aten, op, value
+from quantflow.graph.aten import INFERENCE_IDENTITIES, LINEARS, argument, aten, node_argument, op, value
 from quantflow.ptq.channel_scaling import is_scalable
 
 _ALIKE = INFERENCE_IDENTITIES | {aten.clone.default, aten.contiguous.default}
@@ -43,7 +43,7 @@ def linear_readers(module: GraphModule, node: Node, reads: Mapping[str, int]) ->
 
 def _keeps(node: Node) -> bool:
     """Whether ``node`` leaves the features of its first argument in the last dimension, whole and in order."""
-    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    before, after = value(node_argument(node)), value(node)
     if before is None or after is None or before.ndim == 0:
         return False
     if op(node) in _ALIKE:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -40,7 +39,7 @@ class _Seam:
 
 @torch.no_grad()
 def smooth(
-    graph: GraphModule, data: Sample | Iterable[Any], strength: float = 0.5, *, inputs: PickInputs | None = None
+    graph: GraphModule, data: Sample | Iterable[object], strength: float = 0.5, *, inputs: PickInputs | None = None
 ) -> TrainableGraphModule:
     """Return a copy of ``graph`` whose linear layers read features of similar ranges; its function in float is the same.
 
@@ -134,10 +133,10 @@ def _factor(module: GraphModule, node: Node, reads: Mapping[str, int]) -> Node |
     """The constant, one number a feature, by which ``node`` multiplies."""
     for constant, other in (node.args[:2], node.args[1::-1]):
         if is_constant(constant) and isinstance(other, Node) and not is_constant(other):
-            owned = reads[str(constant.target)] == 1  # type: ignore[union-attr]
-            tensor = tensor_of(module, constant)  # type: ignore[arg-type]
+            owned = reads[str(constant.target)] == 1
+            tensor = tensor_of(module, constant)
             if owned and tensor.is_floating_point() and tensor.shape == node.meta["val"].shape[-1:]:
-                return constant  # type: ignore[return-value]
+                return constant
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from quantflow.ptq.weight_reconstruction.moments import Moments
@@ -23,7 +25,8 @@ def correction(first: Moments, second: Moments) -> torch.Tensor:
     ridges: tuple[float, ...] = _RIDGES
     if whole.x.shape[1] >= _MANY:
         folds, ridges = folds[:1], _FEW
-    gains = torch.stack([sum(_gain(solve(fit, ridge), held_out) for fit, held_out in folds) for ridge in ridges])  # type: ignore[misc]
+    by_fold = ([_gain(solve(fit, ridge), held_out) for fit, held_out in folds] for ridge in ridges)
+    gains = torch.stack([cast(torch.Tensor, sum(gains)) for gains in by_fold])
     gain, best = gains.min(0)  # [groups]
     found = torch.zeros_like(whole.xr)
     for index, ridge in enumerate(ridges):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from quantflow.data.sample import Inputs
+from quantflow.graph.aten import node_argument
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import tensor_of
+from quantflow.observers.observation import affine
 from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
@@ -69,7 +70,7 @@ def reconstruct_weights(
 def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | None) -> None:
     """Give the layer at ``pair`` the weight and the bias that fit."""
     layer = pair.layer
-    weight = tensor_of(graph, layer.weight.args[0]).detach()  # type: ignore[arg-type]
+    weight = tensor_of(graph, node_argument(layer.weight)).detach()
     matrices = layer.matrices(weight)
     halves: list[Moments | None] = [None, None]
     shift: torch.Tensor | None = None
@@ -90,9 +91,9 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
         return
     fitted = matrices.double() + (0.0 if second is None else correction(first, second))
     grid = _grid(layer, fitted, whole, weight)
-    limits: Any = (layer.observer.quant_min, layer.observer.quant_max)
+    observer = affine(layer.observer)
     scale, zero_point = (by_output(q, layer, weight) for q in grid)
-    rounded = round_weights(fitted, whole.covariance, scale, zero_point, *limits)
+    rounded = round_weights(fitted, whole.covariance, scale, zero_point, observer.quant_min, observer.quant_max)
     change = rounded - matrices
     bias = whole.mean_r - whole.mean_x @ change.transpose(1, 2)
     write_weight(graph, layer, rounded, grid)
@@ -101,14 +102,14 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
 
 def _grid(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> Grid:
     """Scale and zero point for the fitted weight: its extremes or, where levels are few, what errs least in the output."""
-    observer = layer.observer
+    observer = affine(layer.observer)
     limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
     symmetric = observer.qscheme in SYMMETRIC
     per_channel = observer.qscheme in PER_CHANNEL
     by_channel = fitted.reshape(weight.shape[0], -1) if per_channel else fitted.reshape(1, -1)
     low, high = by_channel.amin(1).float(), by_channel.amax(1).float()
     best = torch.ones(low.shape, dtype=torch.float64, device=low.device)
-    if observer.quant_max - observer.quant_min < _FINE:  # type: ignore[operator]
+    if observer.quant_max - observer.quant_min < _FINE:
         least = torch.full_like(best, float("inf"))
         for factor in _SHRINK:
             grid = choose_qparams(low * factor, high * factor, symmetric=symmetric, **limits)

@@ -9,6 +9,7 @@ Checked with torch 2.14.1, torchao 0.18.0, executorch 1.5.1.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,7 @@ def code_when_called() -> Iterator[None]:
     """``GraphModule.recompile`` leaves a stub. The code is generated when it is called or read, or at the end."""
     from torch.fx.graph import _PyTreeCodeGen
 
-    write, code = fx.GraphModule.recompile, fx.GraphModule.code
+    write, code = fx.GraphModule.recompile, inspect.getattr_static(fx.GraphModule, "code")
     pending: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
     def written(module: fx.GraphModule) -> Any:
@@ -47,7 +48,7 @@ def code_when_called() -> Iterator[None]:
         if isinstance(self._graph._codegen, _PyTreeCodeGen):
             self._in_spec = self._graph._codegen.pytree_info.in_spec
             self._out_spec = self._graph._codegen.pytree_info.out_spec
-        type(self).forward = forward  # type: ignore[method-assign]
+        type(self).forward = forward
         pending.add(self)
         self._recompile_submodules()
         return Later(self)

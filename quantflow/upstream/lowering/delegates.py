@@ -23,7 +23,7 @@ def delegates_by_values() -> contextlib.AbstractContextManager:
     calls = importlib.import_module("torch._higher_order_ops.executorch_call_delegate")  # an operator has this name too
     trace = calls.call_delegate_cpu
 
-    def same(given: Any, seen: Any) -> bool:
+    def same(given: object, seen: object) -> bool:
         """Whether both are fake tensors of one layout. Symbolic sizes never match, because they belong to their own graph."""
         if not isinstance(given, FakeTensor) or not isinstance(seen, FakeTensor):
             return False

@@ -7,7 +7,7 @@ Checked with torch 2.14.1, torchao 0.18.0, executorch 1.5.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def changes() -> dict[type, Callable[[fx.Node], bool]]:
     def number_for_tensor(node: fx.Node) -> bool:
         found: list[bool] = []
 
-        def look(given: Any, declared: Any) -> None:
+        def look(given: object, declared: torch.Argument) -> None:
             found.append(isinstance(given, (float, int, bool)) and isinstance(declared.type, torch.TensorType))
 
         map_args(node.target, look, node.args, dict(node.kwargs))
@@ -50,19 +50,20 @@ def changes() -> dict[type, Callable[[fx.Node], bool]]:
     def mixed(node: fx.Node) -> bool:
         if node.target in mixable:
             values = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
-            return not all(isinstance(v, FakeTensor) for v in values) or len({v.dtype for v in values}) > 1
+            dtypes = {v.dtype if isinstance(v, FakeTensor) else None for v in values}
+            return None in dtypes or len(dtypes) > 1
         return node.target in {aten.div.Tensor, aten.div.Tensor_mode}
 
     def symbolic(node: fx.Node) -> bool:
         values = [n.meta.get("val") for n in node.all_input_nodes]
         return any(isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
 
-    def among(table: Any) -> Callable[[fx.Node], bool]:
+    def among(table: Container[object]) -> Callable[[fx.Node], bool]:
         return lambda node: isinstance(node.target, EdgeOpOverload) and node.target in table
 
     return {
         passes.NormalizeTransposePass: lambda n: n.target == aten.t.default,
-        passes.ReplaceBrokenOpsWithFunctionalOpsPass: lambda n: n.target.is_view,  # type: ignore[union-attr]
+        passes.ReplaceBrokenOpsWithFunctionalOpsPass: lambda n: n.target.is_view,
         passes.ScalarToTensorPass: number_for_tensor,
         passes.SymToTensorPass: symbolic,
         RemoveMixedTypeOperators: mixed,
@@ -78,7 +79,7 @@ def renames() -> dict[type, Callable[[Any], Any]]:
     from executorch.exir.passes.replace_aten_with_edge_pass import OpReplacePass, aten_to_edge, should_lower_to_edge
     from torch._export.passes import replace_view_ops_with_view_copy_ops_pass as views
 
-    def copied(target: Any) -> Any:
+    def copied(target: object) -> object:
         if not isinstance(target, OpOverload):
             return target
         functional = views._NON_FUNCTIONAL_OPS_TO_FUNCTIONAL_OPS.get(target)

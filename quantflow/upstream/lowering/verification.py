@@ -21,8 +21,10 @@ def verify_by_values() -> contextlib.AbstractContextManager:
     from executorch.exir.verification.arg_validator import EdgeOpArgValidator
 
     class Recorded(fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            return self.node.meta["val"]  # type: ignore[attr-defined]
+        node: fx.Node
+
+        def call_function(self, target: object, args: object, kwargs: object) -> Any:
+            return self.node.meta["val"]
 
     class Validator(EdgeOpArgValidator, Recorded):  # its super() calls end in Recorded
         pass
