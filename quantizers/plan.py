@@ -155,9 +155,9 @@ def make_plan(
     overrides: Sequence[Override],
     refuse: Refusal = lambda node: None,
     kernels: FloatKernels | None = None,
-    lacks: Mapping[object, str] | None = None,
+    unsupported: Mapping[object, str] | None = None,
 ) -> Plan:
-    """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``lacks`` has the reasons
+    """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``unsupported`` has the reasons
     for operators without a rule.
 
     Raises:
@@ -180,7 +180,7 @@ def make_plan(
         if (rule := by_op.get(op(node))) is not None:
             decision = decide(node, rule, asked, override, integers, written, refuse)
         else:
-            reason = (lacks or {}).get(op(node)) or f"no rule for {short_name(op(node))}"
+            reason = (unsupported or {}).get(op(node)) or f"no rule for {short_name(op(node))}"
             decision = Decision((node,), None, None, reason, asked, override)
         decided.update(dict.fromkeys(decision.nodes, decision))
         if decision.scheme is not None and not decision.scheme.activation.dynamic:

@@ -45,7 +45,7 @@ class RuleQuantizer(Quantizer):
         rewrites: Rewrites of operators that the backend lacks, exact in float; they are done before the rules apply.
         float_kernels: The float operators of the backend; with None, plans do not tell delegate calls.
         precisions: The schemes that :func:`quantflow.search` chooses from, by name.
-        lacks: Why an operator has no rule, by operator, for plans.
+        unsupported: Why an operator has no rule, by operator, for plans.
 
     Raises:
         QuantflowError: at stage ``"plan"``, when a scheme is none or one that the backend refuses.
@@ -66,7 +66,7 @@ class RuleQuantizer(Quantizer):
     rewrites: Mapping[OpOverload, Rewrite] = {}
     float_kernels: FloatKernels | None = None
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # defaults of quantflow.search
-    lacks: Mapping[object, str] = {}
+    unsupported: Mapping[object, str] = {}
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class RuleQuantizer(Quantizer):
 
     def _plan(self, graph: GraphModule) -> Plan:
         asked = self.scheme, self.overrides
-        return make_plan(graph.graph, self.rules, *asked, self.refuse_node, self.float_kernels, self.lacks)
+        return make_plan(graph.graph, self.rules, *asked, self.refuse_node, self.float_kernels, self.unsupported)
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """Tell why the backend can't compute in a scheme; a subclass overrides it.

@@ -19,7 +19,7 @@ from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
 from quantizers.xnnpack_float import XNNPACK_FLOAT
-from quantizers.xnnpack_unsupported import XNNPACK_LACKS
+from quantizers.xnnpack_unsupported import XNNPACK_UNSUPPORTED
 
 CLAMPS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
@@ -237,7 +237,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     rewrites: Mapping[OpOverload, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
-    lacks = XNNPACK_LACKS
+    unsupported = XNNPACK_UNSUPPORTED
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:
         """Tell why XNNPACK would compute wrongly in a scheme, or not load the program."""

@@ -17,7 +17,7 @@ _STEEP = "eight bits are too few for such a steep function"
 _SOFTMAX = "XNNPACK has softmax in float only, over the last dimension"
 _RECURRENT = "it is unrolled into its time steps, in float"
 
-XNNPACK_LACKS: Mapping[object, str] = {
+XNNPACK_UNSUPPORTED: Mapping[object, str] = {
     operator.getitem: "part of a result that stays in float",
     aten.upsample_bilinear2d.vec: "XNNPACK resizes bilinearly in float only",
     aten.avg_pool2d.default: "int8 averages are over images, with padding counted and without a ceiling",

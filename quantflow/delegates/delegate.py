@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
-from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
+from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Delegate:
         The base class changes nothing if it has partitioners, because the operators that they take are unknown.
         """
         if not self._partitioners:
-            rewrite(graph, PORTABLE_LACKS)
+            rewrite(graph, PORTABLE_REWRITES)
 
     def rewrite_for_lowering(self, graph: GraphModule) -> None:
         """:meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""

@@ -85,7 +85,7 @@ SMALL = {
     "softmax over the last": (Around(lambda y: torch.softmax(y, -1)), 1, 1),
     "softmax over channels": (Around(lambda y: torch.softmax(y, 1)), 2, 1),
     "layer norm": (Around(lambda y: F.layer_norm(y, (12,))), 2, 1),
-    "group norm": (Around(lambda y: F.group_norm(y, 2)), 2, 1),
+    "group norm": (Around(lambda y: F.group_norm(y, 2)), 1, 1),
     "average pool with a ceiling": (Around(lambda y: F.avg_pool2d(y, 5, 3, ceil_mode=True)), 2, 1),
     "padded average pool": (Around(lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False)), 1, 1),
     "bilinear": (Around(lambda y: F.interpolate(y, scale_factor=2, mode="bilinear")), 1, 1),

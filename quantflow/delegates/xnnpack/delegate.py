@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch.fx import GraphModule
 
 from quantflow.delegates.delegate import Delegate
-from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
+from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph import modes
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
 from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_REWRITES, rewrite
@@ -45,7 +45,7 @@ class Xnnpack(Delegate):
         fold_batch_norm(graph)
         norm_as_convolution(graph)
         norm_as_arithmetic(graph)
-        rewrite(graph, PORTABLE_LACKS)
+        rewrite(graph, PORTABLE_REWRITES)
         rewrite(graph, ROW_REWRITES)
 
     def passes(self) -> list[PassType]:

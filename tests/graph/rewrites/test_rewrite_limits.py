@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
+from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph.aten import op
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, rewrite
 
 IMAGE = torch.randn(3, 8, 6, 6) * 3
 VOLUME = torch.randn(2, 3, 4, 5, 5)
-TABLES = ({**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}, PORTABLE_LACKS)
+TABLES = ({**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}, PORTABLE_REWRITES)
 KERNEL, POSITIONS = torch.randn(4, 3, 3, 3, 3), torch.randn(1, 4, 4, 5, 5)
 PLACES = torch.tensor([1, 2, 5, 2, 3, 4])
 INTEGERS = torch.randint(-9, 9, (2, 3, 4, 4))

@@ -8,11 +8,11 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.nn import functional as F
 
-from quantflow.delegates.portable_unsupported import PORTABLE_LACKS
+from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, rewrite
 
 IMAGE = torch.randn(3, 8, 6, 6) * 3
-TABLES = ({**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}, PORTABLE_LACKS)
+TABLES = ({**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}, PORTABLE_REWRITES)
 
 # Operators that make a new tensor, which a view of their input, or the input itself, equals.
 NEW = {

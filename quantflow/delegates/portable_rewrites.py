@@ -21,7 +21,7 @@ from quantflow.graph.rewrites import (
 )
 from quantflow.upstream.operators import OpOverload
 
-PORTABLE_LACKS: Mapping[OpOverload, Rewrite] = {
+PORTABLE_REWRITES: Mapping[OpOverload, Rewrite] = {
     **EMBEDDING_BAG_REWRITES,
     **EMPTY_REWRITES,
     **FOLD_REWRITES,
