@@ -5,8 +5,8 @@
 
 The stock flow is torchao's prepare_pt2e or prepare_qat_pt2e and convert_pt2e with executorch's XNNPACKQuantizer (per-channel
 weights) and XnnpackPartitioner, then the runtime. Each case runs in a separate process, about 10 s. The checks and the dB that
-each requires are in tests/support/hazards.py; ``make test`` runs them for quantflow. Prints the table of docs/benchmarks/hazards.md,
-writes JSON.
+each requires are in tests/support/hazards.py; ``make test`` runs them for quantflow. Prints the table of
+docs/benchmarks/hazards.md, writes JSON.
 """
 
 from __future__ import annotations

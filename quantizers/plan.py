@@ -157,8 +157,8 @@ def make_plan(
     kernels: FloatKernels | None = None,
     unsupported: Mapping[object, str] | None = None,
 ) -> Plan:
-    """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``unsupported`` has the reasons
-    for operators without a rule.
+    """Decide on every operator of ``graph``, and forecast the partitioning if ``kernels`` are given. ``unsupported`` has the
+    reasons for operators without a rule.
 
     Raises:
         QuantflowError: at stage ``"plan"``, if an override matches no layer of the graph.
