@@ -214,6 +214,8 @@ def _instance_norm(x: torch.Tensor, weight: object, bias: object, mean: object, 
 
 
 def _group_norm(x: torch.Tensor, groups: int, weight: object = None, bias: object = None, *_: Any) -> torch.Tensor:
+    if not x.numel():
+        return aten.group_norm(x, groups)
     width = x.shape[-1] if x.ndim > 2 else 1
     y = _normalized(x.reshape(x.shape[0], groups, -1, width), [2, 3], None, None).reshape(x.shape)
     return _affine(y, weight, bias)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.func import functional_call
 
 from quantflow.errors import QuantflowError
-from quantflow.graph.own_state import state_kept
 from quantflow.upstream import pytree
+from quantflow.upstream.fake_tensors import FakeTensorMode
 
 _REMEDY = "pass dynamic_batch=False, or name the dimension where the model drops one of size one: x.squeeze(dim)"
 
@@ -27,9 +28,16 @@ def check_batch_of_one(model: nn.Module, program: ExportedProgram, args: tuple, 
     Raises:
         QuantflowError: at stage ``"export"``.
     """
-    with torch.no_grad(), state_kept(model):
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
-        found = pytree.tree_leaves(model(*args, **kwargs))
+    mode = FakeTensorMode(
+        allow_non_fake_inputs=True
+    )  # no tensor of the model is written, and no random number is drawn
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state, args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (state, args, kwargs))
+    try:
+        with mode, torch.no_grad():
+            found = pytree.tree_leaves(functional_call(model, state, args, kwargs))
+    except Exception:  # it depends on the data: this can't be told
+        return
     nodes = {node.name: node for node in program.graph.nodes}
     captured = [nodes[name].meta.get("val") if name in nodes else None for name in program.graph_signature.user_outputs]
     for index, (ours, theirs) in enumerate(zip(found, captured, strict=False)):

@@ -9,7 +9,6 @@ import click
 
 from quantflow.cli.options import calibration_options, float_options, image_options, model_options, skip_option
 from quantflow.cli.output import json_option, output_option, report_option, show
-from quantflow.vision.images import count_of
 
 _EXAMPLES = (
     "\b\nExamples:\n"
@@ -59,6 +58,7 @@ def ptq(
     from quantflow.cli.float_model import float_model
     from quantflow.cli.result import Made
     from quantflow.pipeline.quantize import default_quantizer
+    from quantflow.vision.images import count_of
 
     chosen = ChosenImages(**images)
     scored, chosen_by = chosen.to_score(), None

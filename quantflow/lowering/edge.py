@@ -98,22 +98,33 @@ class Edge:
                 _warn("runtime", f"not proven: {finding.reason}", "the program", _REMEDY_FOREIGN, strict)
                 return edge, program
             faulty = edge._faults(finding, config, search) - edge.refused
-            norms = [label(node) for node in edge.source.graph.nodes if op(node) in CENTERED_NORM_REWRITES]
-            if not faulty and finding.ran and norms and not edge.delegate.centers_norms:
-                reason = (
-                    f"the mean is subtracted before the norm, since portable kernels lose precision: {finding.reason}"
-                )
-                remedy = "none is needed; an input with a smaller mean saves the subtraction"
-                _warn("edge", reason, ", ".join(norms), remedy, strict)
-                edge = lower_to_edge(edge.program, edge.source, edge.delegate.centering_norms(), edge.refused)
-                continue
             if not faulty:
+                if finding.ran and (centered := edge._with_centered_norms(finding, config, strict)) is not None:
+                    return centered
                 raise _unmended(finding, program, edge.program, search.over)
             names = ", ".join(sorted(search.names[name] for name in faulty))
             does = "computes it wrongly" if finding.ran else "refuses to run it"
             remedy = "skip these layers in the quantizer, or let them run in portable kernels"
             _warn("edge", f"the delegate {does}: {finding.reason}", names, remedy, strict)
             edge = lower_to_edge(edge.program, edge.source, edge.delegate, frozenset(faulty) | edge.refused)
+
+    def _with_centered_norms(
+        self, finding: Finding, config: ExecutorchBackendConfig | None, strict: bool
+    ) -> tuple[Edge, Program] | None:
+        """The program with the mean subtracted before each norm, and its edge program, if that cures the ``finding``."""
+        norms = [label(node) for node in self.source.graph.nodes if op(node) in CENTERED_NORM_REWRITES]
+        if not norms or self.delegate.centers_norms:
+            return None
+        try:  # what was refused has other names in that program
+            found = lower_to_edge(self.program, self.source, self.delegate.centering_norms())._proven(
+                config, strict, True
+            )
+        except QuantflowError:
+            return None
+        reason = f"the mean is subtracted before the norm, since portable kernels lose precision: {finding.reason}"
+        remedy = "none is needed; an input with a smaller mean saves the subtraction"
+        _warn("edge", reason, ", ".join(norms), remedy, strict)
+        return found
 
     def _faults(self, finding: Finding, config: ExecutorchBackendConfig | None, search: FaultSearch) -> set[str]:
         """The edge nodes that the delegate does not run as in the graph: all that fail alone, else the first that fails

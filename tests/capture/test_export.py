@@ -271,3 +271,20 @@ def test_a_batch_of_one_that_has_other_dimensions_than_others_is_refused():
         4,
     )
     assert qf.export(Squeezed(), (torch.randn(1, 4, 4),)).module()(torch.randn(1, 4, 4)).shape == (4, 4)
+
+
+def test_the_check_of_a_batch_of_one_leaves_the_model_and_the_random_state_as_they_were():
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.step.mul_(2)
+            return torch.nn.functional.dropout(x, 0.5, training=True) * self.step
+
+    model, before = Counts().eval(), torch.get_rng_state()
+    qf.export(model, (torch.randn(1, 8, generator=torch.Generator()),), dynamic_batch=True)
+    assert model.step == 1
+    assert torch.equal(torch.get_rng_state(), before)

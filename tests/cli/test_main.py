@@ -31,7 +31,7 @@ def test_import_costs_little_beside_torch():
 
 def test_every_public_name_is_there():
     code = (
-        "import quantflow.export, quantflow.prepare, quantflow as qf, types\n"
+        "import quantflow.capture.export, quantflow.preparation.prepare, quantflow as qf, types\n"
         "assert all(callable(getattr(qf, n)) for n in qf.__all__)\n"
         "assert not any(isinstance(getattr(qf, n), types.ModuleType) for n in qf.__all__)\n"
         "assert set(qf.__all__) <= set(dir(qf))"

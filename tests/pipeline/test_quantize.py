@@ -39,6 +39,6 @@ def test_quantize_warns_of_what_stays_outside():
         )
 
 
-def test_a_batch_size_for_the_program_is_no_yes_or_no():
-    with pytest.raises(qf.QuantflowError, match="yes or no"):
+def test_a_batch_size_for_the_program_is_not_a_bool():
+    with pytest.raises(qf.QuantflowError, match="8 is not a bool"):
         qf.quantize(nn.Linear(4, 4), (torch.randn(2, 4),), [torch.randn(2, 4)], dynamic_batch=8, progress=False)

@@ -134,7 +134,7 @@ def test_figures_are_those_of_the_parts(written, parts):
 def test_the_summary_says_whether_it_holds(written, parts, tmp_path):
     assert "The budget holds" in written.read_text()
     lost = dataclasses.replace(parts["result"].report.accuracy_control, drop=0.75)
-    report = dataclasses.replace(parts["result"].report, budget=lost)
+    report = dataclasses.replace(parts["result"].report, accuracy_control=lost)
     path = qf.report(tmp_path / "r.html", result=dataclasses.replace(parts["result"], report=report))
     assert "The budget does not hold: accuracy drops by 75.00%" in path.read_text()
     path = qf.report(tmp_path / "r.html", plan=report.plan)

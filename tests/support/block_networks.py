@@ -72,6 +72,6 @@ def calibrated(model, inputs, scheme=W4A8, sample=None):
 
 def values_of(graph, inputs, integers):
     found = {}
-    for _, values in Interpreter(graph, quantize=integers).run(inputs):
+    for _, values in Interpreter(graph, quantize=bool(integers)).run(inputs):
         found |= values
     return found

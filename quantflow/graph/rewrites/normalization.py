@@ -6,11 +6,12 @@ has 24 dB. These rewrites subtract the mean first.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, op, value
+from quantflow.graph.aten import argument, aten, op, tensor_value, value
 from quantflow.graph.parameters import tensor_of
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, tensor_before
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, tensor_before
 from quantflow.upstream.operators import OpOverload
 
 
@@ -19,7 +20,7 @@ def batch_norm(module: GraphModule, node: Node) -> Node | None:
     x = value(node)
     if argument(node, "running_mean") is not None or x is None or x.ndim < 2:
         return None
-    return _scaled(module, node, _normalized(module, node, argument(node, "input"), [0, *range(2, x.ndim)]))
+    return _scaled(module, node, _normalized(module, node, _widened(node), [0, *range(2, x.ndim)]))
 
 
 def instance_norm(module: GraphModule, node: Node) -> Node | None:
@@ -27,19 +28,26 @@ def instance_norm(module: GraphModule, node: Node) -> Node | None:
     x = value(node)
     if argument(node, "running_mean") is not None or x is None or x.ndim < 3:
         return None
-    return _scaled(module, node, _normalized(module, node, argument(node, "input"), list(range(2, x.ndim))))
+    return _scaled(module, node, _normalized(module, node, _widened(node), list(range(2, x.ndim))))
 
 
 def group_norm(module: GraphModule, node: Node) -> Node | None:
     """Write a group norm as arithmetic over images with a channel for each group."""
     x, groups = value(argument(node, "input")), argument(node, "num_groups")
-    if x is None or not all(isinstance(size, int) for size in x.shape[1:]) or not x[0].numel():
+    if x is None or not all(isinstance(size, int) for size in x.shape[1:]) or not x.shape[1:].numel():
         return None
     width = x.shape[-1] if x.ndim > 2 else 1
     shape = [-1, groups, x.shape[1:].numel() // (groups * width), width]
-    images = call_before(node, aten.reshape.default, argument(node, "input"), shape)
+    images = call_before(node, aten.reshape.default, _widened(node), shape)
     normalized = _normalized(module, node, images, [2, 3])
     return _scaled(module, node, call_before(node, aten.reshape.default, normalized, [-1, *x.shape[1:]]))
+
+
+def _widened(node: Node) -> Node:
+    """The input of the norm ``node``, in float32 if it is in half precision: ATen computes the statistics so."""
+    x = argument(node, "input")
+    half = tensor_value(x).dtype in (torch.float16, torch.bfloat16)
+    return call_before(node, aten.to.dtype, x, torch.float32) if half else x
 
 
 def _normalized(module: GraphModule, node: Node, x: Node, dims: list[int]) -> Node:
@@ -49,7 +57,7 @@ def _normalized(module: GraphModule, node: Node, x: Node, dims: list[int]) -> No
     centered = call_before(node, aten.sub.Tensor, x, call_before(node, aten.mean.dim, x, dims, True))
     squares = call_before(node, aten.mul.Tensor, centered, centered)
     variance = call_before(node, aten.mean.dim, squares, dims, True)
-    eps = constant_before(module, node, argument(node, "eps"), (1,) * val.ndim)
+    eps = tensor_before(module, node, torch.full((1,) * val.ndim, argument(node, "eps"), dtype=val.dtype))
     scale = call_before(node, aten.rsqrt.default, call_before(node, aten.add.Tensor, variance, eps))
     return call_before(node, aten.mul.Tensor, centered, scale)
 
@@ -66,14 +74,16 @@ def _scaled(module: GraphModule, node: Node, normalized: Node) -> Node:
             else:
                 per_channel = call_before(node, aten.reshape.default, given, shape)
             normalized = call_before(node, apply, normalized, per_channel)
-    return normalized
+    same = tensor_value(normalized).dtype == result.dtype
+    return normalized if same else call_before(node, aten.to.dtype, normalized, result.dtype)
 
 
 def centered_layer_norm(module: GraphModule, node: Node) -> Node:
     """Subtract the mean of what a layer norm normalizes before the norm."""
     x, dims = argument(node, "input"), list(range(-len(argument(node, "normalized_shape")), 0))
     centered = call_before(node, aten.sub.Tensor, x, call_before(node, aten.mean.dim, x, dims, True))
-    return call_before(node, op(node), centered, *node.args[1:])
+    others = (argument(node, name) for name in ("normalized_shape", "weight", "bias", "eps", "cudnn_enable"))
+    return call_before(node, op(node), centered, *others)
 
 
 NORMALIZATION_REWRITES: dict[OpOverload, Rewrite] = {

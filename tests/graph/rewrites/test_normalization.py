@@ -1,11 +1,15 @@
 """Norms over their own statistics keep their precision where the mean is large beside the deviation."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import quantflow as qf
+from quantflow.graph.rewrites import NORMALIZATION_REWRITES, rewrite
 from quantflow.metrics import signal_to_noise
+from quantizers import XNNPACKQuantizer
 
 IMAGES, ROWS = (torch.randn(5, 8, 6, 6, generator=torch.Generator().manual_seed(i)) for i in range(2))
 NORMS = {
@@ -50,3 +54,20 @@ def test_norms_of_images_stay_in_the_delegate(name):
     norm, x = NORMS[name]
     program = qf.export(randomized(norm), (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
     assert (program.delegation.calls, program.delegation.fraction) == (1, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["batch norm", "instance norm", "group norm"])
+def test_half_precision_keeps_float_statistics(name, dtype):
+    norm, x = NORMS[name]
+    norm, x = randomized(copy.deepcopy(norm)).to(dtype), (x * 1000).to(dtype)
+    graph = qf.export(norm, (x,)).module()
+    rewrite(graph, NORMALIZATION_REWRITES)
+    found, wanted = graph(x), norm(x)
+    assert found.dtype == dtype
+    assert signal_to_noise(wanted.float().detach(), found.float().detach()) > 40
+
+
+def test_a_batch_without_examples_is_planned():
+    graph = qf.export(nn.GroupNorm(2, 8), (torch.randn(0, 8, 4, 4),)).module()
+    assert XNNPACKQuantizer().plan(graph).calls is not None
