@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types imports check quick docs clean
+.PHONY: demo test lint types imports check quick notebooks docs clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/qat_mobilenet.py
@@ -24,6 +24,9 @@ check: .venv/ready
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+notebooks: .venv/ready
+	$(BIN)/python docs/execute_notebooks.py
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
