@@ -12,6 +12,8 @@ from quantflow.analysis.accuracy_control import _fewest, keep_within
 from quantflow.analysis.evaluator import Evaluator
 from quantizers import XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_planted_layer_is_the_one_reverted(planted):
     model, x, labels = planted

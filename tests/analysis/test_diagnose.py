@@ -18,6 +18,8 @@ import peers
 import quantflow as qf
 from quantizers import DYNAMIC_INT8, DYNAMIC_W4, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def convnet():

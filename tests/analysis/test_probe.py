@@ -16,6 +16,8 @@ from quantflow.analysis.probe_result import Probed, ProbeResult
 from quantflow.delegates.xnnpack.delegate import Xnnpack
 from quantizers import DYNAMIC_INT8, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(6, 3, 16, 16)
 
 

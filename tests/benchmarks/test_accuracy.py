@@ -16,6 +16,8 @@ import accuracy
 
 import quantflow as qf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(tmp_path):

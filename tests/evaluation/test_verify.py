@@ -15,6 +15,8 @@ import quantflow as qf
 from quantflow.metrics import signal_to_noise
 from quantizers import XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def road():

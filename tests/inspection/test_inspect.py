@@ -19,6 +19,8 @@ from quantflow.inspection import inspect as inspection
 from quantflow.inspection.bounds import too_much
 from quantflow.pte.tables import Reader
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def portable():

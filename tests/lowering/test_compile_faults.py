@@ -9,6 +9,8 @@ from torch import nn
 import quantflow as qf
 from quantizers import XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 4, 8, 8)
 
 

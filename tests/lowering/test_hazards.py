@@ -5,6 +5,8 @@ from hazards import HAZARDS, Quantflow
 
 import quantflow as qf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", HAZARDS)
 def test_ends_right_or_in_a_named_error(name):

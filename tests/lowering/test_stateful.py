@@ -9,6 +9,8 @@ import quantflow as qf
 from quantflow.ptq import adaround, correct_bias
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = pytest.mark.parametrize("name", MAKE)
 
 

@@ -12,6 +12,8 @@ import quantflow as qf
 from quantflow.mixed_precision.solve import solve
 from quantizers import DYNAMIC_W4, INT8, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 class Mixed(nn.Module):
     """A convolution, which has no 4-bit kernel, and linear layers."""

@@ -18,6 +18,8 @@ from quantflow.graph.aten import argument
 from quantizers import DYNAMIC_INT8, INT8, RuleQuantizer, XNNPACKQuantizer
 from quantizers.xnnpack import XNNPACK_RULES
 
+pytestmark = pytest.mark.slow
+
 # The names that lowering gives to what core ATen calls otherwise.
 RENAMED = {
     "_clone_dim_order": "clone",

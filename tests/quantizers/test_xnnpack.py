@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantizers import DYNAMIC_INT8, INT8, Scheme, TensorScheme, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 class Function(nn.Module):
     """A convolution, so that there are integers, and then a function of its output."""

@@ -19,6 +19,8 @@ from quantflow.simulation.network import outputs
 from quantflow.simulation.quantized_layers import quantized_layers
 from quantizers import DYNAMIC_INT8, INT8, W4A8, Scheme, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 def end_errors(graph, rounded, sample):
     """Squared errors of ``rounded`` against the float network that ``graph`` is, by end of its only block and batch."""

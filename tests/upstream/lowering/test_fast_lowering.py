@@ -22,6 +22,8 @@ from quantflow.upstream.lowering.fast_lowering import fast_lowering, run_fast
 from quantflow.upstream.versions import SWITCH, obstacle
 from quantizers import DYNAMIC_INT8, INT8, XNNPACKQuantizer
 
+pytestmark = pytest.mark.slow
+
 
 class Attention(nn.Module):
     """Masked attention: what a pattern of executorch matches."""
