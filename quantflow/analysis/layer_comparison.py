@@ -112,8 +112,7 @@ class LayerComparison:
         floats, gradients, returned = reference_values(self.reference, flat)
         self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
         running = Values()  # the quantized network's own
-        for _ in Interpreter(self.converted).run(flat, values=running, keep=True):
-            pass
+        Interpreter(self.converted).outputs(flat, values=running, keep=True)
         exact, local, honest = self._locally(floats, running)
         ranges = self._ranges(exact)
         for tail in self.tails:

@@ -83,6 +83,21 @@ class Interpreter:
                 for read in self._last_reads.get(node, ()):
                     values.pop(read, None)
 
+    def outputs(
+        self,
+        inputs: Iterable[object],
+        *,
+        values: Values | None = None,
+        known: Known | None = None,
+        keep: bool = False,
+    ) -> list[Any]:
+        """What the graph returns for one batch, flat; the arguments are those of :meth:`run`."""
+        result: list[Any] = []
+        for node, alive in self.run(inputs, values=values, known=known, keep=keep):
+            if node.op == "output":
+                result = returned(node, alive)
+        return result
+
     def value(self, node: Node, values: Values, inputs: Iterator[Any] = iter(())) -> Any:  # noqa: B008  it is empty
         """The value of ``node``, which is not the output, from those of the nodes that it reads.
 

@@ -14,7 +14,7 @@ from quantflow.graph.state import is_written
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import Interpreter, float_tensors, returned
+from quantflow.simulation.interpreter import Interpreter, float_tensors
 
 
 class Simulation:
@@ -37,11 +37,7 @@ class Simulation:
 
     @torch.no_grad()
     def __call__(self, *batch: object) -> list[Any]:
-        result: list[Any] = []
-        for node, values in self.interpreter.run(batch, known=self.known):
-            if node.op == "output":
-                result = returned(node, values)
-        return result
+        return self.interpreter.outputs(batch, known=self.known)
 
 
 def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> list[list[torch.Tensor]]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.state import is_written, writes_for_others
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import UNKNOWN, Interpreter, Values, float_tensors, returned
+from quantflow.simulation.interpreter import UNKNOWN, Interpreter, Values, float_tensors
 
 
 class PartialNetwork:
@@ -51,10 +51,5 @@ class PartialNetwork:
             same = all(current[n] is self._values[n] for n in node.all_input_nodes)
             return self._values[node] if same else UNKNOWN
 
-        found: list[torch.Tensor] = []
-        for node, current in Interpreter(self.graph, quantize=active).run(
-            self.flat, values=values, known=known, keep=True
-        ):
-            if node.op == "output":
-                found = float_tensors(returned(node, current))
-        return found
+        network = Interpreter(self.graph, quantize=active)
+        return float_tensors(network.outputs(self.flat, values=values, known=known, keep=True))
