@@ -71,8 +71,10 @@ def together(work, *, count=2, limit=60, bound=60):
         living[child] = rank
     deadline = time.monotonic() + 10 * limit
     while living and time.monotonic() < deadline:
-        child, _ = os.waitpid(-1, os.WNOHANG)
-        if living.pop(child, None) is not None:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if (rank := living.pop(child, None)) is not None:
+            if os.WIFSIGNALED(status):
+                tell(rank=rank, killed_by=signal.Signals(os.WTERMSIG(status)).name)
             deadline = min(deadline, time.monotonic() + limit)
         time.sleep(0.02)
     for child, rank in living.items():
@@ -82,8 +84,11 @@ def together(work, *, count=2, limit=60, bound=60):
 
 
 def _be(rank, work, bound):
+    import torch
     import torch.distributed as dist
 
+    # torch makes the thread pool anew that a fork loses, but not safely from two threads at once, as backward has them.
+    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=bound))
