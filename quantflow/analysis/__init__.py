@@ -1,4 +1,4 @@
-"""Evidence: where a quantized network lost accuracy, and what would win it back."""
+"""Analysis: which layers of a quantized network lose accuracy, and which to leave in float."""
 
 from quantflow.analysis.accuracy_control import AccuracyControl
 from quantflow.analysis.diagnose import diagnose

@@ -1,4 +1,4 @@
-"""The fewest layers in float with which a quantized program loses no more accuracy than it may."""
+"""Accuracy control: leaves the fewest layers in float with which a program stays within an accuracy budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ B = TypeVar("B", bound=_Built)
 
 
 @dataclass(frozen=True)
-class Reverted:
+class RevertedLayer:
     """A layer that was left in float, and why.
 
     Attributes:
@@ -44,7 +44,7 @@ class Reverted:
 
 @dataclass(frozen=True)
 class AccuracyControl:
-    """How an accuracy budget was met, or was not.
+    """Whether an accuracy budget was met, and the layers that were left in float for it.
 
     Attributes:
         max_drop: The share of examples that may be lost, 0 to 1.
@@ -67,7 +67,7 @@ class AccuracyControl:
     max_drop: float
     drop: float
     labelled: bool
-    reverted: tuple[Reverted, ...]
+    reverted: tuple[RevertedLayer, ...]
     tried: tuple[tuple[int, float], ...]
 
     @property
@@ -88,7 +88,7 @@ class AccuracyControl:
 
 @dataclass(frozen=True)
 class Controlled(Generic[B]):
-    """What was built, with the budget it was built for."""
+    """What was built, and whether it is within the accuracy budget."""
 
     built: B
     accuracy_control: AccuracyControl
@@ -126,7 +126,7 @@ def keep_within(
             except QuantflowError as error:
                 if error.stage != "prepare":
                     raise
-                return False  # what is left follows the integers of others, and there are none
+                return False  # no quantized layer is left that others follow
             tried[key] = built, evaluator.drop_on_runtime(built.program)
         return tried[key][1] <= max_drop
 
@@ -135,14 +135,14 @@ def keep_within(
         costs = find_costs()
         order = [cost.layer for cost in costs.layers][:-1]  # with all of them, nothing would be quantized
         chosen = _fewest(order, lambda names: _simulated(prepared, evaluator, names) <= max_drop)
-        # The runtime has the last word, and fewer may do there: a layer less to convert spares its neighbours' roundings too.
+        # The runtime decides. Fewer layers may do there, since each float layer also removes roundings of its neighbours.
         if not _fewer(chosen, measure) and not measure(chosen):
             _grow(order, chosen, measure)
     holding = [key for key, (_, drop) in tried.items() if drop <= max_drop]
     best = min(holding, key=len) if holding else min(tried, key=lambda key: (tried[key][1], len(key)))
     built, drop = tried[best]
     reasons = {c.layer: _reason(c.to_integers, costs.all_integers) for c in costs.layers} if costs is not None else {}
-    reverted = tuple(Reverted(name, reasons[name]) for name in best)
+    reverted = tuple(RevertedLayer(name, reasons[name]) for name in best)
     counts = tuple((len(key), found) for key, (_, found) in tried.items())
     budget = AccuracyControl(max_drop, drop, evaluator.labelled, reverted, counts)
     if not budget.holds:
@@ -153,8 +153,8 @@ def keep_within(
 
 
 def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
-    """The shortest beginning of ``order`` that holds, by bisection, without the members that it holds without."""
-    low, high = 0, len(order)  # none does not hold; all are taken to
+    """The shortest prefix of ``order`` that is within the budget, by bisection, less the members that are not needed."""
+    low, high = 0, len(order)  # no layer is not enough; all layers are assumed to be
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(order[:middle]) else (middle, high)
@@ -167,7 +167,7 @@ def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> lis
 
 
 def _fewer(chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> bool:
-    """Whether a beginning of ``chosen`` holds: one layer, twice as many each time, then as few of those as bisection finds."""
+    """Whether a proper prefix of ``chosen`` is within the budget. Sizes double from 1; bisection then finds the smallest."""
     low, high = 0, 1
     while high < len(chosen) and not measure(chosen[:high]):
         low, high = high, 2 * high
@@ -180,7 +180,7 @@ def _fewer(chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> b
 
 
 def _grow(order: Sequence[str], chosen: Sequence[str], measure: Callable[[Sequence[str]], bool]) -> None:
-    """Measure ever more layers, twice as many each time, until the budget holds; then as few of those as bisection finds."""
+    """Add layers of ``order`` until the budget is met. Their number doubles from 1; bisection then finds the smallest."""
     rest = [name for name in order if name not in chosen]
     low, high = 0, 1
     while not measure([*chosen, *rest[:high]]):

@@ -1,4 +1,4 @@
-"""The verb that says where accuracy went, layer by layer."""
+"""``diagnose``: compares a quantized network with its float network, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a diagnosis says: the layers, those with the least probable errors first."""
+"""The result of ``diagnose``: the layers, ordered by how much their error exceeds what their quantization must cost."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where a quantized network departs from its float network; ``print`` shows the table.
+    """Errors of a quantized network against its float network, by layer; ``print`` shows the table.
 
     Layers are ranked by :attr:`LayerErrors.excess`: a fault is an error that a layer of so many bits need not have. A correct
     layer can have the greatest effect on the outputs, and a faulty one a small effect: :meth:`by_effect` ranks by
@@ -122,7 +122,7 @@ class Diagnosis:
     layers: tuple[LayerErrors, ...]
 
     def by_effect(self) -> tuple[LayerErrors, ...]:
-        """Return the layers, those first whose errors move the outputs most."""
+        """Return the layers, ordered by the effect of their errors on the outputs."""
         return tuple(sorted(self.layers, key=lambda found: math.inf if found.effect is None else found.effect))
 
     def to_json(self) -> str:

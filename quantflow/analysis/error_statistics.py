@@ -1,4 +1,4 @@
-"""What is kept of a layer's errors while the data pass: sums, whatever the number of batches."""
+"""Statistics of a layer's errors, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-BINS = 16  # over a grid; one more on each side for what lies beyond
+BINS = 16  # over the integer range; one more on each side for values beyond it
 
 _EXACT = 1e-10  # of the signal: what floating point costs
 
@@ -33,7 +33,7 @@ class Sums:
         axis: The channel dimension.
         signal: Of the squared float values.
         local: Of the squared errors that the layer itself adds.
-        floor: Of the squared errors that a grid of its kind must cost.
+        floor: Of the squared errors that quantization to as many levels costs at least.
         accumulated: Of the squared errors that the quantized network has there.
         weighted: ``local`` and ``floor``, each element weighted by the squared gradient of the outputs.
         effect: Of the errors' expected power at the outputs, in units of the outputs' own power.
@@ -90,7 +90,7 @@ class Sums:
         self.effect += float(moved.reshape(examples, -1).sum(1).square().sum())
 
     def place(self, exact: torch.Tensor, ends: tuple[float, float], step: float) -> None:
-        """Count where the float values of one batch lie on a grid with these ends."""
+        """Count the float values of one batch in each part of the integer range, and beyond it."""
         low, high = ends
         self.beyond += int(((exact < low - step / 2) | (exact > high + step / 2)).sum())
         bins = ((exact - low) * (BINS / max(high - low, step))).floor()
@@ -99,7 +99,7 @@ class Sums:
 
     @property
     def excess(self) -> float:
-        """By how many dB the layer's own error exceeds what its grid must cost, where it matters to the outputs."""
+        """The ratio, dB, of the layer's own error to the least error with as many levels, weighted by output gradients."""
         local, floor = self.weighted if self.weighted[1] > 0 else (self.local, self.floor)
         share = floor / self.floor if self.floor > 0 and self.weighted[1] > 0 else 1.0
         return decibel(local / max(floor, share * _EXACT * self.signal, 1e-300))

@@ -1,4 +1,4 @@
-"""Accuracy lost on labelled data, or, without labels, decisions that change: in simulation and on the runtime."""
+"""The evaluator: the loss of accuracy on labelled data or, without labels, of agreement with the float network."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Evaluator:
         return (self._float_right - self._right(classes)) / self.examples
 
     def _right(self, classes: Callable[[Flat], Iterable[torch.Tensor]]) -> int:
-        """How many examples get the class that they should; a loader may give them in another order each time."""
+        """The number of correctly classified examples. A loader may return them in another order each time."""
         right = 0
         for flat, target in self._flat():
             wanted = target if self.labelled else self._float_classes(flat)
@@ -88,12 +88,12 @@ class Evaluator:
             yield self.signature.flatten(args, kwargs, stage="accuracy-control"), target
 
     def _batch_of(self, program: Program) -> int | None:
-        """The batch size that ``program`` was lowered for, None where it takes batches as they come."""
+        """The batch size that ``program`` was lowered for; None if it is dynamic."""
         sizes = [i.shape[0] for i, cut in zip(program.signature.inputs, self.cut, strict=True) if cut]
         return sizes[0] if sizes and isinstance(sizes[0], int) else None
 
     def _in_parts(self, program: Program, flat: Flat, size: int | None) -> Iterator[torch.Tensor]:
-        """The classes of one batch, in parts of ``size`` examples; the last is filled up with its own."""
+        """The classes of one batch, computed in slices of ``size`` examples; the last slice is padded with its own examples."""
         rows = next((len(t) for t, cut in zip(flat, self.cut, strict=True) if cut), 0)
         for start in range(0, rows, size) if size else (0,):
             some = torch.arange(start, start + size).clamp(max=rows - 1) if size else slice(None)

@@ -1,4 +1,4 @@
-"""The integer grids that a converted graph holds, and what a grid of so many levels must cost at least."""
+"""Quantization parameters of a converted graph's activations, and the least error at as many levels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from quantflow.upstream.operators import packet_name
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of an activation.
+    """The quantization parameters of an activation.
 
     Attributes:
         scale: Step; None where it is chosen at run time, or for each channel.
         zero_point: The integer that stands for zero.
         quant_min: Smallest integer.
         quant_max: Largest integer.
-        per_token: Whether each row has a grid of its own, chosen at run time.
+        per_token: Whether each row has quantization parameters of its own, chosen at run time.
     """
 
     scale: float | None
@@ -36,7 +36,7 @@ class Grid:
 
     @classmethod
     def of(cls, dequantize: Node, module: GraphModule) -> Grid:
-        """The grid that the ``dequantize`` node reads from."""
+        """The quantization parameters of the ``dequantize`` node."""
         name = packet_name(dequantize.target)
         if not name.startswith("dequantize_per_tensor"):
             quant_min, quant_max = _limits(dequantize) if name == "dequantize_per_channel" else (-128, 127)
@@ -50,12 +50,12 @@ class Grid:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The least and the greatest number on it."""
+        """The least and the greatest representable number."""
         scale = self.scale or 0.0
         return (self.quant_min - self.zero_point) * scale, (self.quant_max - self.zero_point) * scale
 
     def laid_over(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """``x`` rounded to as many levels, laid evenly between ``low`` and ``high``; per token, between those of each row."""
+        """``x`` rounded to as many levels between ``low`` and ``high``; per token, between the extremes of each row."""
         if self.per_token:
             return round_per_token(x)
         limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
@@ -64,7 +64,7 @@ class Grid:
 
 
 def rounded_constant(dequantize: Node, integers: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | None:
-    """``exact`` on a grid of the levels and the granularity of ``dequantize``, laid over the extremes of each part.
+    """``exact`` rounded with the levels and the granularity of ``dequantize``, over the extremes of each part.
 
     None where the shapes differ, or the operator is not known.
     """

@@ -1,4 +1,4 @@
-"""Taps: the tensors within a converted graph as further outputs of it, so that the runtime shows what it has there."""
+"""Intermediate outputs: tensors within a converted graph as further outputs of it, so that the runtime returns them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from quantflow.upstream.operators import packet_name
 
 @dataclass(frozen=True)
 class IntermediateOutput:
-    """One tensor to look at.
+    """One tensor within the graph that is also an output.
 
     Attributes:
         node: What computes it, in the converted graph.
         end: The node whose value is looked at: a dequantize node, or ``node`` itself where it stays in float.
-        step: The step of its grid; None in float.
+        step: Its scale; None in float.
     """
 
     node: Node
@@ -35,8 +35,8 @@ class IntermediateOutput:
 def intermediate_outputs_of(graph: GraphModule) -> list[IntermediateOutput]:
     """The activations of a converted ``graph`` that a delegate holds as tensors of their own, in order.
 
-    What is fused with what follows (a convolution before its clamp) is no tensor there. Of a tensor that lies on several grids
-    each is a intermediate.
+    An operator that is fused with its successor (a convolution with its clamp) has no tensor there. Of a tensor with several
+    scales each is a intermediate.
     """
     varying = _varying(graph)
     found, seen = [], set()
@@ -44,7 +44,7 @@ def intermediate_outputs_of(graph: GraphModule) -> list[IntermediateOutput]:
         if node not in varying:
             continue
         if _is(node, "dequantize_per_tensor") and not _varies(node):
-            if node.args[0] not in seen:  # one for all who dequantize the same integers
+            if node.args[0] not in seen:  # one for all dequantize nodes of the same integers
                 seen.add(node.args[0])
                 found.append(IntermediateOutput(source(node), node, Grid.of(node, graph).scale))
         elif computes(node) and is_float_tensor(node) and not _goes_to_a_grid(node):
@@ -61,7 +61,7 @@ def with_intermediate_outputs(graph: GraphModule, intermediates: list[Intermedia
     for intermediate in intermediates:
         end = nodes[intermediate.end.name]
         with opened.graph.inserting_after(end):
-            # A node of its own: what others read stays as it was, and what they write over it is not seen.
+            # A new node: the tensor that others read does not change, and their writes do not reach the copy.
             if intermediate.step is not None:
                 values.append(opened.graph.node_copy(end))
             else:
@@ -83,7 +83,7 @@ def _varying(graph: GraphModule) -> set[Node]:
 
 
 def _goes_to_a_grid(node: Node) -> bool:
-    """Whether ``node``, or a clamp that is fused with it, is read on grids fixed ahead alone: it is no tensor then."""
+    """Whether only static quantize nodes read ``node`` or a clamp fused with it: a delegate has no float tensor of it."""
     if node.users and all(_is(user, "quantize_per_tensor") and not _varies(user) for user in node.users):
         return True
     behind = only_user(node)
@@ -91,14 +91,14 @@ def _goes_to_a_grid(node: Node) -> bool:
 
 
 def _times_one(node: Node) -> Node:
-    """``node`` in memory of its own. Delegates drop a clone, and then give back what is their input."""
+    """A copy of ``node``: times one, since delegates drop a clone and then return their input."""
     product = node.graph.call_function(aten.mul.Tensor, (node, 1.0))
     product.meta["val"] = node.meta["val"]
     return product
 
 
 def _varies(conversion: Node) -> bool:
-    """Whether the grid of ``conversion`` is chosen at run time."""
+    """Whether the scale of ``conversion`` is chosen at run time."""
     return any(isinstance(q, Node) and not is_constant(q) for q in conversion.args[1:3])
 
 

@@ -1,4 +1,4 @@
-"""A float network and its quantized form on the same data, layer by layer."""
+"""Layer comparison: the float network and its quantized form on the same data."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
 
 
 @dataclass
-class _Tail:
-    """Where the output of a node is on its grid: the dequantize node, or the node itself where it stays in float."""
+class _Output:
+    """The quantized output of a node: its dequantize node, or the node itself where it stays in float."""
 
     node: Node
     end: Node
     grid: Grid | None
-    relayed: bool  # the grid is that of its inputs: all that its error is, they have
+    relayed: bool  # it has the quantization parameters of its inputs, and so no error of its own
     sums: Sums
 
 
@@ -69,11 +69,11 @@ class LayerComparison:
             )
         self.constants = _constants(converted)
         self._warn_of_missing()
-        self.tails = list(self._tails())
+        self.layer_outputs = list(self._layer_outputs())
         self.outputs = 0
 
     def _warn_of_missing(self) -> None:
-        """Say which layers of the float network none of the quantized one can be held against."""
+        """Warn of the layers of the float network that have no match in the quantized one."""
         met: set[Node] = set()
         for node, match in self.matches.items():
             while vanishes(match) and op(match) is not op(node):
@@ -89,8 +89,8 @@ class LayerComparison:
             )
             warnings.warn(QuantflowWarning("diagnose", reason, node=names, remedy=remedy), stacklevel=4)
 
-    def _tails(self) -> Iterable[_Tail]:
-        nodes, unclear = list(self.converted.graph.nodes), _unclear(self.converted.graph)
+    def _layer_outputs(self) -> Iterable[_Output]:
+        nodes, unclear = list(self.converted.graph.nodes), _overwritten_later(self.converted.graph)
         ends: dict[Node, dict[tuple, Node]] = {}
         for node in nodes:
             if _dequantizes(node) and node not in self.constants:
@@ -102,40 +102,40 @@ class LayerComparison:
                 given = [n for n in node.all_input_nodes if _dequantizes(n) and n not in self.constants]
                 grids = {n.args[1:] for n in given}
                 relayed = computes(node) and grids == {end.args[1:]}
-                yield _Tail(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
+                yield _Output(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
             if node not in ends and node in self.matches and computes(node):
-                yield _Tail(node, node, None, True, Sums(_axis(node)))
+                yield _Output(node, node, None, True, Sums(_axis(node)))
 
     @torch.no_grad()
     def add(self, flat: Sequence[object]) -> None:
-        """Take in one batch of flat inputs."""
+        """Add one batch of flat inputs."""
         floats, gradients, returned = reference_values(self.reference, flat)
         self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
         running = Values()  # the quantized network's own
         Interpreter(self.converted).outputs(flat, values=running, keep=True)
-        exact, local, honest = self._locally(floats, running)
+        exact, local, floors = self._locally(floats, running)
         ranges = self._ranges(exact)
-        for tail in self.tails:
-            y = exact.get(tail.node)
+        for layer_output in self.layer_outputs:
+            y = exact.get(layer_output.node)
             if not isinstance(y, torch.Tensor) or not y.is_floating_point() or not y.numel():
                 continue
-            found = local[tail.node if tail.relayed else tail.end]
+            found = local[layer_output.node if layer_output.relayed else layer_output.end]
             if found.shape != y.shape:
                 continue
-            floor = honest.get(tail.node, y)
-            if tail.grid is not None and not tail.relayed:
-                floor = tail.grid.laid_over(floor, *ranges[tail.end.args[1:]])
-            gradient = gradients.get(self.matches[tail.node]) if tail.node in self.matches else None
-            tail.sums.examples += len(y) if gradient is not None and y.ndim else 0
-            tail.sums.add(y, found, floor, running[tail.end], gradient)
-            if tail.grid is not None and tail.grid.scale is not None:
-                tail.sums.place(y, tail.grid.ends, tail.grid.scale)
+            floor = floors.get(layer_output.node, y)
+            if layer_output.grid is not None and not layer_output.relayed:
+                floor = layer_output.grid.laid_over(floor, *ranges[layer_output.end.args[1:]])
+            gradient = gradients.get(self.matches[layer_output.node]) if layer_output.node in self.matches else None
+            layer_output.sums.examples += len(y) if gradient is not None and y.ndim else 0
+            layer_output.sums.add(y, found, floor, running[layer_output.end], gradient)
+            if layer_output.grid is not None and layer_output.grid.scale is not None:
+                layer_output.sums.place(y, layer_output.grid.ends, layer_output.grid.scale)
 
     def _locally(self, floats: Values, running: Values) -> tuple[Values, Values, Values]:
-        """By node: its float value; its value from float inputs, then on its grid; and the same with weights on a grid of
-        as many levels that must do, before it is on its own.
+        """By node: its float value; its quantized value computed from float inputs; and its value from float inputs and weights
+        rounded to as many levels over their extremes, before its own rounding.
         """
-        exact, local, honest = Values(), Values(), Values()
+        exact, local, floors = Values(), Values(), Values()
         for node in self.converted.graph.nodes:
             if node.op == "get_attr":
                 exact[node] = local[node] = attribute(self.converted, node)
@@ -146,19 +146,19 @@ class LayerComparison:
             match = self.matches.get(node)
             if converts(node):
                 exact[node] = exact[source(node)]
-                local[node] = evaluate(node, _apart(node, local))
+                local[node] = evaluate(node, _with_copy(node, local))
             elif node.op == "placeholder":
                 exact[node] = local[node] = running[node]
             else:
                 inputs: Values = {n: exact[n] for n in node.all_input_nodes}
-                local[node] = evaluate(node, _apart(node, inputs))
+                local[node] = evaluate(node, _with_copy(node, inputs))
                 exact[node] = local[node] if match is None else floats[match]
                 if match is not None:
-                    honest[node] = self._honest(node, match, inputs, floats)
-        return exact, local, honest
+                    floors[node] = self._floors(node, match, inputs, floats)
+        return exact, local, floors
 
-    def _honest(self, node: Node, match: Node, inputs: Values, floats: Values) -> torch.Tensor:
-        """The value of ``node`` from float inputs, with the float weights on a grid of the same levels over their extremes."""
+    def _floors(self, node: Node, match: Node, inputs: Values, floats: Values) -> torch.Tensor:
+        """The value of ``node`` from float inputs and the float weights rounded to as many levels over their extremes."""
         quantized = [n for n in node.all_input_nodes if n in self.constants and converts(n)]
         first = match
         while op(first) is not op(node) and vanishes(first) and isinstance(first.args[0], Node):
@@ -174,51 +174,51 @@ class LayerComparison:
                 swapped[ours] = inputs[ours] if rounded is None else rounded
             elif is_constant(ours) and floats[theirs].shape == inputs[ours].shape:
                 swapped[ours] = floats[theirs]
-        y = evaluate(node, _apart(node, swapped))
+        y = evaluate(node, _with_copy(node, swapped))
         behind: Values = {first: y}
-        while first is not match:  # clamps that the end of the grid stands for
+        while first is not match:  # clamps that saturation replaces
             first = next(iter(first.users))
             behind[first] = evaluate(first, {**floats, **behind})
         return behind[match]
 
     def _ranges(self, exact: Values) -> dict[tuple, tuple[torch.Tensor, torch.Tensor]]:
-        """The extremes of the float values that each grid holds, over all tensors that share it."""
+        """The extremes of the float values, over all tensors that share quantization parameters."""
         found: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-        for tail in self.tails:
-            y = exact.get(tail.node)
-            if tail.grid is None or not isinstance(y, torch.Tensor) or not y.numel():
+        for layer_output in self.layer_outputs:
+            y = exact.get(layer_output.node)
+            if layer_output.grid is None or not isinstance(y, torch.Tensor) or not y.numel():
                 continue
             low, high = y.aminmax()
-            key = tail.end.args[1:]
+            key = layer_output.end.args[1:]
             if key in found:
                 low, high = torch.minimum(low, found[key][0]), torch.maximum(high, found[key][1])
             found[key] = low, high
         return found
 
     def diagnosis(self) -> Diagnosis:
-        """What was found.
+        """The comparison over all batches so far.
 
         Raises:
             QuantflowError: at stage ``"diagnose"``, when there was no data.
         """
-        seen = [tail for tail in self.tails if tail.sums.count]
+        seen = [layer_output for layer_output in self.layer_outputs if layer_output.sums.count]
         if not seen:
             remedy = "pass at least one batch, of float tensors"
             raise QuantflowError("diagnose", "there is no data", node="data", remedy=remedy)
-        worst: dict[Node, _Tail] = {}
-        for tail in seen:
-            if tail.node not in worst or tail.sums.excess > worst[tail.node].sums.excess:
-                worst[tail.node] = tail
+        worst: dict[Node, _Output] = {}
+        for layer_output in seen:
+            if layer_output.node not in worst or layer_output.sums.excess > worst[layer_output.node].sums.excess:
+                worst[layer_output.node] = layer_output
         found = []
-        for node, tail in worst.items():
+        for node, layer_output in worst.items():
             kind = "input" if node.op == "placeholder" else short_name(op(node))
-            ends = None if tail.grid is None or tail.grid.scale is None else tail.grid.ends
-            found.append(LayerErrors.of((node.name, layer(node), kind), tail.sums, self.outputs, ends))
+            ends = None if layer_output.grid is None or layer_output.grid.scale is None else layer_output.grid.ends
+            found.append(LayerErrors.of((node.name, layer(node), kind), layer_output.sums, self.outputs, ends))
         return Diagnosis(tuple(sorted(found, key=lambda errors: -errors.excess)))
 
 
-def _unclear(graph: Graph) -> set[Node]:
-    """The nodes that are not compared: at the end their values are written over, or those that they have read."""
+def _overwritten_later(graph: Graph) -> set[Node]:
+    """The nodes that are not compared: their values, or values that they read, are overwritten in place later."""
     written = overwritten(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max((order[node] for node in written if written_by(node) is not None), default=-1)
@@ -226,8 +226,8 @@ def _unclear(graph: Graph) -> set[Node]:
     return set(written) | {node for node in before if any(source(n) in written for n in node.all_input_nodes)}
 
 
-def _apart(node: Node, values: Values) -> Values:
-    """``values`` with what ``node`` writes in place as a copy of its own."""
+def _with_copy(node: Node, values: Values) -> Values:
+    """``values`` with a copy of the tensor that ``node`` writes in place."""
     base = written_by(node)
     return values if base is None else {**values, base: values[base].clone()}
 
@@ -237,7 +237,7 @@ def _dequantizes(node: Node) -> bool:
 
 
 def _constants(graph: GraphModule) -> set[Node]:
-    """The nodes whose value no input of the network reaches."""
+    """The nodes whose value depends on no input of the network."""
     found: set[Node] = set()
     for node in graph.graph.nodes:
         given = node.all_input_nodes

@@ -1,4 +1,4 @@
-"""The layers of a prepared graph, as a person names them, and what of each is quantized."""
+"""The quantized layers of a prepared graph, by the names of the eager model's modules."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def still_quantized(graph: GraphModule, floating: Collection[str]) -> frozenset[
 
 
 def _of_readers(node: Node, graph: GraphModule) -> bool:
-    """Whether an observer call belongs to what reads it: on a weight, or with a range taken at run time."""
+    """Whether an observer call belongs to the layer that reads it: it observes a weight, or its range is chosen at run time."""
     return is_constant(node.args[0]) or bool(getattr(observer_of(node, graph), "is_dynamic", False))
 
 

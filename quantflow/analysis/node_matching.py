@@ -1,4 +1,4 @@
-"""Which nodes of a float graph and of a quantized graph compute the same tensor."""
+"""Node matching: which nodes of a float graph and of a quantized graph compute the same tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def converts(node: Node) -> bool:
 
 
 def source(node: Node) -> Node:
-    """What ``node`` holds but for rounding: the tensor before the conversions."""
+    """The tensor before the conversions that ``node`` ends."""
     while converts(node):
         node = node_argument(node)
     return node
@@ -36,7 +36,7 @@ def matches(quantized: Graph, reference: Graph) -> dict[Node, Node]:
 
     Nodes are paired by operator and layer, in order, or by name where one graph has more of them; where the layers are not
     known, in order where both graphs call an operator as often. Of what was written as other operators, the last is
-    paired, by who reads it. A clamp that the quantized graph lacks, as the end of a grid does its work, counts to the node
+    paired, by who reads it. A clamp that the quantized graph lacks, since saturation replaces it, counts to the node
     before it.
     """
     pairs: dict[Node, Node] = {}
@@ -76,7 +76,7 @@ def _pair_same(ours: list[Node], theirs: list[Node], pairs: dict[Node, Node]) ->
 def _pair_calls(
     ours: dict[tuple[object, str], list[Node]], theirs: dict[tuple[object, str], list[Node]], pairs: dict[Node, Node]
 ) -> None:
-    """Pair in order the calls of an operator, where layers are not known and both graphs have as many."""
+    """Pair the calls of an operator in order, where the layers are unknown and both graphs have equally many."""
     for target in {target for target, _ in ours}:
         if any(where for (t, where) in ours if t == target) and any(where for (t, where) in theirs if t == target):
             continue
@@ -91,7 +91,7 @@ def _in_order(groups: list[list[Node]]) -> list[Node]:
 
 
 def _pair_backwards(quantized: Graph, pairs: dict[Node, Node]) -> None:
-    """Pair what nodes without a match end in: what a node reads with what its match reads."""
+    """Pair, from the outputs backwards, what a node reads with what its match reads."""
     taken = set(pairs.values())
     for node in reversed(quantized.nodes):
         match = pairs.get(node)
@@ -108,7 +108,7 @@ def _pair_backwards(quantized: Graph, pairs: dict[Node, Node]) -> None:
 
 
 def vanishes(node: Node) -> bool:
-    """Whether the quantized graph may lack ``node`` without computing anything else."""
+    """Whether the quantized graph may omit ``node`` and still compute the same."""
     return clamp_limits(node) is not None or op(node) in INFERENCE_IDENTITIES
 
 

@@ -1,4 +1,4 @@
-"""The verb that looks into a program: what the runtime computes, tensor by tensor, within its delegates too."""
+"""``probe``: compares the tensors within a program on the runtime, delegates included, with those of its graph."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def probe(
     reference = None if float_graph is None else reference_graph(float_graph, "probe")
     pairs = {} if reference is None else matches(graph.graph, reference.graph)
     opened = with_intermediate_outputs(graph, [sums.intermediate for sums in intermediates])
-    programs: dict[tuple, Program] = {}  # by the shapes that each was lowered for
+    programs: dict[tuple, Program] = {}  # by input shapes
     feed, ran = itertools.islice(_calls(graph, data, inputs), calls), 0
     for flat in tqdm(feed, desc="probe", total=calls, unit="call", disable=not progress, leave=False):
         exact = {} if reference is None else _float_values(reference, graph, flat, pairs)
@@ -102,7 +102,7 @@ def probe(
 
 @dataclass
 class _Sums:
-    """Sums over all calls of what is found at one intermediate."""
+    """Signal and noise of one intermediate output, summed over all calls."""
 
     intermediate: IntermediateOutput
     local: tuple[float, float] = (0.0, 0.0)  # of squares: signal and noise
@@ -113,7 +113,7 @@ class _Sums:
     count: int = 0
 
     def add(self, found: torch.Tensor, local: torch.Tensor, own: torch.Tensor, exact: torch.Tensor | None) -> None:
-        """Take in the runtime's tensor; what its operator gives in PyTorch; the graph's; the float network's."""
+        """Add one call: the runtime's tensor, the operator's result in PyTorch, the graph's tensor and the float network's."""
         self.local = _sum(self.local, squares(local, found))
         self.accumulated = _sum(self.accumulated, squares(own, found))
         if exact is not None and exact.shape == found.shape:
@@ -163,7 +163,7 @@ def _lowered(opened: GraphModule, flat: Sequence[object], delegate: DelegateLike
     for written in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
         reason, remedy = "the network writes it, and each call finds it otherwise", "probe the part that keeps no state"
         raise QuantflowError("probe", reason, node=written, remedy=remedy)
-    # That the program departs from its graph is what is looked for.
+    # A difference between the program and its graph is what probe measures.
     return core.to_edge(delegate).to_executorch(check=False)
 
 
@@ -175,9 +175,9 @@ def _compare(
     found: list[torch.Tensor],
     exact: dict[Node, Any],
 ) -> None:
-    """Compute ``graph`` twice: from the inputs alone, and each operator from what the runtime has before it."""
+    """Compute ``graph`` twice: from the inputs alone, and each operator from the runtime's own inputs of it."""
     there = {sums.intermediate.end: (sums, value) for sums, value in zip(intermediates, found, strict=True)}
-    dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by who dequantizes them
+    dequantized: dict[tuple, torch.Tensor] = {}  # the runtime's integers, by dequantize node
     written, network = overwritten(graph.graph), Interpreter(graph)
     runs = (network.run(flat, keep=True) for _ in range(2))
     for (node, own), (_, device) in zip(*runs, strict=True):
@@ -185,7 +185,7 @@ def _compare(
             sums, value = there[node]
             sums.add(value, device[node], own[node], exact.get(sums.intermediate.node))
             dequantized[node.args] = value
-            if node in written:  # what else lies in that memory has it too
+            if node in written:  # other views of that memory have the value too
                 device[node].copy_(value)
             else:
                 device[node] = value
@@ -196,7 +196,7 @@ def _compare(
 def _float_values(
     reference: GraphModule, graph: GraphModule, flat: Sequence[object], pairs: dict[Node, Node]
 ) -> dict[Node, Any]:
-    """What the float network has for the nodes of ``graph`` that have a match in it."""
+    """The float network's values, for the nodes of ``graph`` that have a match in it."""
     spec = Signature.of_graph(graph).in_spec
     args, kwargs = (flat, {}) if spec is None else pytree.tree_unflatten(flat, spec)
     given = Signature.of_graph(reference).flatten(args, kwargs, stage="probe")

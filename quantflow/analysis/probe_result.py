@@ -1,4 +1,4 @@
-"""What the runtime has within a program, tensor by tensor, beside the graph that it was lowered from."""
+"""The result of ``probe``: the runtime's tensors within a program beside those of its graph."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Where a program on the runtime departs from its graph; ``print`` shows the table, what differs most first.
+    """Differences between a program on the runtime and its graph; ``print`` shows the table, the largest first.
 
     Attributes:
         tensors: The tensors, in the order of the graph.
@@ -78,7 +78,7 @@ class ProbeResult:
     calls: int
 
     def ranked(self) -> tuple[Probed, ...]:
-        """Return the tensors, those first whose operators differ most from what the graph says."""
+        """Return the tensors, ordered by how much their operators differ from the graph."""
         return tuple(sorted(self.tensors, key=lambda t: -math.inf if math.isnan(t.local) else t.local))
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""The networks that evidence compares, and of the float one every value, and what an error in it does to the outputs."""
+"""The reference: the float network that a quantized one is compared with, its values and their gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reference_graph(graph: object, stage: str) -> TrainableGraphModule:
 
 
 def converted_form(graph: object, stage: str) -> GraphModule:
-    """The quantized ``graph`` with its integers: itself where it is converted, else :func:`quantflow.convert` of it.
+    """The converted form of the quantized ``graph``: itself if it is converted, else :func:`quantflow.convert` of it.
 
     Raises:
         QuantflowError: at ``stage``, where it is neither prepared nor converted.
@@ -60,7 +60,7 @@ def reference_values(graph: GraphModule, flat: Sequence[object]) -> tuple[Values
             if node.op == "output":
                 returned_floats = float_tensors(returned(node, values))
             elif node.op != "get_attr" and isinstance(values[node], torch.Tensor) and values[node].requires_grad:
-                # A tensor of its own: what passes unchanged through an operator belongs to two nodes.
+                # A new tensor: an operator that returns its input would give two nodes one gradient.
                 values[node] = values[node].view_as(values[node])
         moved = [y for y in returned_floats if y.requires_grad]
         wanted = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and v.requires_grad}

@@ -1,4 +1,4 @@
-"""The verb that says what each layer costs: one at a time to integers, and one at a time back to float.
+"""``sensitivity``: the cost of each layer in integers, alone and with all others.
 
 The gradients that weight errors in post-training algorithms are in ``quantflow/simulation/output_gradients.py``.
 """
@@ -25,7 +25,7 @@ from quantflow.text_table import aligned
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What quantizing one layer, its weights and its outputs, does to the network's outputs.
+    """The effect of quantizing one layer, its weights and its outputs, on the network's outputs.
 
     Attributes:
         layer: The name of the module, or of the node where there is no module.
@@ -98,7 +98,7 @@ def sensitivity(
     batches: int = 4,
     progress: bool = True,
 ) -> Sensitivities:
-    """Quantize each layer alone, and all layers but it; measure the network's outputs each time, in simulation.
+    """Measure, in simulation, the network's outputs with each layer alone quantized, and with all layers but it.
 
     Only what lies behind the layer is computed again. A layer's inputs are quantized by the layer that makes them.
 

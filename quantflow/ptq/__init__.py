@@ -1,8 +1,8 @@
-"""Recovery: winning back what post-training quantization loses.
+"""PTQ algorithms: they reduce the error of post-training quantization.
 
-Passes over a graph, each a copy in, a copy out, for any torchao quantizer: over the float graph before it is prepared
-(:func:`equalize`, :func:`smooth`), over the prepared and calibrated graph the others. :func:`recover` tries those that need
-no choice of a person's and keeps what helps.
+Each algorithm returns a changed copy of its graph and works with any torchao quantizer. :func:`equalize` and :func:`smooth`
+take the float graph before it is prepared, the others a prepared and calibrated graph. :func:`recover` tries those that need
+no options and keeps what improves the outputs.
 """
 
 from quantflow.data.sample import Sample

@@ -1,4 +1,4 @@
-"""Whether the examples of a batch act on each other."""
+"""Whether the outputs for an example depend on the other examples of its batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.fx import GraphModule
 from quantflow.metrics import signal_to_noise
 from quantflow.simulation.network import outputs
 
-_SQNR = 40.0  # dB: what the order of sums may make of float outputs
+_SQNR = 40.0  # dB: float outputs differ by the order of sums
 
 
 def examples_of(batch: tuple, cut: Sequence[bool]) -> int:
-    """How many examples the flat inputs ``batch`` hold; one where no input is ``cut`` by example."""
+    """The number of examples in the flat inputs ``batch``; 1 if no input is ``cut`` by example."""
     return next((int(given.shape[0]) for given, by_example in zip(batch, cut, strict=True) if by_example), 1)
 
 
@@ -33,8 +33,8 @@ def examples_interact(graph: GraphModule, batch: tuple, cut: Sequence[bool]) -> 
     if size == 1:
         return False
 
-    def rows(start: int, pair: int) -> tuple[object, ...]:
-        return tuple(given[start:pair] if by_example else given for given, by_example in zip(batch, cut, strict=True))
+    def rows(start: int, end: int) -> tuple[object, ...]:
+        return tuple(given[start:end] if by_example else given for given, by_example in zip(batch, cut, strict=True))
 
     try:
         together, *alone = outputs(graph, [batch, rows(0, 1), rows(1, size)], integers=False)
@@ -51,7 +51,7 @@ def _joins(together: torch.Tensor, first: torch.Tensor, rest: torch.Tensor, size
         return all(signal_to_noise(together, part) >= _SQNR for part in (first, rest))
     for dim in range(together.ndim):
         if first.shape[dim] * size == together.shape[dim] and first.shape[dim] * (size - 1) == rest.shape[dim]:
-            for inner in _divisors(first.shape[dim]):  # what an example has behind the batch, within the dimension
+            for inner in _divisors(first.shape[dim]):  # an example's share of the dimension
                 split = [t.unflatten(dim, (-1, n * inner)) for t, n in ((together, size), (first, 1), (rest, size - 1))]
                 if signal_to_noise(split[0], torch.cat(split[1:], dim + 1)) >= _SQNR:
                     return True

@@ -1,4 +1,4 @@
-"""How large each channel of the float network's activations gets."""
+"""The largest absolute value in each channel of the float network's activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaling the channels that a layer puts out and takes in, by its weight and bias."""
+"""Scaling of a layer's output and input channels, in its weight and bias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONVOLVED = {name: int(name[4]) for name in ("conv1d", "conv2d", "conv3d")}
 
 
 def is_scalable(module: GraphModule, node: Node, reads: Mapping[str, int]) -> bool:
-    """Whether ``node`` is a convolution or linear layer with a constant weight and bias that it alone reads."""
+    """Whether ``node`` is a convolution or linear layer whose weight and bias are constants that no other node reads."""
     if op(node) not in CONVOLUTIONS | LINEARS or (output := value(node)) is None:
         return False
     if op(node) in CONVOLUTIONS and output.ndim != _CONVOLVED[packet_name(op(node))] + 2:  # an unbatched call
@@ -31,7 +31,7 @@ def _is_float(module: GraphModule, read: Node) -> bool:
 
 
 def divide_outputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> None:
-    """Divide each channel that ``layer`` puts out by ``scale``, float64 [channels]."""
+    """Divide each output channel of ``layer`` by ``scale``, float64 [channels]."""
     for name in ("weight", "bias"):
         read = argument(layer, name)
         if read is not None:
@@ -43,7 +43,7 @@ def divide_outputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> Non
 
 
 def multiply_inputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> None:
-    """Multiply what ``layer`` reads of each channel of its input by ``scale``, float64 [channels]."""
+    """Multiply each input channel of ``layer``'s weight by ``scale``, float64 [channels]."""
     read = argument(layer, "weight")
     tensor = tensor_of(module, read).detach()
     scaled = tensor.double() * _by_column(layer, tensor, scale)

@@ -1,4 +1,4 @@
-"""Activation ranges by their effect on the network's output, not on their own tensor."""
+"""Range optimization: activation ranges with the least error at the network's outputs, to first order."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ROUNDS = 3
 
 
 def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> TrainableGraphModule:
-    """Return a copy of ``graph`` with each activation's range where it moves the outputs least, to first order.
+    """Return a copy of ``graph`` in which each activation's range has the least error at the outputs, to first order.
 
-    A narrow range rounds finely and saturates more. Rounding errors count as noise, each by its squared gradient; those of
-    saturation are added up over an example before they are squared, since they have one sign: a few clipped outliers that no
-    output depends on cost nothing, however large. (Choosing ranges by a loss of the whole network: Nahshan et al. 2019,
+    A narrow range rounds more finely and saturates more values. Rounding errors count as noise, each by its squared gradient;
+    those of saturation are added up over an example before they are squared, since they have one sign: a few clipped outliers
+    that no output depends on cost nothing, however large. (Choosing ranges by a loss of the whole network: Nahshan et al. 2019,
     arXiv:1911.07190; gradients as weights of errors: Li et al. 2021, BRECQ, arXiv:2102.05426.)
 
     Args:
@@ -48,27 +48,27 @@ def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> Trainable
     for observer, of_value in gradients.values.items():
         if not of_value.sums:
             continue  # no output depends on it
-        grid = cheapest_grid(affine(observer), of_value)
-        fixed.set_submodule(names[observer], FixedQParamsObserver.like(observer, *grid))
+        found = optimal_qparams(affine(observer), of_value)
+        fixed.set_submodule(names[observer], FixedQParamsObserver.like(observer, *found))
     return fixed
 
 
-def cheapest_grid(observer: AffineObserver, of_value: ValueGradients) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point for the tensors of ``observer`` that move the outputs least."""
+def optimal_qparams(observer: AffineObserver, of_value: ValueGradients) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point for the tensors of ``observer`` with the least error at the outputs."""
     sums = torch.cat(of_value.sums).double()
     width = (of_value.high - of_value.low) / BINS
     centres = of_value.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
 
-    def grid(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def qparams(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
         limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
         symmetric = observer.qscheme in SYMMETRIC
         return choose_qparams(torch.tensor(low), torch.tensor(high), symmetric=symmetric, **limits)
 
     def cost(low: float, high: float) -> float:
-        scale, zero_point = (float(q) for q in grid(low, high))
+        scale, zero_point = (float(q) for q in qparams(low, high))
         ends = (observer.quant_min - zero_point) * scale, (observer.quant_max - zero_point) * scale
         saturation = centres.clamp(*ends) - centres
-        # A value is off by scale/√12 on average, one within half a step of zero by itself.
+        # The rounding error is scale/√12 on average; that of a value within half a step of zero is the value.
         rounding = torch.where(centres.abs() < scale / 2, centres.square().clamp(max=scale**2 / 12), scale**2 / 12)
         inside = saturation == 0
         return float((sums @ saturation).square().sum() + (of_value.squares * rounding)[inside].sum())
@@ -79,4 +79,4 @@ def cheapest_grid(observer: AffineObserver, of_value: ValueGradients) -> tuple[t
     for _ in range(_ROUNDS):  # each end alone, in turn
         best = min(((of_value.low * f, best[1]) for f in shrunk), key=lambda ends: cost(*ends))
         best = min(((best[0], of_value.high * f) for f in shrunk), key=lambda ends: cost(*ends))
-    return grid(*best)
+    return qparams(*best)

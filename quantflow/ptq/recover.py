@@ -1,4 +1,4 @@
-"""The verb that wins back what quantizing loses, and keeps only what helps."""
+"""``recover``: range optimization and weight reconstruction, each kept only if it improves held-out outputs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Step:
 
     Example:
         >>> from quantflow.ptq import Step
-        >>> step = Step("fitted weights", sqnr=31.5, kept=True, seconds=0.2)
+        >>> step = Step("weight reconstruction", sqnr=31.5, kept=True, seconds=0.2)
         >>> print(step)
-        fitted weights: 31.5 dB (0.2 s)
+        weight reconstruction: 31.5 dB (0.2 s)
     """
 
     name: str
@@ -74,7 +74,7 @@ class RecoveryResult:
         >>> prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), data, progress=False)
         >>> recovered = qf.recover(prepared, data, progress=False)
         >>> [step.name for step in recovered.steps]
-        ['as calibrated', 'ranges by their effect', 'fitted weights']
+        ['as calibrated', 'range optimization', 'weight reconstruction']
     """
 
     graph: TrainableGraphModule
@@ -96,7 +96,7 @@ def recover(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> RecoveryResult:
-    """Choose ranges by their effect on the outputs, then fit weights and biases to the quantized inputs they will get.
+    """Optimize activation ranges by output gradients, then reconstruct weights and biases on quantized inputs.
 
     The signal to noise of the simulated outputs is measured after each step, on every fourth batch, to which nothing is fitted
     (of fewer than four batches on the last; of one batch on that batch). A step is kept where it rises. Two kinds of graph
@@ -142,7 +142,7 @@ def recover(
     drawn = draw(current, data, stage="recover", inputs=inputs)
     if _interact(current, drawn):
         return as_calibrated("the examples of a batch act on each other")
-    fit, held_out = _parted(current, drawn)
+    fit, held_out = _split(current, drawn)
     reference = outputs(with_float_weights(current), held_out, integers=False)
     steps = [Step("as calibrated", _sqnr(current, held_out, reference), kept=True)]
 
@@ -158,8 +158,8 @@ def recover(
 
     gradients = _output_gradients(current, fit, progress)
     if gradients is not None:
-        attempt("ranges by their effect", lambda graph: optimize_ranges(graph, gradients))
-    attempt("fitted weights", lambda graph: reconstruct_weights(graph, fit, gradients, progress=progress))
+        attempt("range optimization", lambda graph: optimize_ranges(graph, gradients))
+    attempt("weight reconstruction", lambda graph: reconstruct_weights(graph, fit, gradients, progress=progress))
     best = max(step.sqnr for step in steps if step.kept)
     if best < _NOTHING:
         size = max((float(t.abs().max()) for found in reference for t in found if t.numel()), default=0.0)
@@ -175,14 +175,14 @@ _NOTHING = 0.1  # dB: as much noise as signal
 
 
 def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
-    """Whether the examples of a batch act on each other, by the batch with the most of them."""
+    """Whether examples of a batch affect each other, tested on the largest batch."""
     cut = cut_inputs(Signature.of_graph(graph))
     most = max(drawn, key=lambda batch: examples_of(batch, cut))
     return examples_interact(with_float_weights(graph), most, cut)
 
 
-def _parted(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """What to fit to, as much as memory holds, and every fourth batch to compare on; both the whole where there is but one."""
+def _split(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """The batches to fit on, as many as fit in memory, and every fourth batch, held out; a single batch serves as both."""
     if len(drawn) == 1:
         return drawn, drawn
     every = min(4, len(drawn))

@@ -1,4 +1,4 @@
-"""Writing what was found for a layer back into the graph: weights on their grid, and biases."""
+"""Writing of a layer's quantized weight and its bias into the graph."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from quantflow.observers import FixedQParamsObserver
 from quantflow.simulation.float_weights import remember_float_weight
 from quantflow.simulation.quantized_layers import Layer
 
-Grid = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one an output
+QParams = tuple[torch.Tensor, torch.Tensor]  # scale and zero point, scalars or one per output
 
 
-def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, grid: Grid) -> None:
-    """Make ``weight``, which lies on ``grid``, the layer's weight, and settle its observer there."""
+def write_weight(graph: GraphModule, layer: Layer, weight: torch.Tensor, qparams: QParams) -> None:
+    """Set the layer's weight to ``weight``, which ``qparams`` represent exactly, and fix its observer to them."""
     read: Node = node_argument(layer.weight)
     like = tensor_of(graph, read)
     remember_float_weight(read, like)
     set_tensor(graph, str(read.target), weight.reshape(like.shape).to(like), parameter=True)
-    graph.set_submodule(str(layer.weight.target), FixedQParamsObserver.like(layer.observer, *grid))
+    graph.set_submodule(str(layer.weight.target), FixedQParamsObserver.like(layer.observer, *qparams))
 
 
 def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
-    """Add ``shift``, one an output, to the layer's bias, which it gets where it has none."""
+    """Add ``shift``, one per output, to the layer's bias; a layer without a bias gets one."""
     read: Node = node_argument(layer.weight)
     if layer.bias is not None:
         bias = tensor_of(graph, layer.bias).detach()
@@ -39,5 +39,5 @@ def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
 
 
 def by_output(qparam: torch.Tensor, layer: Layer, weight: torch.Tensor) -> torch.Tensor:
-    """A scale or zero point, a scalar or one an output, as float64 [groups, outputs a group, 1]."""
+    """A scale or zero point, a scalar or one per output, as float64 [groups, outputs a group, 1]."""
     return qparam.double().expand(weight.shape[0]).reshape(layer.groups, -1, 1)

@@ -1,4 +1,4 @@
-"""AdaRound: learning for each weight whether to round it up or down."""
+"""AdaRound: learns for each weight whether to round it up or down."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from quantflow.simulation.quantized_layers import quantized_layers
 
 _STAGE = "adaround"
 _STAY = "the weights of these layers stay as they are"
-_NOTHING = f"too wide, in groups, on their grid already or not finite: {_STAY}"
-_WORSE = f"no rounding was found with which their block errs less, on examples not learned on as well: {_STAY}"
+_NOTHING = f"too wide, in groups, quantized exactly already or not finite: {_STAY}"
+_WORSE = f"no rounding was found that reduces their block's error, also on held-out examples: {_STAY}"
 _REMEDIES = {
     _NOTHING: "nothing to do where that is meant; call adaround before reconstruct_weights",
     _WORSE: "more examples, more iterations, or fewer layers together",
@@ -44,30 +44,30 @@ def adaround(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> TrainableGraphModule:
-    """Return a copy of ``graph`` with each weight rounded up or down as is best for the layer's output, not to the nearest.
+    """Return a copy of ``graph`` with each weight rounded up or down, whichever is better for the layer's output.
 
     The layers are rounded in order. Which of the two integers around a weight to take is learned by gradient descent, so that
-    the layer reproduces its float output, as the relu or relu6 behind it lets it pass, from the inputs that it gets once they
-    are quantized (Nagel et al. 2020, AdaRound, arXiv:2004.10568). Scales and zero points stay. An output channel keeps nearest
-    rounding where that errs less on all of the data, or on the quarter of it that nothing was learned on.
+    the layer reproduces its float output, after its relu or relu6, from its quantized inputs (Nagel et al. 2020, AdaRound,
+    arXiv:2004.10568). Scales and zero points do not change. An output channel keeps nearest rounding where that has the smaller
+    error on all of the data, or on the quarter of it that is held out.
 
     With ``together`` the layers of a block are learned at once, so that the block reproduces its float outputs (Li et
-    al. 2021, BRECQ, arXiv:2102.05426): errors of its layers may cancel. A block ends where one activation alone carries on all
-    that quantization changes, which is never inside a residual block. A block keeps its weights where that errs less at one of
-    its ends, on all of the data or on the quarter. A block of one layer, and one that is too large to hold or has no gradient,
-    is learned layer by layer.
+    al. 2021, BRECQ, arXiv:2102.05426): errors of its layers may cancel. A block ends where a single activation
+    carries everything that quantization changes, which is never inside a residual block. A block keeps its weights where that
+    has the smaller error at one of its outputs, on all of the data or on the held-out quarter. A block of one layer, and one
+    that is too large for memory or has no gradient, is learned layer by layer.
 
     It pays with few bits (4). It hurts where examples are few for the features of a layer, and, without ``gradients``,
     where a network has outliers that do not matter to it: these are then what is fitted. A weight that is quantized exactly
     already, as after :func:`reconstruct_weights`, has nothing to learn: call this first. Time grows with ``iterations``.
 
     Args:
-        graph: A prepared and calibrated graph; it is left as it was.
-        data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
-        gradients: What :func:`quantflow.ptq.output_gradients` found on the batches of that sample: rows count by how much the
-            network's output depends on them. Without, all count alike. At the end of a block they are known where only clamps
-            and sums come behind its last layer; at another all rows count alike.
-        together: How many layers at least to learn at once; 1 is layer by layer.
+        graph: A prepared and calibrated graph; it is left as it was. data: The sample that :func:`quantflow.calibrate` drew, or
+        batches to draw one from; labels are not used. gradients: What :func:`quantflow.ptq.output_gradients` found on the
+        batches of that sample: rows are weighted by how much
+            the network's output depends on them. Without, all have equal weight. At the output of a block they are known where
+            only clamps and sums follow its last layer; elsewhere all rows have equal weight.
+        together: The least number of layers to learn at once; 1 is layer by layer.
         iterations: Steps of Adam for each layer or block.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show a progress bar.

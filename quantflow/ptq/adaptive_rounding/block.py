@@ -1,4 +1,4 @@
-"""AdaRound for a block: rounding the weights of all its layers at once so that what it puts out comes right (BRECQ)."""
+"""AdaRound for a block of layers: learns the rounding of all their weights at once on the block's outputs (BRECQ)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.preconditions import MEMORY
 from quantflow.simulation.quantized_layers import Layer
 
-_EXAMPLES = 32  # a step's
-_SHARE = (
-    0.1  # of the error that a layer's would count: with more, many weights end between their integers, and then jump
-)
-_NUMBERS = (
-    0.25  # at the ends, for each weight to learn; with fewer, as logits are, the block errs less and the network more
-)
+_EXAMPLES = 32  # per step
+# The weight of the error, relative to that of a single layer: with more, many weights end between their integers, and jump.
+_SHARE = 0.1
+# Least number of output elements per learned weight: with fewer, as at logits, the block's error falls and the network's rises.
+_NUMBERS = 0.25
 
 
 def round_block(
@@ -36,23 +34,24 @@ def round_block(
     gradients: RowGradients,
     iterations: int,
 ) -> tuple[list[Node], list[Node]]:
-    """Round the weights of ``block`` in ``graph``, if it then errs no more at any of its ends.
+    """Round the weights of ``block`` in ``graph`` if that increases the error at none of its outputs.
 
-    Judged on all batches and, where there are several, on the last quarter, which nothing is learned on (one batch at least).
+    The error is measured on all batches and, if there are several, on the last quarter, which is held out (at least one batch).
 
     Args:
         graph: A prepared and calibrated graph; weights and their observers change in place.
         block: What to round.
-        pair: Where the walk stands: at the block's first layer.
+        pair: Both networks at the block's first layer.
         layers: Of the graph, by node.
         gradients: Of the errors in layers' rows.
         iterations: Steps of Adam.
 
     Returns:
-        The layers that stay: those on their grid already, and the others where no rounding was found that is better.
+        The layers whose weights do not change: those quantized exactly already, and those for which no better rounding was
+        found.
 
     Raises:
-        NoReconstructionError: where the block can't be learned as one.
+        NoReconstructionError: when the block can't be learned as a whole.
     """
     roundings = {layers[node]: SoftRounding.of(graph, layers[node]) for node in block.layers}
     fixed = [layer for layer, rounding in roundings.items() if rounding.is_fixed(_nearest(graph, layer))]
@@ -78,13 +77,13 @@ def round_block(
 def _error(
     task: Reconstruction, start: torch.Tensor, roundings: dict[Layer, SoftRounding], seen: int
 ) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    """What to descend: the error on a few of the first ``seen`` batches, in units of ``start`` at each end."""
+    """The loss: the error on some of the first ``seen`` batches, in units of ``start`` at each output."""
     drawn = min(seen, -(-_EXAMPLES // task.examples), MEMORY // task.bytes)
     count = sum(rounding.weight.numel() for rounding in roundings.values())
     if not drawn:
-        raise NoReconstructionError("it is too large to hold")
+        raise NoReconstructionError("it is too large for memory")
     if task.numbers(seen) < _NUMBERS * count:
-        raise NoReconstructionError("it ends in too few numbers to learn its weights from")
+        raise NoReconstructionError("its outputs have too few elements to learn its weights from")
     if not start.isfinite().all():
         raise NoReconstructionError("its errors are not finite")
     random = torch.Generator().manual_seed(0)
@@ -99,7 +98,7 @@ def _error(
 
 
 def _errors(task: Reconstruction, weights: dict[Layer, torch.Tensor]) -> torch.Tensor:
-    """Of each batch and end."""
+    """The errors of each batch and output, [batches, ends]."""
     return torch.stack([task.errors(batch, weights) for batch in range(task.batches)])
 
 

@@ -1,4 +1,4 @@
-"""The error of a block: its outputs in the integer network, with given weights, against those in the float network."""
+"""Block reconstruction: the error of a block's outputs in the integer network against the float network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
 
 class NoReconstructionError(Exception):
-    """Says why a block can't be learned as one."""
+    """Why a block can't be learned as a whole."""
 
 
 class Reconstruction:
@@ -37,7 +37,7 @@ class Reconstruction:
         pair: Both networks at that layer.
         layers: The layers of the graph, by node.
         gradients: The squared gradients of rows, by the name of the layer's node. They weight the errors at an end that only
-            clamps and sums separate from its last layer. At another end all errors count alike.
+            clamps and sums separate from its last layer. At another end all errors have equal weight.
 
     Attributes:
         batches: The number of batches.
@@ -64,7 +64,7 @@ class Reconstruction:
         self._integers = Interpreter(graph, quantize=True, observers=fixed)
         self._wanted = [self._ends_in_float(Interpreter(graph, float_weights=True), values) for values in pair.floats]
         if not self._ends or not all(end.isfinite().all() for ends in self._wanted for end in ends):
-            raise NoReconstructionError("nothing that it puts out is a finite float tensor")
+            raise NoReconstructionError("none of its outputs is a finite float tensor")
         self.batches, first = len(self._wanted), self._wanted[0][0]
         self.examples = first.shape[0] if first.ndim else 1
         inside = [layers[node] for node in block.layers]
@@ -87,7 +87,7 @@ class Reconstruction:
         return torch.stack([_squares(y - wanted, batch, at_end) for y, wanted, at_end in ends])
 
     def numbers(self, batches: int) -> int:
-        """How many numbers the block puts out at its ends for the first ``batches``."""
+        """The number of elements of the block's outputs for the first ``batches``."""
         return sum(end.numel() for ends in self._wanted[:batches] for end in ends)
 
     def _ends_in_float(self, network: Interpreter, before: Values) -> list[torch.Tensor]:
@@ -103,7 +103,7 @@ class Reconstruction:
 
 
 def _fixed(observer: nn.Module) -> nn.Module:
-    """An observer whose grid need not be searched for again."""
+    """An observer with fixed quantization parameters, which are not computed again."""
     if getattr(observer, "is_dynamic", False) or not is_affine(observer):
         return observer
     return FixedQParamsObserver.like(observer, *qparams_of(observer))
@@ -112,7 +112,7 @@ def _fixed(observer: nn.Module) -> nn.Module:
 def _gradients_at(
     end: Node, graph: GraphModule, layers: list[Layer], gradients: RowGradients
 ) -> tuple[Layer, list[torch.Tensor]] | None:
-    """A layer behind which only clamps and sums come before ``end``, so that an error costs the same there, and its rows."""
+    """A layer with only clamps and sums between it and ``end``, so that its gradients hold there, and its gradients."""
     for layer in layers:
         node: Node | None = layer.node
         while node is not None and node is not end:

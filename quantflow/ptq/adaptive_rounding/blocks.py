@@ -1,4 +1,4 @@
-"""Blocks: stretches of a prepared graph between places that all that quantization changes must pass."""
+"""Blocks: parts of a prepared graph between cuts, where a single tensor carries everything that quantization changes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from quantflow.observers.observation import observer_of
 class Block:
     """Consecutive nodes of a graph.
 
-    What they read beside each other are the ends of earlier blocks, quantized or not, constants, and values that are the same
-    in the float network and in the integer network, as masks and shapes are.
+    Their inputs are the ends of earlier blocks, quantized or not, constants, and values that are equal in the float network and
+    in the integer network, such as masks and shapes.
 
     Attributes:
-        layers: Those among the nodes to learn.
+        layers: The nodes whose weights are learned.
         nodes: All, in the order of the graph.
-        constants: Those among the nodes that depend on no input.
-        ends: What the rest of the network reads of them, and what it returns of them, before an observer quantizes it; float
-            tensors.
+        constants: The nodes that depend on no input.
+        ends: The float tensors that the rest of the network reads or returns, before an observer quantizes them.
     """
 
     layers: tuple[Node, ...]
@@ -34,12 +33,12 @@ class Block:
 
 
 def blocks(graph: GraphModule, layers: Collection[Node], together: int) -> list[Block]:
-    """``graph`` in blocks of at least ``together`` of ``layers``, as small as its cuts allow; the last may have fewer.
+    """Divide ``graph`` into blocks of at least ``together`` of ``layers``, as small as its cuts allow; the last may have fewer.
 
-    A cut is a place in the order of the graph where one value alone is alive, to be computed with further, of those that
-    quantization changes, and this is a float tensor. The paths of a residual block, whose input is alive beside what it
-    computes, are not torn apart. A block goes on behind its last layer through all cuts up to the next observer or layer, so
-    that clamps and other functions of one value belong to it. What has no cut is one block.
+    A cut is a position in the graph where exactly one of the values that quantization changes is still to be read, and this is
+    a float tensor. There is none within a residual block, whose input is read at its end. A block continues after its last
+    layer up to the next observer or layer, so that clamps and other functions of one value belong to it. A graph without cuts
+    is one block.
 
     Args:
         graph: A prepared graph.
@@ -91,7 +90,7 @@ def _block(
 
 
 def _kinds(graph: GraphModule) -> tuple[set[Node], set[Node]]:
-    """Nodes that depend on no input; and of the others those whose value quantization changes (no shape is changed)."""
+    """The nodes that depend on no input, and those of the others whose value quantization changes (it changes no shapes)."""
     constant: set[Node] = set()
     quantized: set[Node] = set()
     for node in graph.graph.nodes:
@@ -105,7 +104,7 @@ def _kinds(graph: GraphModule) -> tuple[set[Node], set[Node]]:
 
 
 def _observed(graph: GraphModule, node: Node) -> Node:
-    """What ``node`` observes, itself where it is no observer."""
+    """The tensor that ``node`` observes; ``node`` itself if it is no observer."""
     while observer_of(node, graph) is not None:
         node = node_argument(node)
     return node

@@ -1,4 +1,4 @@
-"""AdaRound for one layer: rounding its weight so that its own output comes right."""
+"""AdaRound for one layer: learns the rounding of its weight on its own output."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from quantflow.ptq.writing import write_weight
 from quantflow.simulation.output_gradients import ROWS, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair
 
-_EVERY = 4  # of the rows that are row_gradients, one of so many is learned on
+_EVERY = 4  # one in so many rows is learned on, where there are more than ROWS
 
 
 def round_layer(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | None, iterations: int) -> bool:
-    """Round the weight of the layer at ``pair`` in ``graph``; False where there is nothing to learn.
+    """Round the weight of the layer at ``pair`` in ``graph``; return False if there is nothing to learn.
 
-    An output keeps nearest rounding where that errs less on all rows, or on the quarter that nothing was learned on.
+    An output keeps nearest rounding where that has the smaller error on all rows, or on the held-out quarter.
 
     Args:
         graph: A prepared and calibrated graph; the weight and its observer change in place.
-        pair: Where the walk stands.
+        pair: The layer in both networks.
         gradients: Of the layer's rows, one of :attr:`quantflow.simulation.output_gradients.OutputGradients.rows`.
         iterations: Steps of Adam.
     """

@@ -1,4 +1,4 @@
-"""Weights between the two integers around each, and the descent that draws every one to one of them."""
+"""Soft rounding: weights between their two nearest integers, and the gradient descent that decides for one of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from quantflow.ptq.writing import by_output
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.quantized_layers import Layer
 
-_TRAVEL = 20.0  # how far a logit may go in all steps; from one end to the other is 5
-_STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches both of its ends
-_WARM = 0.2  # of the steps, before anything is drawn to an end
-_SHARPNESS = 20.0, 2.0  # of the pull to the ends, first and last
-_PULL = 3.0  # against an error that is one for each weight where all are rounded to the nearest
+_TRAVEL = 20.0  # the sum of all learning rates; logits are 5 apart
+_STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches 0 and 1
+_WARM = 0.2  # fraction of the steps before the regulariser begins
+_SHARPNESS = 20.0, 2.0  # exponent of the regulariser, first and last
+_PULL = 3.0  # weight of the regulariser; the error is one per weight with nearest rounding
 _ON_GRID = 1e-3  # steps
 
 
 class SoftRounding:
-    """A weight that a gradient rounds (Nagel et al. 2020, AdaRound, arXiv:2004.10568, equations 23 to 25).
+    """A weight with a learned rounding (Nagel et al. 2020, AdaRound, arXiv:2004.10568, equations 23 to 25).
 
     Args:
         weight: [groups, outputs, features].
@@ -45,7 +45,7 @@ class SoftRounding:
 
     @classmethod
     def of(cls, graph: GraphModule, layer: Layer) -> SoftRounding:
-        """Of the weight that ``layer`` has in ``graph``, on the grid of its observer."""
+        """The weight of ``layer`` in ``graph``, with the quantization parameters of its observer."""
         weight = attribute(graph, node_argument(layer.weight))
         scale, zero_point = (
             by_output(q.to(weight.device), layer, weight).to(weight) for q in qparams_of(layer.observer)
@@ -53,26 +53,26 @@ class SoftRounding:
         limits = (affine(layer.observer).quant_min, affine(layer.observer).quant_max)
         return cls(layer.matrices(weight), scale, zero_point, *limits)
 
-    def on_grid(self, part: torch.Tensor) -> torch.Tensor:
+    def between(self, part: torch.Tensor) -> torch.Tensor:
         """The weight that is ``part`` of the way from the lower integers to the upper ones, in the unit of the weight."""
         return ((self.floor + part + self.zero_point).clamp(*self.limits) - self.zero_point) * self.scale
 
     def nearest(self) -> torch.Tensor:
         """The weight rounded to the nearest."""
-        return self.on_grid((self.weight / self.scale - self.floor).round())
+        return self.between((self.weight / self.scale - self.floor).round())
 
     def is_fixed(self, nearest: torch.Tensor) -> bool:
-        """Whether the weight is what it is rounded to already, so that there is nothing to learn."""
+        """Whether the weight is quantized exactly already, so that there is nothing to learn."""
         return bool(((self.weight - nearest) / self.scale).abs().max() < _ON_GRID)
 
     def part(self) -> torch.Tensor:
-        """How far up each weight is now, 0 to 1, with a gradient."""
+        """The position of each weight between its two integers, 0 to 1, with a gradient."""
         low, high = _STRETCH
         return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0, 1)
 
     def rounded(self) -> torch.Tensor:
-        """The weight, each element at the integer that it leans to."""
-        return self.on_grid((self.logits.detach() > 0).to(self.weight))
+        """The weight, each element at the nearer of its two integers."""
+        return self.between((self.logits.detach() > 0).to(self.weight))
 
 
 def descend(
@@ -81,9 +81,9 @@ def descend(
     """Learn all ``roundings`` at once by Adam.
 
     Args:
-        roundings: What to learn, in place.
-        error: Of soft weights, in the order of ``roundings``, a scalar; called once a step. One price of the regulariser serves
-            all where it is in proportion to the number of weights and relative to what nearest rounding leaves.
+        roundings: What to learn, in place. error: The loss of soft weights, in the order of ``roundings``, a scalar; called
+        once per step. It should be proportional to
+            the number of weights, and relative to the error of nearest rounding.
         iterations: Steps.
 
     Returns:
@@ -93,7 +93,7 @@ def descend(
         optimizer = torch.optim.Adam([r.logits for r in roundings], lr=_TRAVEL / iterations)
         for step in range(iterations):
             parts = [r.part() for r in roundings]
-            loss = error([r.on_grid(part) for r, part in zip(roundings, parts, strict=True)])
+            loss = error([r.between(part) for r, part in zip(roundings, parts, strict=True)])
             if step >= _WARM * iterations:
                 sharpness = _sharpness(step / iterations)
                 loss = loss + _PULL * sum((1 - (2 * part - 1).abs() ** sharpness).sum() for part in parts)
@@ -104,6 +104,6 @@ def descend(
 
 
 def _sharpness(done: float) -> float:
-    """The exponent of the regulariser once a part ``done`` of the steps is: first it moves only what is near an end."""
+    """The exponent of the regulariser after the fraction ``done`` of the steps. It first moves only weights near an integer."""
     first, last = _SHARPNESS
     return last + (first - last) * (1 + math.cos(math.pi * (done - _WARM) / (1 - _WARM))) / 2

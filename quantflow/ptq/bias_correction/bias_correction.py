@@ -1,4 +1,4 @@
-"""Bias correction: taking back the mean error that quantizing leaves in each output of a layer."""
+"""Bias correction: subtracts the mean quantization error of each output of a layer from its bias."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import label, node_argument
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.ptq.bias_correction.data_free_statistics import expectations
+from quantflow.ptq.bias_correction.data_free_statistics import expected_statistics
 from quantflow.ptq.channel_ranges import rows_of_channels
 from quantflow.ptq.writing import add_to_bias
 from quantflow.simulation.fake_quantized import fake_quantized
@@ -36,17 +36,17 @@ def correct_bias(
     inputs: PickInputs | None = None,
     progress: bool = True,
 ) -> TrainableGraphModule:
-    """Return a copy of ``graph`` with biases such that each layer has the mean output that it has in float.
+    """Return a copy of ``graph`` with biases such that each layer has the same mean output as in float.
 
     With ``data`` the correction is empirical: the float and the integer network run side by side, and each layer is corrected
     after those before it. Without data it is analytic: a weight's rounding error times the mean of its input, which follows
     from the batch norm folded into the layer before, through relu and relu6 as a clipped normal. (Nagel et al. 2019,
     arXiv:1906.04721, section 4.2 and appendices B to D.)
 
-    It hurts where a few outliers that a range rightly saturates make the mean error: all values of the channel are then shifted
-    by it. It also hurts where the mean is not that of the data to come: few or unlike examples here, and in the analytic form
-    statistics that do not hold any more (weights changed after training, a norm whose inputs are far from normal). The
-    analytic form corrects errors of weights only, not the rounding of activations.
+    It hurts where the mean error comes from a few outliers that saturate: it then shifts all values of the channel. It also
+    hurts where the mean differs from that of the later data: few or unlike examples or, in the analytic form, statistics that
+    no longer hold (weights changed after training, a norm whose inputs are far from normal). The analytic form corrects errors
+    of weights only, not the rounding of activations.
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
@@ -108,7 +108,7 @@ def _mean_error(pair: LayerPair) -> torch.Tensor:
 
 
 def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
-    known, unknown = expectations(graph), []
+    known, unknown = expected_statistics(graph), []
     for node, layer in layers.items():
         read = node_argument(layer.weight)
         weight: torch.Tensor = attribute(graph, read)
@@ -124,7 +124,7 @@ def _from_norms(graph: GraphModule, layers: dict[Node, Layer]) -> None:
         error = fake_quantized(graph.get_submodule(str(layer.weight.target)), weight) - float_weight(read, weight)
         mean = expected.mean.to(weight.device).reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel), 1)
         moved = 0.0
-        if layer.bias is not None:  # what an earlier pass did already
+        if layer.bias is not None:  # the change by an earlier algorithm
             bias = attribute(graph, layer.bias)
             moved = (bias - float_weight(layer.bias, bias)).reshape(layer.groups, -1, 1)
         add_to_bias(graph, layer, -(layer.matrices(error).double() @ mean[..., None] + moved))

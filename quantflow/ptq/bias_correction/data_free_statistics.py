@@ -1,4 +1,4 @@
-"""What a network's activations are on average, told without data by the batch norms that were folded into its layers."""
+"""Data-free statistics: means of a network's activations, from the batch norms that were folded into its layers."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Expected(NamedTuple):
     std: torch.Tensor | None
 
 
-def expectations(graph: GraphModule) -> dict[Node, Expected]:
-    """What is known of each node of ``graph``, a walk over the nodes.
+def expected_statistics(graph: GraphModule) -> dict[Node, Expected]:
+    """The statistics of each node of ``graph``, as far as they are known.
 
     The output of a layer with a folded batch norm is normal with that norm's bias and scale; a clamp clips the normal; what is
     added is taken as independent. Zeros that pad an image are not counted.
@@ -81,7 +81,7 @@ def _sum(node: Node, found: dict[Node, Expected]) -> Expected | None:
 
 
 def _keeps_the_mean(node: Node) -> bool:
-    """Whether what ``node`` averages is of one channel, without zeros that pad it."""
+    """Whether ``node`` averages within a channel, without padding."""
     if op(node) is aten.mean.dim:
         dims, x = argument(node, "dim"), value(node_argument(node))
         return x is not None and bool(dims) and all(d % x.ndim > 1 for d in dims)

@@ -1,4 +1,4 @@
-"""Values that an activation can be proven never to leave, whatever the network is shown."""
+"""Activation bounds: ranges of an activation that hold for every input of the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantflow.graph.aten import (
 from quantflow.graph.parameters import is_constant, tensor_of
 
 _BOUNDED = {aten.sigmoid.default: (0.0, 1.0), aten.hardsigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0)}
-_WITHIN = INFERENCE_IDENTITIES | {  # put out nothing larger or smaller than what they take in
+_WITHIN = INFERENCE_IDENTITIES | {  # outputs within the range of the input
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.mean.dim,
@@ -30,8 +30,8 @@ _WITHIN = INFERENCE_IDENTITIES | {  # put out nothing larger or smaller than wha
 }
 
 
-def proven_extremes(module: GraphModule, layer: Node, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest and the highest value that each of the ``channels`` that ``layer`` puts out can take, float64.
+def activation_bounds(module: GraphModule, layer: Node, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest possible value of each of the ``channels`` of ``layer``'s output, float64.
 
     Finite where ``layer`` is a convolution or linear layer whose input comes from a clamp or another bounded function.
     """

@@ -1,4 +1,4 @@
-"""Which tensors of a float graph must have their channels scaled alike, and which layers make and read them."""
+"""Channel groups: tensors whose channels must be scaled alike, with the layers that compute and read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from quantflow.graph.aten import LINEARS, aten, clamp_limits, op, value
 from quantflow.graph.parameters import Reads, reads_of
 from quantflow.ptq.channel_scaling import is_scalable
-from quantflow.ptq.equalization.activation_bounds import proven_extremes
+from quantflow.ptq.equalization.activation_bounds import activation_bounds
 from quantflow.ptq.equalization.scale_equivariance import commutes, flattened_places
 
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
@@ -20,11 +20,11 @@ _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
 @dataclass(frozen=True)
 class Place:
-    """Where the channels of a tensor are.
+    """The position of the channels in a tensor.
 
     Attributes:
-        axis: The dimension that holds them.
-        repeat: How often each stands there in a row, after places were flattened into channels.
+        axis: The dimension of the channels.
+        repeat: The number of consecutive entries per channel, after spatial positions were flattened into it.
     """
 
     axis: int
@@ -33,14 +33,14 @@ class Place:
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Tensors whose channels can be divided by positive numbers, each by the same, without a change of the function.
+    """Tensors whose channels can be divided by common positive factors without a change of the function.
 
     Attributes:
-        least: The smallest number to divide each channel by, float64 [channels]; 0 where any will do.
+        least: The smallest factor to divide each channel by, float64 [channels]; 0 for no limit.
         fixed: Channels that can't be scaled, bool [channels].
         tensors: The tensors, and where their channels are.
-        makers: The layers that put them out.
-        readers: The layers that take them in.
+        makers: The layers that compute them.
+        readers: The layers that read them.
     """
 
     least: torch.Tensor
@@ -50,7 +50,7 @@ class ChannelGroup:
     readers: list[Node] = field(default_factory=list)
 
     def absorb(self, other: ChannelGroup) -> None:
-        """Take in all of ``other``."""
+        """Merge ``other`` into this group."""
         self.least, self.fixed = torch.maximum(self.least, other.least), self.fixed | other.fixed
         self.tensors.update(other.tensors)
         self.makers += other.makers
@@ -58,7 +58,7 @@ class ChannelGroup:
 
 
 def channel_groups(module: GraphModule) -> list[ChannelGroup]:
-    """The groups of ``module`` that have a channel to scale and a layer at either side; a walk over the nodes."""
+    """The groups of ``module`` with at least one channel to scale and a layer on each side."""
     finder = _Finder(module)
     for node in module.graph.nodes:
         finder.visit(node)
@@ -67,7 +67,7 @@ def channel_groups(module: GraphModule) -> list[ChannelGroup]:
 
 
 class _Finder:
-    """The walk: every tensor that stems from a layer is in a group until something that it meets says otherwise."""
+    """Visits the nodes in order. A tensor computed from a layer's output is in its group until an operator does not commute."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
@@ -115,7 +115,7 @@ class _Finder:
         group.tensors[node] = place
 
     def _passed(self, node: Node, source: Node) -> Place | None:
-        """Where the channels are after ``node``, None where a scale does not pass it; notes what a clamp allows."""
+        """The position of the channels after ``node``, None if a scale does not commute; records the limits of a clamp."""
         place = self._place(source)
         if (limits := clamp_limits(node)) is not None:
             self._clamp(node, source, *limits)
@@ -126,9 +126,9 @@ class _Finder:
         return None if places is None else Place(1, place.repeat * places)
 
     def _clamp(self, node: Node, source: Node, low: float, high: float) -> None:
-        """A limit other than zero lets no channel pass but one that is proven never to reach it, before and after."""
+        """A limit other than zero fixes every channel that is not proven never to reach it, before and after scaling."""
         group = self.group_of[source]
-        low_seen, high_seen = proven_extremes(self.module, source, len(group.fixed))
+        low_seen, high_seen = activation_bounds(self.module, source, len(group.fixed))
         for limit, seen in ((-low, -low_seen), (high, high_seen)):
             if limit == 0 or limit == math.inf:
                 continue
@@ -140,9 +140,7 @@ class _Finder:
         if len(tensors) != 2 or len(node.args) < 2:
             return False
         first, second = (self._place(n) for n in tensors)
-        examples = min(
-            first.axis, 1
-        )  # the dimensions before it: there are none where a linear layer reads features alone
+        examples = min(first.axis, 1)  # no dimension of examples where a linear layer reads features alone
         shapes = [tuple(n.meta["val"].shape)[examples:] for n in tensors]
         return (first.axis, first.repeat) == (second.axis, second.repeat) and shapes[0] == shapes[1]
 
@@ -156,7 +154,7 @@ class _Finder:
         self.group_of[node] = kept
 
     def _gated(self, node: Node) -> Node | None:
-        """The tensor that ``node`` multiplies by one of its channels' numbers, or by a plain number above zero."""
+        """The tensor that ``node`` multiplies by one factor per channel, or by a positive number."""
         first, second = node.args[:2]
         if isinstance(first, Node) and first in self.group_of and isinstance(second, (int, float)) and second > 0:
             return first

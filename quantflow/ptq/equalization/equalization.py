@@ -1,4 +1,4 @@
-"""Cross-layer equalization: the channels between two layers brought to like ranges, exactly in float."""
+"""Cross-layer equalization: scales the channels between two layers to similar ranges, exactly in float."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from quantflow.simulation.preconditions import check_float, draw
 
 _STAGE = "equalize"
 _SWEEPS = 40
-_SETTLED = 5e-3  # a sweep that scales no channel by more is the last
+_TOLERANCE = 5e-3  # sweeps end once none changes the logarithm of a scale by more
 _TINY = torch.finfo(torch.float32).tiny
-_SMALLEST = 1e-3  # of the largest channel: what is smaller is not raised to it
+_SMALLEST = 1e-3  # smallest range of a channel, relative to the largest
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def equalize(
     the gain to the activation. Without data, the ranges of the weights are equalized, as in the paper, which is for per-tensor
     weights.
 
-    It hurts where channels that matter little are raised to the level of those that matter, where a few columns of a weight
-    must grow so large that the others lose resolution, and, without data, where weights are per channel already.
+    It hurts where unimportant channels are raised to the range of important ones, where a few columns of a weight grow so large
+    that the others lose resolution, and, without data, where weights are quantized per channel.
 
     Args:
         graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`; it is left as it was. Its batch norms are
@@ -92,7 +92,7 @@ def equalize(
 def _scales(
     module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs] | None
 ) -> dict[ChannelGroup, torch.Tensor]:
-    """What to divide the channels of each group by, float64: sweeps over the groups until none moves any more."""
+    """The factors to divide the channels of each group by, float64: sweeps over the groups until they converge."""
     weights = {layer: magnitudes(module, layer) for group in groups for layer in (*group.makers, *group.readers)}
     activations = {} if sample is None else _activations(module, groups, sample)
     found = {group: torch.ones_like(group.least) for group in groups}
@@ -115,13 +115,13 @@ def _scales(
                 columns = step.repeat_interleave(_repeat(group, layer))
                 weights[layer].mul_(columns.reshape(len(weights[layer]), 1, -1))
             largest = max(largest, float(step.log().abs().max()))
-        if largest < _SETTLED:
+        if largest < _TOLERANCE:
             break
     return found
 
 
 def _by_weights(weights: dict[Node, torch.Tensor], group: ChannelGroup) -> torch.Tensor:
-    """What makes the weights that make a channel as large as those that read it."""
+    """The factors that equalize the weights that compute a channel and those that read it."""
     made = torch.stack([weights[layer].amax(2).reshape(-1) for layer in group.makers]).amax(0).double()
     read = torch.stack([_by_channel(weights[layer], group) for layer in group.readers]).amax(0).double()
     return (made / read).sqrt()
@@ -130,7 +130,7 @@ def _by_weights(weights: dict[Node, torch.Tensor], group: ChannelGroup) -> torch
 def _activations(
     module: GraphModule, groups: list[ChannelGroup], sample: Sequence[Inputs]
 ) -> dict[ChannelGroup, torch.Tensor]:
-    """How large each channel of the groups gets, where that is a number."""
+    """The largest absolute value of each channel of the groups, where it is finite."""
     axes = {node: place.axis for group in groups for node, place in group.tensors.items() if not _is_clamped(node)}
     ranges = channel_ranges(module, axes, sample)
     found = {}
@@ -143,23 +143,23 @@ def _activations(
 
 
 def _by_activation(weights: dict[Node, torch.Tensor], group: ChannelGroup, activation: torch.Tensor) -> torch.Tensor:
-    """What makes the channels of an activation, and the columns that read them, fill their grids alike."""
-    grids = [w for w in (weights[layer] for layer in group.readers) if w.shape[2] > 1]  # not those of depthwise layers
-    columns = [_by_channel(w / w.amax(2, keepdim=True).clamp(min=_TINY), group) for w in grids]
+    """The factors that equalize an activation's channels against the weight columns that read them."""
+    dense = [w for w in (weights[layer] for layer in group.readers) if w.shape[2] > 1]  # not those of depthwise layers
+    columns = [_by_channel(w / w.amax(2, keepdim=True).clamp(min=_TINY), group) for w in dense]
     scale = (activation / torch.stack(columns).amax(0).double()).sqrt() if columns else activation
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    # The tensor's range stays, and its channels fill it: those that can't be scaled lie within it already.
+    # The tensor's range does not change; channels that can't be scaled lie within it.
     return scale * ((activation / scale).max() / activation.max())
 
 
 def _is_clamped(node: Node) -> bool:
-    """Whether ``node`` only goes into a clamp, with which it shares a grid."""
+    """Whether only a clamp reads ``node``: it then shares the clamp's quantization parameters."""
     user = only_user(node)
     return user is not None and clamp_limits(user) is not None
 
 
 def _by_channel(weight: torch.Tensor, group: ChannelGroup) -> torch.Tensor:
-    """The largest of the magnitudes [groups, outputs, inputs] that meets each channel of the group that it reads."""
+    """The largest of the magnitudes [groups, outputs, inputs] for each channel of the group that the layer reads."""
     return weight.amax(1).reshape(len(group.fixed), -1).amax(1)
 
 

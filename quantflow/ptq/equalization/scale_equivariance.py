@@ -1,4 +1,4 @@
-"""Operators that a positive scale of each channel passes through: scaled before or after, the result is the same."""
+"""Scale equivariance: operators that commute with a positive scale of each channel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, node_argument, op, value
 
-# Whatever the channels are, each element by itself.
+# Elementwise: for channels in any dimension.
 _ELEMENTWISE = INFERENCE_IDENTITIES | {
     aten.leaky_relu.default,
     aten.clone.default,
@@ -16,7 +16,7 @@ _ELEMENTWISE = INFERENCE_IDENTITIES | {
     aten.neg.default,
     aten.abs.default,
 }
-# Over the places of one channel: how many dimensions of places they take, after that of channels.
+# Within a channel: the number of spatial dimensions, which follow that of the channels.
 _POOLS = {
     aten.max_pool1d.default: 1,
     aten.max_pool2d.default: 2,
@@ -35,9 +35,9 @@ _FLATTENS = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.
 
 
 def commutes(node: Node, axis: int) -> bool:
-    """Whether a positive scale of each channel, in dimension ``axis`` of its first argument, passes ``node`` unchanged.
+    """Whether ``node`` commutes with a positive scale of each channel, in dimension ``axis`` of its first argument.
 
-    Its output has channels in the same dimension. Clamps are not told of here: theirs is a matter of values.
+    The output has its channels in the same dimension. Clamps are not considered: they depend on the values.
     """
     x = value(node_argument(node)) if node.args else None
     if x is None:
@@ -66,7 +66,7 @@ def _averages_places(node: Node, axis: int, ndim: int) -> bool:
 
 
 def flattened_places(node: Node) -> int | None:
-    """How many places of each channel (dimension 1) ``node`` makes features of [examples, features], None where it doesn't."""
+    """The number of positions per channel that ``node`` flattens into [examples, features]; None if it doesn't."""
     before, after = value(node_argument(node)), value(node)
     if op(node) not in _FLATTENS or before is None or after is None or after.ndim != 2 or before.ndim < 2:
         return None

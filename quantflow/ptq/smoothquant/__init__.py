@@ -1,1 +1,1 @@
-"""SmoothQuant: outliers of activations are scaled into the weights that read them (Xiao et al. 2022, arXiv:2211.10438)."""
+"""SmoothQuant: scales outliers of activations into the weights that read them (Xiao et al. 2022, arXiv:2211.10438)."""

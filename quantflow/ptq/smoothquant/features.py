@@ -1,4 +1,4 @@
-"""Following features, the last dimension of a tensor, to the linear layers that read them."""
+"""Finds the linear layers that read the features (the last dimension) of a tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOVED: dict[object, tuple[str, ...]] = {
 
 
 def linear_readers(module: GraphModule, node: Node, reads: Mapping[str, int]) -> list[Node] | None:
-    """The linear layers that read the features of ``node``; None where anything else does, or one with a shared weight."""
+    """The linear layers that read the features of ``node``; None if another operator does, or a layer with a shared weight."""
     found: list[Node] = []
     waiting = [node]
     while waiting:
@@ -42,7 +42,7 @@ def linear_readers(module: GraphModule, node: Node, reads: Mapping[str, int]) ->
 
 
 def _keeps(node: Node) -> bool:
-    """Whether ``node`` leaves the features of its first argument in the last dimension, whole and in order."""
+    """Whether ``node`` keeps the features of its first argument in the last dimension, complete and in order."""
     before, after = value(node_argument(node)), value(node)
     if before is None or after is None or before.ndim == 0:
         return False
@@ -63,7 +63,7 @@ def _keeps(node: Node) -> bool:
 
 
 def _pads_rows(node: Node) -> bool:
-    """Whether ``node`` adds rows only, and those of zeros or of what is there."""
+    """Whether ``node`` pads rows only, with zeros or copies of existing rows."""
     constant = op(node) is aten.constant_pad_nd.default or argument(node, "mode") == "constant"
     return list(argument(node, "pad")[:2]) == [0, 0] and not (constant and argument(node, "value"))
 

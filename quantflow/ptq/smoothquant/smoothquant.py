@@ -1,4 +1,4 @@
-"""SmoothQuant: outlying channels of what linear layers read, moved into their weights."""
+"""SmoothQuant: moves outlier channels of the inputs of linear layers into their weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quantflow.ptq.smoothquant.features import linear_readers
 from quantflow.simulation.preconditions import check_float, draw
 
 _STAGE = "smooth"
-_NORMS = {  # and the constants that scale what they put out
+_NORMS = {  # and the parameters that scale their outputs
     aten.layer_norm.default: ("weight", "bias"),
     aten.rms_norm.default: ("weight",),
     BATCH_NORM: ("weight", "bias"),
@@ -30,8 +30,8 @@ _NORMS = {  # and the constants that scale what they put out
 
 
 @dataclass(frozen=True)
-class _Seam:
-    """Where a scale goes: what puts the features out, and the linear layers that read them."""
+class _Smoothable:
+    """A node whose output features are scaled, and the linear layers that read them."""
 
     source: Node
     readers: list[Node]
@@ -45,17 +45,16 @@ def smooth(
 
     Each feature is divided by ``max|x|**strength / max|w|**(1 - strength)``, in the weight and bias of the norm (layer norm,
     RMS norm, batch norm), of the linear layer or of the constant factor that makes it, and the columns of the linear layers
-    that read it are multiplied by that. Layers that read one norm (query, key, value) share the scale; where anything else
-    reads it too, nothing is done. (Xiao et al. 2023, SmoothQuant, arXiv:2211.10438.)
+    that read it are multiplied by that. Layers that read one norm (query, key, value) share the scale; where another operator
+    reads it too, nothing is scaled. (Xiao et al. 2023, SmoothQuant, arXiv:2211.10438.)
 
-    It hurts where weights have few bits (4), since the columns of outlier features then take resolution from the others, and
-    where a feature of ``data`` is small by chance. At ``strength`` 1 features are all alike and the weights have all the
-    difficulty.
+    It hurts with weights of few bits (4), since the columns of outlier features then reduce the resolution of the others, and
+    where a feature of ``data`` is small by chance. At ``strength`` 1 all features have equal ranges.
 
     Args:
         graph: What ``Exported.module()`` returned, before :func:`quantflow.prepare`; it is left as it was.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
-        strength: How much of the difficulty goes from the activations to the weights, 0 to 1.
+        strength: The migration strength, 0 to 1: how far ranges of activations are moved into the weights.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
 
     Returns:
@@ -83,31 +82,31 @@ def smooth(
     smoothed = adopt(graph)
     training = smoothed.training
     smoothed.eval()
-    seams = _seams(smoothed)
-    if not seams:
+    found = _smoothable(smoothed)
+    if not found:
         reason = "no norm or linear layer is read by linear layers alone: the graph stays as it is"
         remedy = "nothing to do; equalize is for convolutions"
         warnings.warn(QuantflowWarning(_STAGE, reason, node="graph", remedy=remedy), stacklevel=2)
         return smoothed.train(training)
     sample = draw(smoothed, data, stage=_STAGE, inputs=inputs)
-    ranges = channel_ranges(smoothed, {seam.source: -1 for seam in seams}, sample)
-    for seam in seams:
-        weights = torch.stack([magnitudes(smoothed, layer).amax((0, 1)).double() for layer in seam.readers]).amax(0)
-        scale = ranges[seam.source].to(weights) ** strength / weights ** (1 - strength)
+    ranges = channel_ranges(smoothed, {place.source: -1 for place in found}, sample)
+    for place in found:
+        weights = torch.stack([magnitudes(smoothed, layer).amax((0, 1)).double() for layer in place.readers]).amax(0)
+        scale = ranges[place.source].to(weights) ** strength / weights ** (1 - strength)
         scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-        _divide(smoothed, seam.source, scale)
-        for layer in seam.readers:
+        _divide(smoothed, place.source, scale)
+        for layer in place.readers:
             multiply_inputs(smoothed, layer, scale)
     smoothed.recompile()
     return smoothed.train(training)
 
 
-def _seams(module: GraphModule) -> list[_Seam]:
+def _smoothable(module: GraphModule) -> list[_Smoothable]:
     reads = reads_of(module.graph)
     found = []
     for node in module.graph.nodes:
         if _can_be_divided(module, node, reads) and (readers := linear_readers(module, node, reads)) is not None:
-            found.append(_Seam(node, readers))
+            found.append(_Smoothable(node, readers))
     return found
 
 
@@ -130,7 +129,7 @@ def _can_be_divided(module: GraphModule, node: Node, reads: Mapping[str, int]) -
 
 
 def _factor(module: GraphModule, node: Node, reads: Mapping[str, int]) -> Node | None:
-    """The constant, one number a feature, by which ``node`` multiplies."""
+    """The constant, one number per feature, by which ``node`` multiplies."""
     for constant, other in (node.args[:2], node.args[1::-1]):
         if is_constant(constant) and isinstance(other, Node) and not is_constant(other):
             owned = reads[str(constant.target)] == 1
@@ -141,7 +140,7 @@ def _factor(module: GraphModule, node: Node, reads: Mapping[str, int]) -> Node |
 
 
 def _divide(module: GraphModule, node: Node, scale: torch.Tensor) -> None:
-    """Divide each feature that ``node`` puts out by ``scale``, float64 [features]."""
+    """Divide each output feature of ``node`` by ``scale``, float64 [features]."""
     if op(node) in LINEARS:
         divide_outputs(module, node, scale)
         return

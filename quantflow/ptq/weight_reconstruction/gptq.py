@@ -1,4 +1,4 @@
-"""Rounding weights one feature at a time, each rounding error made good by the features that are left."""
+"""GPTQ: rounds weights feature by feature; the remaining features compensate each rounding error."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def round_weights(
     quant_min: int,
     quant_max: int,
 ) -> torch.Tensor:
-    """The integers for ``weight`` with a small error of the layer's output, by GPTQ (Frantar et al. 2023, arXiv:2210.17323).
+    """Round ``weight`` with a small error of the layer's output, by GPTQ (Frantar et al. 2023, arXiv:2210.17323).
 
-    Features go by falling variance; the damping is the paper's 1 %. Where nearest rounding does better for an output, it is
-    kept.
+    Features are processed by decreasing variance; the damping is the paper's 1 %. An output keeps nearest rounding if that has
+    the smaller error.
 
     Args:
         weight: [groups, outputs, features], float64.
@@ -65,5 +65,5 @@ def round_weights(
 
 
 def output_error(difference: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """The mean squared error that a ``difference`` of weights makes in each output, [groups, outputs]."""
+    """The mean squared error of each output for a ``difference`` of weights, [groups, outputs]."""
     return ((difference @ covariance) * difference).sum(2)

@@ -1,4 +1,4 @@
-"""The weights that best reproduce a layer's float output from the inputs that it gets once they are quantized."""
+"""Least squares: the weight that best reproduces a layer's float output from its quantized inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantflow.ptq.weight_reconstruction.moments import Moments
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FEW = (1e-2, 1e-1, 1.0, 10.0)
-_MANY = 1024  # features from which on each solution is dear
+_MANY = 1024  # features from which a solution is slow
 
 
 def correction(first: Moments, second: Moments) -> torch.Tensor:
@@ -18,7 +18,7 @@ def correction(first: Moments, second: Moments) -> torch.Tensor:
 
     Ridge regression of the residual (float output less that of the weight on the quantized inputs) on those inputs. The
     ridge, relative to the mean variance of a feature, is the one that generalises best from one half of the data to the
-    other, chosen by each group of its own; no correction at all is one of the choices.
+    other, for each group; no correction is one of the choices.
     """
     whole = first + second
     folds = [(first, second), (second, first)]
@@ -50,5 +50,5 @@ def ridged(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def _gain(found: torch.Tensor, held_out: Moments) -> torch.Tensor:
-    """How the squared error changes on other data, [groups]: negative where it falls."""
+    """The change of the squared error on other data, [groups]; negative is better."""
     return ((found * (held_out.covariance @ found)) - 2 * found * held_out.cross_covariance).sum((1, 2))

@@ -1,4 +1,4 @@
-"""Weighted first and second moments of a layer's inputs and errors, gathered batch by batch."""
+"""Weighted first and second moments of a layer's inputs and errors, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 @dataclass
 class Moments:
-    """Sums over rows, about a fixed shift so that large means cancel nothing; float64.
+    """Sums over rows, relative to a fixed shift against cancellation with large means; float64.
 
     Attributes:
-        shift: What is taken off the inputs, [groups, 1, features].
+        shift: Subtracted from the inputs, [groups, 1, features].
         weight: Sum of the rows' weights, [groups].
         x: Inputs, [groups, features].
         r: Residuals, [groups, outputs].

@@ -1,4 +1,4 @@
-"""Weights and biases that make good what quantizing does to a layer's inputs and to its weights."""
+"""Weight reconstruction: weights and biases with which a layer's quantized output is closest to its float output."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from quantflow.observers.observation import affine
 from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
-from quantflow.ptq.writing import Grid, add_to_bias, by_output, write_weight
+from quantflow.ptq.writing import QParams, add_to_bias, by_output, write_weight
 from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.simulation.output_gradients import ROWS, OutputGradients, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair, run_paired
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 _SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
-_FINE = 64  # levels from which on shrinking a weight's range brings nothing
+_FINE = 64  # levels from which a smaller weight range does not help
 
 
 @torch.no_grad()
@@ -33,15 +33,15 @@ def reconstruct_weights(
 
     The float network and the integer network run side by side, layer by layer. Each layer's weight is fitted by ridge
     regression to its float output, given the inputs as the integer network has them, and rounded by GPTQ (Frantar et al. 2023,
-    arXiv:2210.17323); its bias takes what is left of the mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows
-    count by how much the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound,
+    arXiv:2210.17323); its bias takes the remaining mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows
+    are weighted by how much the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound,
     arXiv:2004.10568, section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
         sample: Batches of flat inputs, as ``Sample.batches()`` returns them, two or more; of one, weights are rounded but not
             fitted.
-        gradients: What :func:`quantflow.ptq.output_gradients` found on the same sample; without, all rows count alike.
+        gradients: What :func:`quantflow.ptq.output_gradients` found on the same sample; without, all rows have equal weight.
         progress: Show a progress bar.
 
     Returns:
@@ -68,7 +68,7 @@ def reconstruct_weights(
 
 
 def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | None) -> None:
-    """Give the layer at ``pair`` the weight and the bias that fit."""
+    """Fit the weight and the bias of the layer at ``pair``."""
     layer = pair.layer
     weight = tensor_of(graph, node_argument(layer.weight)).detach()
     matrices = layer.matrices(weight)
@@ -90,18 +90,18 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
     if not all(t.isfinite().all() for t in (whole.xx, whole.xr)):
         return
     fitted = matrices.double() + (0.0 if second is None else correction(first, second))
-    grid = _grid(layer, fitted, whole, weight)
+    qparams = _qparams(layer, fitted, whole, weight)
     observer = affine(layer.observer)
-    scale, zero_point = (by_output(q, layer, weight) for q in grid)
+    scale, zero_point = (by_output(q, layer, weight) for q in qparams)
     rounded = round_weights(fitted, whole.covariance, scale, zero_point, observer.quant_min, observer.quant_max)
     change = rounded - matrices
     bias = whole.mean_r - whole.mean_x @ change.transpose(1, 2)
-    write_weight(graph, layer, rounded, grid)
+    write_weight(graph, layer, rounded, qparams)
     add_to_bias(graph, layer, bias)
 
 
-def _grid(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> Grid:
-    """Scale and zero point for the fitted weight: its extremes or, where levels are few, what errs least in the output."""
+def _qparams(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> QParams:
+    """Scale and zero point of the fitted weight: by its extremes or, with few levels, by the least output error."""
     observer = affine(layer.observer)
     limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
     symmetric = observer.qscheme in SYMMETRIC
@@ -112,8 +112,8 @@ def _grid(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Te
     if observer.quant_max - observer.quant_min < _FINE:
         least = torch.full_like(best, float("inf"))
         for factor in _SHRINK:
-            grid = choose_qparams(low * factor, high * factor, symmetric=symmetric, **limits)
-            scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in grid)
+            qparams = choose_qparams(low * factor, high * factor, symmetric=symmetric, **limits)
+            scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in qparams)
             integers = (torch.round(fitted / scale) + zero_point).clamp(*limits.values())
             error = output_error((integers - zero_point) * scale - fitted, moments.covariance).reshape(-1)
             error = error if per_channel else error.sum()[None]
