@@ -23,4 +23,4 @@ def test_effects_are_known_behind_token_numbers():
     assert effects["hidden"] is not None
     assert effects["head"] is not None
     recovered = qf.recover(text, [IDS], progress=False)
-    assert any("ranges" in step.name for step in recovered.steps)
+    assert any("range optimization" in step.name for step in recovered.steps)
