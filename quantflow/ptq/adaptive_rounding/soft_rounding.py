@@ -81,9 +81,9 @@ def descend(
     """Learn all ``roundings`` at once by Adam.
 
     Args:
-        roundings: What to learn, in place. error: The loss of soft weights, in the order of ``roundings``, a scalar; called
-        once per step. It should be proportional to
-            the number of weights, and relative to the error of nearest rounding.
+        roundings: What to learn, in place.
+        error: The loss of soft weights, in the order of ``roundings``, a scalar; called once per step. It should be
+            proportional to the number of weights, and relative to the error of nearest rounding.
         iterations: Steps.
 
     Returns:
