@@ -65,8 +65,8 @@ def adaround(
         graph: A prepared and calibrated graph; it is left as it was.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
         gradients: What :func:`quantflow.ptq.output_gradients` found on the batches of that sample: rows are weighted by
-            how much the network's output depends on them. Without, all have equal weight. At the output of a block they are known where
-            only clamps and sums follow its last layer; elsewhere all rows have equal weight.
+            how much the network's output depends on them. Without, all have equal weight. At the output of a block they are
+            known where only clamps and sums follow its last layer; elsewhere all rows have equal weight.
         together: The least number of layers to learn at once; 1 is layer by layer.
         iterations: Steps of Adam for each layer or block.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
