@@ -36,13 +36,16 @@ def reads_of(graph: Graph) -> Reads:
 
 
 def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
-    """Set the parameter (or buffer) called ``name`` to ``tensor``, replacing the old one."""
+    """Set the parameter (or buffer) called ``name`` to ``tensor``, replacing the old one. A frozen parameter stays frozen."""
     path, _, leaf = name.rpartition(".")
     owner = submodule_at(module, path)
+    learns = tensor.is_floating_point()
     if hasattr(owner, leaf):
+        old = getattr(owner, leaf)
+        learns = learns and (not isinstance(old, torch.nn.Parameter) or old.requires_grad)
         delattr(owner, leaf)
     if parameter:
-        owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=learns))
     else:
         owner.register_buffer(leaf, tensor)
 

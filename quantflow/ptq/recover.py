@@ -18,6 +18,10 @@ from quantflow.errors import QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
+from quantflow.observers.fake_quantize import FakeQuantize
+from quantflow.observers.learned_step_size import LearnedStepSize
+from quantflow.observers.observation import is_fake_quantizer, observers_of
+from quantflow.preparation.forms import make_trainable, ptq_form
 from quantflow.ptq.batch_interaction import examples_interact, examples_of
 from quantflow.ptq.range_optimization import optimize_ranges
 from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
@@ -104,8 +108,8 @@ def recover(
     which the examples of a batch act on each other, since the batches of a sample hold other examples together.
 
     Args:
-        graph: A prepared and calibrated graph (PTQ), by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it
-            was.
+        graph: A prepared and calibrated graph, by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it was. Of
+            a graph prepared for QAT, batch norm is folded, and training starts from the recovered weights and ranges.
         data: The sample that :func:`quantflow.calibrate` drew, or batches to draw one from; labels are not used.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
         progress: Show progress bars.
@@ -114,8 +118,8 @@ def recover(
         The graph and the steps that were tried.
 
     Raises:
-        QuantflowError: at stage ``"recover"``, when the graph is not prepared for PTQ or not calibrated, there is no data, or
-            a batch does not fit it.
+        QuantflowError: at stage ``"recover"``, when the graph is not prepared or not calibrated, there is no data, or a batch
+            does not fit it.
 
     Example:
         >>> import torch
@@ -129,13 +133,12 @@ def recover(
         >>> recovered.steps[0].name, recovered.steps[0].kept
         ('as calibrated', True)
     """
-    check_calibrated(graph, "recover")
-    current = adopt(graph).eval()
+    check_calibrated(graph, "recover", trainable=True)
+    fake_quantizers = [module for module in observers_of(graph).values() if is_fake_quantizer(module)]
+    current = ptq_form(graph) if fake_quantizers else adopt(graph).eval()
 
     def as_calibrated(reason: str) -> RecoveryResult:
-        return RecoveryResult(
-            current.train(graph.training), (Step(f"as calibrated, since {reason}", math.nan, kept=True),)
-        )
+        return RecoveryResult(adopt(graph), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
 
     if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
         return as_calibrated("it keeps state")
@@ -168,6 +171,9 @@ def recover(
             "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
         )
         warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
+    if fake_quantizers:
+        learned = any(isinstance(module, LearnedStepSize) for module in fake_quantizers)
+        make_trainable(current, LearnedStepSize if learned else FakeQuantize)
     return RecoveryResult(current.train(graph.training), tuple(steps))
 
 

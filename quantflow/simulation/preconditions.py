@@ -27,15 +27,15 @@ def check_float(graph: object, stage: str) -> None:
         raise QuantflowError(stage, "the graph is prepared already", node=next(iter(observers)), remedy=remedy)
 
 
-def check_calibrated(graph: object, stage: str) -> None:
-    """Refuse what is not a graph that is prepared for PTQ and calibrated."""
+def check_calibrated(graph: object, stage: str, *, trainable: bool = False) -> None:
+    """Refuse what is not a graph that is prepared for PTQ (or, if ``trainable``, for QAT) and calibrated."""
     observers = observers_of(graph) if isinstance(graph, GraphModule) else {}
     if not observers:
         remedy = "call qf.prepare(graph, quantizer) and qf.calibrate first"
         raise QuantflowError(stage, "the graph was not prepared", node="graph", remedy=remedy)
     for name, observer in observers.items():
-        if is_fake_quantizer(observer):
-            remedy = "recovery is for PTQ; a graph prepared with qat=True recovers by qf.train"
+        if is_fake_quantizer(observer) and not trainable:
+            remedy = "use qf.recover, which takes such a graph, or prepare the graph without qat=True"
             raise QuantflowError(stage, "the graph is prepared for training", node=name, remedy=remedy)
         if not has_seen_data(observer):
             remedy = "call qf.calibrate(graph, data) first"

@@ -21,8 +21,9 @@ from quantflow.data.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.observation import is_converted, is_fake_quantizer, observers_of
+from quantflow.observers.observation import is_converted, observers_of
 from quantflow.observers.synchronization import check_synchronizable_in_training
+from quantflow.preparation.forms import make_trainable
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
@@ -67,8 +68,9 @@ def train(
     (:class:`quantflow.distributed.Peers`).
 
     Args:
-        graph: A captured graph, prepared with ``qat=True`` to train with fake quantization. Trained in place; left in
-            inference mode.
+        graph: A captured graph, prepared with ``qat=True`` to train with fake quantization. A graph that was prepared for PTQ
+            and calibrated (and recovered) trains from its weights and ranges: its observers become fake quantizers. Trained in
+            place; left in inference mode.
         data: A loader of ``(inputs, target)`` batches, iterated once an epoch. For a run to be repeatable its order must
             follow from torch's random state (a shuffling DataLoader does) or from its own ``generator``, which is seeded anew
             each epoch.
@@ -101,7 +103,7 @@ def train(
         The losses and metrics of all epochs.
 
     Raises:
-        QuantflowError: at stage ``"train"``, when the graph is prepared for PTQ, converted or has no parameters to train,
+        QuantflowError: at stage ``"train"``, when the graph is not calibrated, is converted or has no parameters to train,
             there is no data or target, the loss stops being a number, the optimizer or scheduler can't be used (or saved, with
             ``checkpoints``), or another process fails.
 
@@ -121,6 +123,7 @@ def train(
         if not isinstance(graph, TrainableGraphModule):
             remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
             raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
+        make_trainable(graph)
         _check(graph)
         check_synchronizable_in_training(graph)
         there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
@@ -202,10 +205,6 @@ def train(
 
 def _check(graph: TrainableGraphModule) -> None:
     """Raise for a graph that can't learn; warn of layers whose training behavior is not in the graph."""
-    observed = [name for name, m in observers_of(graph).items() if not is_fake_quantizer(m)]
-    if observed:
-        reason = "the graph was prepared for PTQ: batch norm is folded away and nothing is rounded"
-        raise QuantflowError("train", reason, node=observed[0], remedy="qf.prepare(graph, quantizer, qat=True)")
     if not any(p.requires_grad for p in graph.parameters()) or is_converted(graph):
         remedy = "train before qf.convert: qf.prepare(graph, quantizer, qat=True), qf.train, qf.convert"
         raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)

@@ -106,7 +106,7 @@ def test_bad_input_names_stage_and_remedy():
     for bad, data, words in (
         (graph, [x], "not prepared"),
         (qf.prepare(graph, XNNPACKQuantizer()), [x], "not calibrated"),
-        (qf.prepare(graph, XNNPACKQuantizer(), qat=True), [x], "training"),
+        (qf.prepare(graph, XNNPACKQuantizer(), qat=True), [x], "not calibrated"),
         (calibrated(nn.Linear(4, 4), (x,), [x]), [], "no data"),
         (calibrated(nn.Linear(4, 4), (x,), [x]), [torch.randn(8, 5)], "shape"),
         (calibrated(nn.Linear(4, 4), (x,), [x]), qf.Sample(), "no data"),
