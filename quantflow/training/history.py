@@ -15,9 +15,11 @@ class History:
 
     Attributes:
         loss: The mean training loss of each epoch.
+        start_metric: The value of ``validate`` before the first step; None without ``validate``.
         metric: The value of ``validate`` after each epoch, for the graph with fake quantization; empty without ``validate``.
         converted_metric: The value of ``validate`` after each epoch, for the converted graph; empty unless asked for.
-        best_epoch: The epoch whose weights were kept, from 0; None where those of the last were.
+        best_epoch: The epoch whose weights were kept, from 0; -1 where those before the first step were, None without
+            ``validate``, where those of the last epoch are.
         resumed_at: The steps at which the run was resumed.
 
     Example:
@@ -31,6 +33,7 @@ class History:
     """
 
     loss: list[float] = field(default_factory=list)
+    start_metric: float | None = None
     metric: list[float] = field(default_factory=list)
     converted_metric: list[float] = field(default_factory=list)
     best_epoch: int | None = None
@@ -47,7 +50,8 @@ class History:
         axes[0, 0].set(xlabel="epoch", ylabel="training loss")
         if self.metric:
             axis = axes[0, 1]
-            axis.plot(epochs, self.metric, marker="o", label="fake quantized")
+            start = [] if self.start_metric is None else [self.start_metric]
+            axis.plot([*range(len(start)), *epochs], start + self.metric, marker="o", label="fake quantized")
             if self.converted_metric:
                 axis.plot(epochs, self.converted_metric, marker="x", linestyle="--", label="converted")
             if self.best_epoch is not None:

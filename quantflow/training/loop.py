@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
@@ -88,8 +89,9 @@ def train(
         ema: Decay of an exponential moving average of the parameters, which is what is validated and kept; None for none.
         amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
         compile: Run forward and backward through ``torch.compile``.
-        validate: Called with the graph in inference mode after each epoch; higher is better. The best epoch's state is kept.
-            Of several processes each calls it, on data of its own or on all, and the mean over them counts.
+        validate: Called with the graph in inference mode before the first step and after each epoch; higher is better. The
+            state with the best value is kept, that of the start included: training never ends below it. Of several processes
+            each calls it, on data of its own or on all, and the mean over them counts.
         validate_converted: Call ``validate`` with the converted graph as well.
         patience: Stop after so many epochs without a better value of ``validate``; None to go on.
         checkpoints: Save the run as it goes, and resume it: killed at any moment and started again with the same arguments,
@@ -166,6 +168,8 @@ def train(
             run.history.resumed_at.append(run.step)
         _check_alike(peers.answers([fingerprint, run.step]))
         try:
+            if validate is not None and not run.step:
+                _score_start(run, peers, validate)
             with tqdm(
                 desc="train",
                 total=total,
@@ -231,6 +235,15 @@ def _check_alike(everyone: list[list[object]]) -> None:
             raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
 
 
+def _score_start(run: TrainingState, peers: distributed.Peers, validate: Validate) -> None:
+    """Make the state before the first step a candidate for the best."""
+    run.graph.eval()
+    with torch.no_grad():
+        metric = statistics.fmean(peers.answers(float(validate(run.graph))))
+    run.history.start_metric = metric
+    run.keep(run.graph, float("-inf") if math.isnan(metric) else metric, -1)
+
+
 def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:
     run.history.loss.append(statistics.fmean(peers.answers(run.loss_sum / max(run.batch, 1))))
     run.graph.eval()
@@ -243,9 +256,8 @@ def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate 
         metric, *rest = map(statistics.fmean, zip(*peers.answers(figures), strict=True))
         run.history.metric.append(metric)
         run.history.converted_metric += rest
-        if metric > run.best_metric:
-            run.best_metric, run.history.best_epoch = metric, run.epoch
-            run.best = {name: t.detach().clone() for name, t in kept.state_dict().items()}
+        if metric > run.best_metric or (run.history.best_epoch == -1 and metric == run.best_metric):
+            run.keep(kept, metric, run.epoch)
     end_epoch_on_plateau(run)
     run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
 

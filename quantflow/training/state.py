@@ -73,6 +73,11 @@ class TrainingState:
         text = json.dumps([shapes, called, kinds, groups, options], default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def keep(self, graph: TrainableGraphModule, metric: float, epoch: int) -> None:
+        """Keep the state of ``graph`` as the best."""
+        self.best_metric, self.history.best_epoch = metric, epoch
+        self.best = {name: tensor.detach().clone() for name, tensor in graph.state_dict().items()}
+
     def saved(self) -> tuple[Tensors, dict[str, Any]]:
         """The tensors of the run by name, and the rest of its state as JSON data. All processes must call it.
 

@@ -47,7 +47,7 @@ def test_mixed_precision_trains():
 
 
 def test_patience_stops_and_the_best_is_kept():
-    figures = iter([0.1, 0.9, 0.2, 0.3, 0.95])
+    figures = iter([0.0, 0.1, 0.9, 0.2, 0.3, 0.95])
     weights = []
 
     def validate(trained):
@@ -58,8 +58,28 @@ def test_patience_stops_and_the_best_is_kept():
     history = qf.train(trained, loader(), epochs=5, lr=0.05, validate=validate, patience=2, progress=False)
     assert history.metric == [0.1, 0.9, 0.2, 0.3]
     assert history.best_epoch == 1
-    assert torch.equal(trained.head.weight, weights[1])
+    assert torch.equal(trained.head.weight, weights[2])
     assert len(history.plot().axes) == 2
+
+
+@pytest.mark.parametrize("figures", [[0.5, 0.4, 0.1, 0.2, 0.3], [0.5, float("nan"), 0.1]])
+def test_training_never_ends_below_its_start(figures):
+    trained, given = graph(), iter(figures)
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    history = qf.train(
+        trained, loader(), epochs=2, lr=0.05, validate=lambda graph: next(given), patience=2, progress=False
+    )
+    assert history.start_metric == 0.5
+    assert len(history.metric) == 2  # two epochs without a better figure
+    assert history.best_epoch == -1
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_an_epoch_as_good_as_the_start_is_kept_and_a_start_that_is_no_number_is_not():
+    for figures, kept in (([0.5, 0.5, 0.5], 0), ([float("nan"), 0.1, 0.2], 1)):
+        given = iter(figures)
+        history = qf.train(graph(), loader(), epochs=2, lr=0.05, validate=lambda _: next(given), progress=False)  # noqa: B023
+        assert history.best_epoch == kept
 
 
 def test_schedule_is_data():
@@ -81,7 +101,13 @@ def test_freezes_on_schedule():
 
     schedule = qf.Schedule(freeze_batch_norm=0.5, freeze_observers=0.75)
     qf.train(trained, loader(), epochs=4, schedule=schedule, validate=look, progress=False)
-    assert states == [(False, True), (False, True), (True, True), (True, False)]
+    assert states == [
+        (False, True),
+        (False, True),
+        (False, True),
+        (True, True),
+        (True, False),
+    ]  # before, after each epoch
     assert not trained.batch_norm_frozen
 
 

@@ -217,7 +217,7 @@ def test_a_plateau_lowers_the_rate():
         validate=lambda graph: rates.append(optimizer.param_groups[0]["lr"]) or 0.5,
         progress=False,
     )
-    assert rates == pytest.approx([0.1, 0.1, 0.01])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])  # before the first epoch, after each
     with pytest.raises(qf.QuantflowError, match=r'ReduceLROnPlateau: mode "max"'):
         qf.train(graph, DataLoader(Augmented(), 4), optimizer=optimizer, scheduler=scheduler, progress=False)
 
