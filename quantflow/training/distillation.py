@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.training.features import FeatureRecorder, recorded_features
 
-# Arguments: the task's loss, the output, the positional and the keyword inputs of a batch.
-MixedLoss = Callable[[torch.Tensor, Any, tuple, dict[str, Any]], torch.Tensor]
+# Arguments: the task's loss (None if the teacher alone counts), the output, the positional and the keyword inputs of a batch.
+MixedLoss = Callable[[torch.Tensor | None, Any, tuple, dict[str, Any]], torch.Tensor]
 RecorderPairs = list[tuple[FeatureRecorder, FeatureRecorder]]  # (student, teacher)
 
 
@@ -29,7 +29,7 @@ class Distillation:
     Attributes:
         teacher: The float model in inference mode, called with the same inputs, without gradients. For ``features`` it is a
             captured graph.
-        weight: Share of the teacher, 0 to 1.
+        weight: Share of the teacher, 0 to 1. At 1 the teacher alone counts, and batches need no target.
         temperature: T, by which logits are divided.
         logits: Picks the logits, [batch, classes], out of an output; by default the output itself.
         features: Layers whose outputs are trained towards the teacher's, by their dotted names in the eager model.
@@ -66,14 +66,14 @@ class Distillation:
         """
         with recorded_features(graph, self.features) as ours, recorded_features(self.teacher, self.features) as theirs:
 
-            def mixed(task_loss: torch.Tensor, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+            def mixed(task_loss: torch.Tensor | None, output: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
                 return self._loss(task_loss, output, args, kwargs, list(zip(ours, theirs, strict=True)))
 
             yield mixed
 
     def _loss(
         self,
-        task_loss: torch.Tensor,
+        task_loss: torch.Tensor | None,
         output: Any,
         args: tuple,
         kwargs: dict[str, Any],
@@ -83,7 +83,9 @@ class Distillation:
             teacher = self.logits(self.teacher(*args, **kwargs)) / self.temperature
         student = F.log_softmax(self.logits(output) / self.temperature, dim=-1)
         divergence = F.kl_div(student, F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True)
-        total = (1 - self.weight) * task_loss + self.weight * self.temperature**2 * divergence
+        total = self.weight * self.temperature**2 * divergence
+        if task_loss is not None:
+            total = total + (1 - self.weight) * task_loss
         for ours, theirs in recorders:
             wanted = theirs.take()
             size = wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)

@@ -84,7 +84,7 @@ def train(
             cosine to zero where ``data`` has a length, and an optimizer that is given has none.
         schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
             QAT, ``Schedule.never()`` for one in float.
-        distill: Learn from a teacher besides.
+        distill: Learn from a teacher besides; with a weight of 1 from the teacher alone, from batches with or without targets.
         clip_norm: The largest norm of all gradients together; None for no limit.
         ema: Decay of an exponential moving average of the parameters, which is what is validated and kept; None for none.
         amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
@@ -179,6 +179,7 @@ def train(
                 leave=False,
             ) as bar:
                 batch_loss = BatchLoss(graph, loss, compile=compile)
+                batch_loss.without_targets = distill is not None and distill.weight == 1.0
                 forward = in_parallel(batch_loss, graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class BatchLoss(nn.Module):
 
     Attributes:
         mixed: The loss with distillation; None without distillation.
+        without_targets: Whether the teacher's loss alone counts.
     """
 
     def __init__(self, graph: TrainableGraphModule, loss: Loss, *, compile: bool) -> None:
@@ -39,14 +40,19 @@ class BatchLoss(nn.Module):
         self.network: Any = torch.compile(graph) if compile else graph
         self.loss = loss
         self.mixed: MixedLoss | None = None
+        self.without_targets = False
 
     def forward(self, batch: Batch, index: int) -> torch.Tensor:
-        if batch.target is None:
-            remedy = "give (inputs, target) batches"
+        if batch.target is None and not self.without_targets:
+            remedy = (
+                "give (inputs, target) batches, or learn from a teacher alone: qf.Distillation(teacher, weight=1.0)"
+            )
             raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
         output = self.network(*batch.args, **batch.kwargs)
-        value = self.loss(output, batch.target)
-        return value if self.mixed is None else self.mixed(value, output, batch.args, batch.kwargs)
+        value = None if self.without_targets else self.loss(output, batch.target)
+        if self.mixed is not None:
+            return self.mixed(value, output, batch.args, batch.kwargs)
+        return cast(torch.Tensor, value)
 
 
 def in_parallel(

@@ -1,5 +1,6 @@
 """Distillation pulls towards the teacher, by its outputs and by its features."""
 
+import pytest
 import torch
 from training_data import X, graph, loader
 
@@ -23,6 +24,18 @@ def test_distillation_pulls_towards_the_teacher():
     distill = qf.Distillation(teacher, weight=1.0, temperature=2.0)
     qf.train(student, loader(), epochs=12, lr=0.03, distill=distill, progress=False)
     assert gap() < 0.5 * before
+
+
+def test_a_teacher_alone_needs_no_targets():
+    teacher = graph(qat=False).eval()
+    losses = []
+    for data in (loader(), [x for x, _ in loader()]):
+        student = qf.calibrate(qf.prepare(teacher, XNNPACKQuantizer(), qat=True), [X], progress=False)
+        given = {"distill": qf.Distillation(teacher, weight=1.0), "loss": lambda output, target: 1 / 0}
+        losses.append(qf.train(student, data, lr=0.01, **given, progress=False).loss)
+    assert losses[0] == pytest.approx(losses[1])
+    with pytest.raises(qf.QuantflowError, match="no target"):
+        qf.train(student, [x for x, _ in loader()], distill=qf.Distillation(teacher), progress=False)
 
 
 def test_features_are_drawn_to_the_teachers():
