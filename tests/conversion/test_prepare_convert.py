@@ -177,7 +177,7 @@ def converted(graph, x):
         (lambda g, x: qf.convert(g), "convert", "not prepared"),
         (lambda g, x: qf.prepare(converted(g, x), XNNPACKQuantizer()), "prepare", "converted already"),
         (lambda g, x: qf.train(converted(g, x), [(x, x)]), "train", "before qf.convert"),
-        (lambda g, x: qf.train(qf.prepare(g, XNNPACKQuantizer()), [(x, x)]), "train", "qat=True"),
+        (lambda g, x: qf.train(qf.prepare(g, XNNPACKQuantizer()), [(x, x)]), "train", "qf.calibrate"),
         (lambda g, x: converted(g, x * float("nan")), "calibrate", "NaN"),
         (lambda g, x: XNNPACKQuantizer("int8"), "plan", "no Scheme"),
         (lambda g, x: XNNPACKQuantizer().plan(ConvNet()), "plan", "qf.export"),

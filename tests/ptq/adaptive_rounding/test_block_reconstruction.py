@@ -95,7 +95,7 @@ def test_errors_that_cancel_are_found_where_no_layer_sees_them():
     seen, unseen = x.split(300)
     sample = qf.Sample(300)
     graph = calibrated(model, (seen,), W4A8, sample)
-    with pytest.warns(qf.QuantflowWarning, match="2 .linear_1.: .*on their grid already"):
+    with pytest.warns(qf.QuantflowWarning, match="2 .linear_1.: .*quantized exactly already"):
         single, blocks_at_once = (adaround(graph, sample, together=n, iterations=200, progress=False) for n in (1, 2))
     with torch.no_grad():
         found = [outputs(g, [(unseen,)], integers=True)[0][0] for g in (graph, single, blocks_at_once)]
@@ -124,7 +124,7 @@ def test_a_graph_that_stock_torchao_prepared_passes_compose_and_memory_of_the_fl
     rounded = adaround(prepared, [inputs], together=3, iterations=100, progress=False)
     with torch.no_grad():
         torch.testing.assert_close(with_float_weights(rounded)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
-    with pytest.warns(qf.QuantflowWarning, match="on their grid already"):
+    with pytest.warns(qf.QuantflowWarning, match="quantized exactly already"):
         twice = adaround(rounded, [inputs], together=3, iterations=100, progress=False)
     assert all(torch.equal(x, twice.state_dict()[k]) for k, x in rounded.state_dict().items())
 
@@ -205,16 +205,16 @@ class NoGradient(nn.Module):
 
 
 CASES = {  # words of the warning: model
-    "too large to hold": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
+    "too large for memory": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
     "writes in place": Writes(),
     "no gradient": nn.Sequential(nn.Linear(8, 16), NoGradient(), nn.Linear(16, 8)),
-    "too few numbers": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)),
+    "too few elements": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)),
 }
 
 
 @pytest.mark.parametrize("words", CASES)
 def test_what_is_no_block_is_named_and_learned_layer_by_layer(words, monkeypatch):
-    if words == "too large to hold":
+    if words == "too large for memory":
         monkeypatch.setattr(block, "MEMORY", 1)
     sample = qf.Sample()
     graph = calibrated(CASES[words], (NETWORKS["chain"][1][0],), W4A8, sample)
@@ -228,7 +228,7 @@ def test_what_is_no_block_is_named_and_learned_layer_by_layer(words, monkeypatch
 def test_a_block_that_does_not_get_better_keeps_what_it_had_and_is_named():
     model, inputs, _ = NETWORKS["chain"]
     graph = calibrated(model, inputs)
-    with pytest.warns(qf.QuantflowWarning, match=r"0 \(linear\), 2 \(linear_1\).*errs less"):
+    with pytest.warns(qf.QuantflowWarning, match=r"0 \(linear\), 2 \(linear_1\).*reduces their block"):
         kept = adaround(graph, [inputs], together=5, iterations=1, progress=False)
     assert all(torch.equal(x, graph.state_dict()[k]) for k, x in kept.state_dict().items())
 
