@@ -36,7 +36,7 @@ def intermediate_outputs_of(graph: GraphModule) -> list[IntermediateOutput]:
     """The activations of a converted ``graph`` that a delegate holds as tensors of their own, in order.
 
     An operator that is fused with its successor (a convolution with its clamp) has no tensor there. Of a tensor with several
-    scales each is a intermediate.
+    scales each is one of these.
     """
     varying = _varying(graph)
     found, seen = [], set()

@@ -224,7 +224,8 @@ def _fold_weight(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
     folded = (weight.double() * pair.per_weight(scale, module)).to(weight.dtype)
     name = str(pair.weight.target)
     name = name if reads[name] == 1 else unused_name(module, name)
-    set_tensor(module, name, folded, parameter=True)
+    learns = _learns(module, pair.weight, argument(pair.norm, "weight"))
+    set_tensor(module, name, folded, parameter=True, learns=learns)
     return name
 
 
@@ -236,5 +237,11 @@ def _fold_bias(module: GraphModule, pair: NormedLayer, reads: Reads) -> str:
     own = argument(pair.layer, "bias")
     replaceable = own is not None and str(own.target) == name and reads[name] == 1
     name = name if replaceable else unused_name(module, name)
-    set_tensor(module, name, folded, parameter=True)
+    learns = _learns(module, pair.weight, own, argument(pair.norm, "bias"))
+    set_tensor(module, name, folded, parameter=True, learns=learns)
     return name
+
+
+def _learns(module: GraphModule, *reads: Node | None) -> bool:
+    """Whether any of the parameters that ``reads`` read is not frozen."""
+    return any(tensor_of(module, read).requires_grad for read in reads if read is not None)

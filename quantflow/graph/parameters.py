@@ -35,16 +35,27 @@ def reads_of(graph: Graph) -> Reads:
     return reads
 
 
-def set_tensor(module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool) -> None:
-    """Set the parameter (or buffer) called ``name`` to ``tensor``, replacing the old one. A frozen parameter stays frozen."""
+def set_tensor(
+    module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool, learns: bool | None = None
+) -> None:
+    """Set the parameter (or buffer) called ``name`` to ``tensor``, replacing the old one.
+
+    Args:
+        module: The graph, changed in place.
+        name: The name.
+        tensor: The new value.
+        parameter: Whether it is a parameter.
+        learns: Whether a float parameter requires a gradient; by default as the old one, and True without an old one.
+    """
     path, _, leaf = name.rpartition(".")
     owner = submodule_at(module, path)
-    learns = tensor.is_floating_point()
     if hasattr(owner, leaf):
         old = getattr(owner, leaf)
-        learns = learns and (not isinstance(old, torch.nn.Parameter) or old.requires_grad)
+        if learns is None and isinstance(old, torch.nn.Parameter):
+            learns = old.requires_grad
         delattr(owner, leaf)
     if parameter:
+        learns = tensor.is_floating_point() and learns is not False
         owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=learns))
     else:
         owner.register_buffer(leaf, tensor)
@@ -111,4 +122,4 @@ def drop_unused(module: GraphModule) -> None:
     for path, _ in reversed(list(module.named_modules(remove_duplicate=False))):
         if path and path not in used and not any(path.startswith(f"{kept}.") for kept in whole):
             owner, _, leaf = path.rpartition(".")
-            del own_modules(module.get_submodule(owner))[leaf]
+            own_modules(module.get_submodule(owner)).pop(leaf, None)  # gone already under another name of its owner

@@ -51,6 +51,8 @@ class FixedQParamsObserver(Observer):
             The observer.
         """
         given: Any = observer
+        if given.qscheme not in PER_CHANNEL:  # torchao's have one element
+            scale, zero_point = scale.reshape(()), zero_point.reshape(())
         return cls(
             scale,
             zero_point,
@@ -70,4 +72,4 @@ class FixedQParamsObserver(Observer):
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scale (float32) and the zero point (int32), scalars or one a channel."""
-        return self.scale, self.zero_point
+        return self.scale.clone(), self.zero_point.clone()

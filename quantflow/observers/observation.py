@@ -77,6 +77,15 @@ def _called(module: GraphModule) -> set[nn.Module]:
     return {inner for value in read if isinstance(value, nn.Module) for inner in value.modules()}
 
 
+def replace_observers(graph: GraphModule, by_old: dict[nn.Module, nn.Module]) -> None:
+    """Replace observers of ``graph``, in place, each under all its names: torchao shares one by setting it under several."""
+    device = next((t.device for t in (*graph.parameters(), *graph.buffers())), None)
+    for name, module in list(graph.named_modules(remove_duplicate=False)):
+        if module in by_old:
+            graph.set_submodule(name, by_old[module].to(device=device))
+    graph.recompile()
+
+
 def watching(observer: nn.Module) -> nn.Module:
     """The module that calibration data reach: the calibrating observer of a fake quantizer, or ``observer`` itself."""
     if isinstance(observer, FakeQuantize):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers import FixedQParamsObserver
-from quantflow.observers.observation import AffineObserver, affine
+from quantflow.observers.observation import AffineObserver, affine, replace_observers
 from quantflow.qparams.qparams import SYMMETRIC, choose_qparams
 from quantflow.simulation.output_gradients import BINS, OutputGradients, ValueGradients
 
@@ -43,13 +44,15 @@ def optimize_ranges(graph: GraphModule, gradients: OutputGradients) -> Trainable
         >>> sum(type(module).__name__ == "FixedQParamsObserver" for module in optimized.modules())
         2
     """
-    names = {module: name for name, module in graph.named_modules()}
     fixed = adopt(graph)
+    names = {module: name for name, module in graph.named_modules()}
+    made: dict[nn.Module, nn.Module] = {}
     for observer, of_value in gradients.values.items():
         if not of_value.sums:
             continue  # no output depends on it
         found = optimal_qparams(affine(observer), of_value)
-        fixed.set_submodule(names[observer], FixedQParamsObserver.like(observer, *found))
+        made[fixed.get_submodule(names[observer])] = FixedQParamsObserver.like(observer, *found)
+    replace_observers(fixed, made)
     return fixed
 
 

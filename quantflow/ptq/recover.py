@@ -19,7 +19,6 @@ from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.state import is_written
 from quantflow.metrics import signal_to_noise
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.learned_step_size import LearnedStepSize
 from quantflow.observers.observation import is_fake_quantizer, observers_of
 from quantflow.preparation.forms import make_trainable, ptq_form
 from quantflow.ptq.batch_interaction import examples_interact, examples_of
@@ -135,6 +134,7 @@ def recover(
     """
     check_calibrated(graph, "recover", trainable=True)
     fake_quantizers = [module for module in observers_of(graph).values() if is_fake_quantizer(module)]
+    training = adopt(graph).training  # a graph that stock torchao prepared says True in inference mode
     current = ptq_form(graph) if fake_quantizers else adopt(graph).eval()
 
     def as_calibrated(reason: str) -> RecoveryResult:
@@ -172,9 +172,9 @@ def recover(
         )
         warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
     if fake_quantizers:
-        learned = any(isinstance(module, LearnedStepSize) for module in fake_quantizers)
-        make_trainable(current, LearnedStepSize if learned else FakeQuantize)
-    return RecoveryResult(current.train(graph.training), tuple(steps))
+        kinds = {type(m) for m in fake_quantizers if isinstance(m, FakeQuantize) and not m.is_dynamic}
+        make_trainable(current, kinds.pop() if len(kinds) == 1 else FakeQuantize)
+    return RecoveryResult(current.train(training), tuple(steps))
 
 
 _NOTHING = 0.1  # dB: as much noise as signal

@@ -32,7 +32,8 @@ def add_to_bias(graph: GraphModule, layer: Layer, shift: torch.Tensor) -> None:
         set_tensor(graph, str(layer.bias.target), (bias + shift.reshape(-1)).to(bias), parameter=True)
         return
     name = unused_name(graph, f"{read.target!s}_bias")
-    set_tensor(graph, name, shift.reshape(-1).to(tensor_of(graph, read).detach()), parameter=True)
+    like = tensor_of(graph, read)
+    set_tensor(graph, name, shift.reshape(-1).to(like.detach()), parameter=True, learns=like.requires_grad)
     bias_read = read_attribute(graph, name, layer.node, layer.node)
     remember_float_weight(bias_read, torch.zeros_like(tensor_of(graph, bias_read)))
     set_argument(layer.node, "bias", bias_read)

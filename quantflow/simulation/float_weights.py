@@ -42,6 +42,11 @@ def with_float_weights(graph: GraphModule) -> TrainableGraphModule:
     return before
 
 
+def forget_float_weights(graph: GraphModule) -> dict[Node, torch.Tensor]:
+    """Let the weights that ``graph`` has now count as its float weights. Return those remembered so far."""
+    return {node: node.meta.pop(FLOAT_WEIGHT) for node in graph.graph.nodes if FLOAT_WEIGHT in node.meta}
+
+
 def remember_float_weight(read: Node, now: torch.Tensor) -> None:
     """Remember what the ``get_attr`` node reads ``now``, unless an earlier algorithm did."""
     read.meta.setdefault(FLOAT_WEIGHT, now.detach())

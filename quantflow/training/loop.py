@@ -22,9 +22,10 @@ from quantflow.data.batches import PickInputs
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.observation import is_converted, observers_of
+from quantflow.observers.observation import has_seen_data, is_converted, observers_of
 from quantflow.observers.synchronization import check_synchronizable_in_training
 from quantflow.preparation.forms import make_trainable
+from quantflow.simulation.float_weights import forget_float_weights, remember_float_weight
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
@@ -140,6 +141,7 @@ def train(
         frozen = graph.batch_norm_frozen
         switched: tuple[bool, ...] | None = None
         source = Epochs(data, inputs, there, seed)
+        before = forget_float_weights(graph)  # what training makes of them is what PTQ is measured against
 
         def save(*, ended: bool) -> None:
             if checkpoints is None:
@@ -205,6 +207,9 @@ def train(
             Schedule.never().apply(graph, 0.0, frozen=frozen)
             graph.eval()
         _keep_best(run)
+        if not run.step or run.history.best_epoch == -1:
+            for read, weight in before.items():
+                remember_float_weight(read, weight)
     return run.history
 
 
@@ -242,7 +247,8 @@ def _score_start(run: TrainingState, peers: distributed.Peers, validate: Validat
     with torch.no_grad():
         metric = statistics.fmean(peers.answers(float(validate(run.graph))))
     run.history.start_metric = metric
-    run.keep(run.graph, float("-inf") if math.isnan(metric) else metric, -1)
+    usable = not math.isnan(metric) and all(map(has_seen_data, observers_of(run.graph).values()))
+    run.keep(run.graph, metric if usable else float("-inf"), -1)
 
 
 def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:
@@ -281,4 +287,4 @@ def _keep_best(run: TrainingState) -> None:
 
 def _exhausted(run: TrainingState, patience: int | None) -> bool:
     best = run.history.best_epoch
-    return patience is not None and best is not None and run.epoch - 1 - best >= patience
+    return patience is not None and best is not None and run.epoch > 0 and run.epoch - 1 - best >= patience

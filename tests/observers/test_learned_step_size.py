@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import ConvNet
 from torch import nn
@@ -48,6 +48,8 @@ def test_gradient_is_the_papers(seed, zero_point, per_channel):
     zeros = torch.full_like(scale, zero_point, dtype=torch.int32)
     round_to_grid(x, scale, zeros, -128, 127, 0).backward(gradient)
     wide = scale.detach()[:, None] if per_channel else scale.detach()
+    position = 2 * x.detach() / wide
+    assume(not ((position - position.round()).abs() < 1e-4).any())  # at a tie, or at an end, the last bit decides
     to_scale, to_x = paper(x.detach(), wide, zero_point, -128, 127, gradient)
     expected = to_scale.sum(1) if per_channel else to_scale.sum()
     assert torch.allclose(scale.grad, expected, rtol=1e-3, atol=2e-2)

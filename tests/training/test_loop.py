@@ -64,7 +64,7 @@ def test_patience_stops_and_the_best_is_kept():
 
 @pytest.mark.parametrize("figures", [[0.5, 0.4, 0.1, 0.2, 0.3], [0.5, float("nan"), 0.1]])
 def test_training_never_ends_below_its_start(figures):
-    trained, given = graph(), iter(figures)
+    trained, given = qf.calibrate(graph(), [X], progress=False), iter(figures)
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     history = qf.train(
         trained, loader(), epochs=2, lr=0.05, validate=lambda graph: next(given), patience=2, progress=False
@@ -78,8 +78,20 @@ def test_training_never_ends_below_its_start(figures):
 def test_an_epoch_as_good_as_the_start_is_kept_and_a_start_that_is_no_number_is_not():
     for figures, kept in (([0.5, 0.5, 0.5], 0), ([float("nan"), 0.1, 0.2], 1)):
         given = iter(figures)
-        history = qf.train(graph(), loader(), epochs=2, lr=0.05, validate=lambda _: next(given), progress=False)  # noqa: B023
+        trained = qf.calibrate(graph(), [X], progress=False)
+        history = qf.train(trained, loader(), epochs=2, lr=0.05, validate=lambda _: next(given), progress=False)  # noqa: B023
         assert history.best_epoch == kept
+
+
+def test_a_start_without_ranges_is_never_kept():
+    trained, figures = graph(), iter([0.9, 0.1])
+    assert qf.train(trained, loader(), lr=0.05, validate=lambda _: next(figures), progress=False).best_epoch == 0
+    qf.convert(trained)
+
+
+def test_no_patience_trains_an_epoch():
+    history = qf.train(graph(), loader(), epochs=3, lr=0.05, validate=lambda _: 0.5, patience=0, progress=False)
+    assert len(history.loss) == 1
 
 
 def test_schedule_is_data():
