@@ -54,8 +54,8 @@ def test_an_epoch_ends_with_the_shortest_share(told, case, words):
 def test_they_stop_in_the_same_epoch_by_the_mean_figure(told):
     first, second = both(told, "validate_differs")
     agree(first, second)
-    assert first["metric"] == [-1.0, -2.0]  # of 1, 2 and -3, -6, after 0 and 0 before the first step
-    assert first["best"] == -1
+    assert first["metric"] == [-1.0, -2.0, -3.0]  # of 1, 2, 3 and -3, -6, -9, after a start without ranges
+    assert first["best"] == 0
 
 
 @pytest.mark.parametrize("case", ["calibration_of_unequal_shares", "calibration_with_patience"])
