@@ -12,6 +12,7 @@ from quantflow.analysis.diagnosis import Diagnosis
 from quantflow.analysis.layer_comparison import LayerComparison
 from quantflow.analysis.reference import converted_form, reference_graph
 from quantflow.data.batches import PickInputs, batches, count_of
+from quantflow.graph.parameters import device_of
 from quantflow.signature.signature import Signature
 
 
@@ -65,7 +66,7 @@ def diagnose(
     converted = converted_form(quantized_graph, "diagnose")
     comparison = LayerComparison(reference, converted)
     total = count_of(data, max_batches, stage="diagnose")
-    device = next((t.device for t in itertools.chain(reference.parameters(), reference.buffers())), None)
+    device = device_of(reference)
     feed = itertools.islice(batches(data, float_graph, stage="diagnose", inputs=inputs, device=device), max_batches)
     signature = Signature.of_graph(float_graph)
     for batch in tqdm(feed, desc="diagnose", total=total, unit="batch", disable=not progress, leave=False):

@@ -35,8 +35,8 @@ class IntermediateOutput:
 def intermediate_outputs_of(graph: GraphModule) -> list[IntermediateOutput]:
     """The activations of a converted ``graph`` that a delegate holds as tensors of their own, in order.
 
-    An operator that is fused with its successor (a convolution with its clamp) has no tensor there. Of a tensor with several
-    scales each is one of these.
+    An operator that is fused with its successor (a convolution with its clamp) has no tensor there. A tensor with several
+    scales gives one output for each.
     """
     varying = _varying(graph)
     found, seen = [], set()

@@ -38,7 +38,7 @@ _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
 
 
 @dataclass
-class _Output:
+class _LayerOutput:
     """The quantized output of a node: its dequantize node, or the node itself where it stays in float."""
 
     node: Node
@@ -89,7 +89,7 @@ class LayerComparison:
             )
             warnings.warn(QuantflowWarning("diagnose", reason, node=names, remedy=remedy), stacklevel=4)
 
-    def _layer_outputs(self) -> Iterable[_Output]:
+    def _layer_outputs(self) -> Iterable[_LayerOutput]:
         nodes, unclear = list(self.converted.graph.nodes), _overwritten_later(self.converted.graph)
         ends: dict[Node, dict[tuple, Node]] = {}
         for node in nodes:
@@ -102,9 +102,9 @@ class LayerComparison:
                 given = [n for n in node.all_input_nodes if _dequantizes(n) and n not in self.constants]
                 grids = {n.args[1:] for n in given}
                 relayed = computes(node) and grids == {end.args[1:]}
-                yield _Output(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
+                yield _LayerOutput(node, end, Grid.of(end, self.converted), relayed, Sums(_axis(node)))
             if node not in ends and node in self.matches and computes(node):
-                yield _Output(node, node, None, True, Sums(_axis(node)))
+                yield _LayerOutput(node, node, None, True, Sums(_axis(node)))
 
     @torch.no_grad()
     def add(self, flat: Sequence[object]) -> None:
@@ -205,7 +205,7 @@ class LayerComparison:
         if not seen:
             remedy = "pass at least one batch, of float tensors"
             raise QuantflowError("diagnose", "there is no data", node="data", remedy=remedy)
-        worst: dict[Node, _Output] = {}
+        worst: dict[Node, _LayerOutput] = {}
         for layer_output in seen:
             if layer_output.node not in worst or layer_output.sums.excess > worst[layer_output.node].sums.excess:
                 worst[layer_output.node] = layer_output

@@ -17,6 +17,7 @@ from quantflow.data.sample import Sample
 from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
 from quantflow.graph.own_state import state_kept
+from quantflow.graph.parameters import device_of
 from quantflow.graph.state import inputs_kept
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import affine, observers_of, watching
@@ -81,7 +82,7 @@ def calibrate(
         if not isinstance(graph, GraphModule) or not observers_of(graph):
             remedy = "call qf.prepare(graph, quantizer) first"
             raise QuantflowError("calibrate", "the graph was not prepared", node="graph", remedy=remedy)
-        device = device or next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+        device = device or device_of(graph)
         graph.to(device)
         total = count_of(data, max_batches, stage="calibrate")
         feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)

@@ -35,6 +35,11 @@ def reads_of(graph: Graph) -> Reads:
     return reads
 
 
+def device_of(module: torch.nn.Module) -> torch.device | None:
+    """Return the device of the first parameter or buffer of ``module``; None if it has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+
+
 def set_tensor(
     module: GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool, learns: bool | None = None
 ) -> None:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import fake_quantize as pt2e_fake_quantize
 from torchao.quantization.pt2e import observer as pt2e_observer
 
+from quantflow.graph.parameters import device_of
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.upstream.operators import OpOverload
 
@@ -79,7 +80,7 @@ def _called(module: GraphModule) -> set[nn.Module]:
 
 def replace_observers(graph: GraphModule, by_old: dict[nn.Module, nn.Module]) -> None:
     """Replace observers of ``graph``, in place, each under all its names: torchao shares one by setting it under several."""
-    device = next((t.device for t in (*graph.parameters(), *graph.buffers())), None)
+    device = device_of(graph)
     for name, module in list(graph.named_modules(remove_duplicate=False)):
         if module in by_old:
             graph.set_submodule(name, by_old[module].to(device=device))

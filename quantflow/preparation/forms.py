@@ -29,6 +29,7 @@ from quantflow.observers.observation import (
 )
 from quantflow.observers.per_token_fake_quantize import PerTokenFakeQuantize
 from quantflow.preparation.insertion import drop_uncalled_observers
+from quantflow.preparation.prepare import observe_constant
 from quantflow.qparams.per_token import is_per_token
 from quantflow.qparams.qparams import PER_CHANNEL
 
@@ -40,14 +41,15 @@ def ptq_form(graph: GraphModule) -> TrainableGraphModule:
         graph: A prepared graph. One that is prepared for PTQ is copied.
 
     Returns:
-        The copy, in inference mode. Its observers have the quantization parameters of the fake quantizers; those of the weights
-        with a folded batch norm observed the folded weight.
+        The copy, in the mode of ``graph``. Its observers have the quantization parameters of the fake quantizers; those of the
+        weights with a folded batch norm observed the folded weight.
     """
-    ptq = adopt(graph).eval()
-    _fold_observed_weights(ptq)
+    ptq = adopt(graph)
+    training = ptq.training
+    _fold_observed_weights(ptq.eval())
     found = {old: _observer_of(old) for old in observers_of(ptq).values() if is_fake_quantizer(old)}
     replace_observers(ptq, found)
-    return ptq
+    return ptq.train(training)
 
 
 def make_trainable(graph: TrainableGraphModule, fake_quantize: type[FakeQuantize] = FakeQuantize) -> None:
@@ -126,19 +128,13 @@ def _fold_observed_weights(graph: TrainableGraphModule) -> None:
     drop_uncalled_observers(graph)
 
 
-@torch.no_grad()
 def _observing(observer: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """``observer``, or one of its integers if it is a fake quantizer of torchao, with the range of ``weight``."""
-    if is_fake_quantizer(observer) and not isinstance(observer, FakeQuantize):
+    """``observer``, or one of its integers if it is torchao's, with the range of ``weight``."""
+    if not isinstance(observer, (FakeQuantize, Observer)):
         given = affine(observer)
         axis = int(given.ch_axis) if given.qscheme in PER_CHANNEL else 0
         observer = MinMaxObserver(given.dtype, given.quant_min, given.quant_max, given.qscheme, axis)
-    inner = observer.activation_post_process if isinstance(observer, FakeQuantize) else observer
-    if isinstance(inner, Observer):
-        inner.reset()
-    inner(weight)
-    if isinstance(observer, FakeQuantize):
-        observer.update_qparams()
+    observe_constant(observer, weight)
     return observer
 
 

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import is_float_tensor, node_argument, value
-from quantflow.graph.parameters import is_constant
+from quantflow.graph.parameters import device_of, is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.observers import MinMaxObserver, Observer, PerGroupMinMaxObserver
 from quantflow.observers.fake_quantize import FakeQuantize
@@ -86,7 +86,7 @@ def _construct(spec: QuantizationSpec) -> nn.Module:
 
 def insert_observers(module: GraphModule, observers: ObserverMap) -> None:
     """Insert a call of each observer on its annotated tensor, and replace the tensor by the output in its users."""
-    device = next((p.device for p in (*module.parameters(), *module.buffers())), None)
+    device = device_of(module)
     names: dict[int, str] = {}  # by id: a shared observer is one submodule
     written = written_tensors(module.graph)
 

@@ -105,15 +105,20 @@ def observe_constants(module: GraphModule) -> None:
         observer = observer_of(node, module)
         if observer is None or not is_constant(node.args[0]):
             continue
-        inner = observer.activation_post_process if isinstance(observer, FakeQuantize) else observer
-        if isinstance(inner, Observer):
-            if inner not in seen:
-                inner.reset()
-            seen.add(inner)
-            with torch.no_grad():
-                inner(tensor_of(module, node.args[0]))
-        if isinstance(observer, FakeQuantize):
-            observer.update_qparams()
+        observe_constant(observer, tensor_of(module, node.args[0]), anew=observer not in seen)
+        seen.add(observer)
+
+
+@torch.no_grad()
+def observe_constant(observer: nn.Module, constant: torch.Tensor, *, anew: bool = True) -> None:
+    """Let an observer or fake quantizer of quantflow observe ``constant``: ``anew``, or besides what it observed before."""
+    inner = observer.activation_post_process if isinstance(observer, FakeQuantize) else observer
+    if isinstance(inner, Observer):
+        if anew:
+            inner.reset()
+        inner(constant)
+    if isinstance(observer, FakeQuantize):
+        observer.update_qparams()
 
 
 def _check(graph: nn.Module, quantizer: Quantizer) -> None:

@@ -134,8 +134,9 @@ def recover(
     """
     check_calibrated(graph, "recover", trainable=True)
     fake_quantizers = [module for module in observers_of(graph).values() if is_fake_quantizer(module)]
-    training = adopt(graph).training  # a graph that stock torchao prepared says True in inference mode
-    current = ptq_form(graph) if fake_quantizers else adopt(graph).eval()
+    current = ptq_form(graph) if fake_quantizers else adopt(graph)
+    training = current.training  # a graph that stock torchao prepared says True in inference mode
+    current.eval()
 
     def as_calibrated(reason: str) -> RecoveryResult:
         return RecoveryResult(adopt(graph), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))

@@ -6,6 +6,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import node_argument
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.parameters import drop_unused
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.float_weights import with_float_weights
@@ -22,7 +23,7 @@ def float_network(graph: GraphModule) -> TrainableGraphModule:
         if _quantizes(node, network):
             node.replace_all_uses_with(node_argument(node))
             network.graph.erase_node(node)
-    network.delete_all_unused_submodules()
+    drop_unused(network)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     network.recompile()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from torch.fx import GraphModule
@@ -10,6 +9,7 @@ from torch.fx import GraphModule
 from quantflow.data.batches import PickInputs, batches
 from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowError
+from quantflow.graph.parameters import device_of
 from quantflow.observers.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.signature.signature import Signature
 from quantflow.simulation.network import peak_bytes
@@ -53,7 +53,7 @@ def draw(
     sample = data if isinstance(data, Sample) else Sample()
     if not isinstance(data, Sample):
         signature = Signature.of_graph(graph)
-        device = next((t.device for t in itertools.chain(graph.parameters(), graph.buffers())), None)
+        device = device_of(graph)
         for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
             sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
     if not len(sample):

@@ -180,8 +180,8 @@ def train(
                 disable=not progress or distributed.rank() > 0,
                 leave=False,
             ) as bar:
-                batch_loss = BatchLoss(graph, loss, compile=compile)
-                batch_loss.without_targets = distill is not None and distill.weight == 1.0
+                teacher_alone = distill is not None and distill.weight == 1.0
+                batch_loss = BatchLoss(graph, None if teacher_alone else loss, compile=compile)
                 forward = in_parallel(batch_loss, graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
                     graph.train()

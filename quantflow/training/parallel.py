@@ -27,29 +27,27 @@ class BatchLoss(nn.Module):
 
     Args:
         graph: The trained graph.
-        loss: The loss of output and target.
+        loss: The loss of output and target; None if that of ``mixed`` alone counts.
         compile: Whether to run the graph through ``torch.compile``.
 
     Attributes:
         mixed: The loss with distillation; None without distillation.
-        without_targets: Whether the teacher's loss alone counts.
     """
 
-    def __init__(self, graph: TrainableGraphModule, loss: Loss, *, compile: bool) -> None:
+    def __init__(self, graph: TrainableGraphModule, loss: Loss | None, *, compile: bool) -> None:
         super().__init__()
         self.network: Any = torch.compile(graph) if compile else graph
         self.loss = loss
         self.mixed: MixedLoss | None = None
-        self.without_targets = False
 
     def forward(self, batch: Batch, index: int) -> torch.Tensor:
-        if batch.target is None and not self.without_targets:
+        if batch.target is None and self.loss is not None:
             remedy = (
                 "give (inputs, target) batches, or learn from a teacher alone: qf.Distillation(teacher, weight=1.0)"
             )
             raise QuantflowError("train", "the batch has no target", node=f"batch {index}", remedy=remedy)
         output = self.network(*batch.args, **batch.kwargs)
-        value = None if self.without_targets else self.loss(output, batch.target)
+        value = None if self.loss is None else self.loss(output, batch.target)
         if self.mixed is not None:
             return self.mixed(value, output, batch.args, batch.kwargs)
         return cast(torch.Tensor, value)

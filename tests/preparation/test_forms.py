@@ -122,13 +122,18 @@ class SharedInPart(nn.Module):
         return self.norm(self.conv(x)) + self.conv(torch.relu(x))
 
 
-def test_a_weight_shared_with_a_layer_without_norm_keeps_its_observer():
+def with_a_wide_norm(model):
+    """``model`` with a batch norm that widens the range of the weight before it."""
     torch.manual_seed(0)
-    model, x = SharedInPart(), data()[0]
     randomize_statistics(model)
     with torch.no_grad():
         model.norm.weight.mul_(20)
-    graph = qf.prepare(qf.export(model.eval(), (x,), dynamic_batch=True).module(), XNNPACKQuantizer(), qat=True)
+    return model.eval()
+
+
+def test_a_weight_shared_with_a_layer_without_norm_keeps_its_observer():
+    model, x = with_a_wide_norm(SharedInPart()), data()[0]
+    graph = qf.prepare(qf.export(model, (x,), dynamic_batch=True).module(), XNNPACKQuantizer(), qat=True)
     expected = model(x)
     found = qf.convert(ptq_form(qf.calibrate(graph, data(), progress=False)))(x)
     assert (found - expected).norm() < 0.05 * expected.norm()
@@ -167,12 +172,8 @@ def test_observers_that_torchao_shares_under_several_names_are_all_replaced():
 
 
 def test_the_ptq_form_of_torchaos_fake_quantizers():
-    torch.manual_seed(0)
-    model, x = Small(), data()[0]
-    randomize_statistics(model)
-    with torch.no_grad():
-        model.norm.weight.mul_(20)
-    captured = qf.export(model.eval(), (x,), dynamic_batch=True).module()
+    model, x = with_a_wide_norm(Small()), data()[0]
+    captured = qf.export(model, (x,), dynamic_batch=True).module()
     graph = qf.prepare(captured, stock(qat=True), qat=True)
     qf.calibrate(graph, data(), progress=False)
     expected = model(x)

@@ -14,7 +14,7 @@ from torch.fx.node import Argument, map_arg
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.aten import label, op, value
 from quantflow.graph.dead_code import drop_dead_code
-from quantflow.graph.parameters import read_attribute, tensor_of, unused_name
+from quantflow.graph.parameters import device_of, read_attribute, tensor_of, unused_name
 from quantflow.graph.rewrites.batches import batch_dimension
 from quantflow.graph.state import aliased_by, is_written, memory_of, seen_as_one, written_tensors
 from quantflow.upstream.fake_tensors import enable_python_dispatcher
@@ -159,7 +159,7 @@ def reads_part(node: Node, index: int) -> bool:
 def tensor_before(module: GraphModule, node: Node, tensor: torch.Tensor) -> Node:
     """Add ``tensor`` as a non-persistent buffer and insert a read of it before ``node``."""
     name = unused_name(module, f"{node.name}_constant")
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    device = device_of(module)
     module.register_buffer(name, tensor.to(device), persistent=False)
     like = next((n for n in (node, *node.all_input_nodes) if value(n) is not None), node)
     return read_attribute(module, name, node, like)
