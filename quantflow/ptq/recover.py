@@ -28,7 +28,7 @@ from quantflow.signature.signature import Signature
 from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.network import outputs
 from quantflow.simulation.output_gradients import OutputGradients, output_gradients
-from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+from quantflow.simulation.preconditions import check_calibrated, draw
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def recover(
     drawn = draw(current, data, stage="recover", inputs=inputs)
     if _interact(current, drawn):
         return as_calibrated("the examples of a batch act on each other")
-    fit, held_out = _split(current, drawn)
+    fit, held_out = _split(drawn)
     reference = outputs(with_float_weights(current), held_out, integers=False)
     steps = [Step("as calibrated", _sqnr(current, held_out, reference), kept=True)]
 
@@ -188,13 +188,13 @@ def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
     return examples_interact(with_float_weights(graph), most, cut)
 
 
-def _split(graph: GraphModule, drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """The batches to fit on, as many as fit in memory, and every fourth batch, held out; a single batch serves as both."""
+def _split(drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """The batches to fit on, and every fourth batch, held out; a single batch serves as both."""
     if len(drawn) == 1:
         return drawn, drawn
     every = min(4, len(drawn))
     fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
-    return within_memory(graph, fit), drawn[every - 1 :: every]
+    return fit, drawn[every - 1 :: every]
 
 
 def _output_gradients(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> OutputGradients | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from quantflow.conversion.biases import as_converted
 from quantflow.graph.parameters import is_constant, tensor_of
@@ -47,15 +47,14 @@ def outputs(graph: GraphModule, batches: Iterable[tuple], *, integers: bool) -> 
 
 
 @torch.no_grad()
-def peak_bytes(graph: GraphModule, batch: tuple) -> int:
-    """The most memory that values of the float network take at one time for ``batch``, in bytes."""
-    most = 1
+def live_bytes(graph: GraphModule, batch: tuple) -> dict[Node, int]:
+    """By node, the memory that the values of the float network take when it is computed, in bytes, without parameters."""
+    found: dict[Node, int] = {}
     for node, values in Interpreter(graph).run(batch):
-        if node.op not in ("get_attr", "output"):
-            storages = {
-                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for n, t in values.items()
-                if isinstance(t, torch.Tensor) and n.op != "get_attr"
-            }
-            most = max(most, sum(storages.values()))
-    return most
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for n, t in values.items()
+            if isinstance(t, torch.Tensor) and n.op != "get_attr"
+        }
+        found[node] = max(1, sum(storages.values()))
+    return found

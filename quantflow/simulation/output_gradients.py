@@ -22,7 +22,6 @@ from quantflow.simulation.interpreter import Interpreter, float_tensors, returne
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 BINS = 1024
-ROWS = 256  # a layer's rows for each example
 _FLOOR = 1e-3  # of the mean weight of a row: what no gradient reaches now may matter a little
 
 
@@ -157,7 +156,7 @@ def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 
 def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: OutputGradients) -> None:
-    index = layer.draw(y, number, ROWS)
+    index = layer.draw(y, number)
     rows = found.rows.setdefault(layer.node, [])
 
     def keep(gradient: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch.fx import GraphModule
 
@@ -12,9 +12,6 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.parameters import device_of
 from quantflow.observers.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.signature.signature import Signature
-from quantflow.simulation.network import peak_bytes
-
-MEMORY = 2 * 2**30  # bytes, for what of both networks lives at once
 
 
 def check_float(graph: object, stage: str) -> None:
@@ -60,8 +57,3 @@ def draw(
         remedy = "pass at least one batch; a Sample is filled by qf.calibrate(graph, data, sample=sample)"
         raise QuantflowError(stage, "there is no data", node="data", remedy=remedy)
     return sample.batches()
-
-
-def within_memory(graph: GraphModule, sample: Sequence[Inputs]) -> Sequence[Inputs]:
-    """As many batches of ``sample`` as two networks may hold at once, two or more."""
-    return sample[: max(2, int(MEMORY / (2 * peak_bytes(graph, sample[0]))))]

@@ -18,6 +18,7 @@ from quantflow.qparams.qparams import PER_CHANNEL
 from quantflow.simulation.fake_quantized import is_affine
 
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+_ROWS = 64, 256  # the fewest and the most rows that a layer draws from an example
 _SOLVABLE = 4608  # features a group; solving grows with their cube
 
 
@@ -31,6 +32,7 @@ class Layer:
         observer: That observer.
         groups: Groups of the convolution; 1 for a linear layer.
         kernel: Spatial size of the weight; empty for a linear layer.
+        features: Features a group, those that one output is a sum of.
     """
 
     node: Node
@@ -38,6 +40,7 @@ class Layer:
     observer: nn.Module
     groups: int
     kernel: tuple[int, ...]
+    features: int
 
     @property
     def source(self) -> Node:
@@ -58,10 +61,17 @@ class Layer:
         """The weight as [groups, outputs a group, features a group]."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
-    def draw(self, output: torch.Tensor, batch: int, rows: int) -> torch.Tensor:
-        """Indices of at most ``rows`` rows for each example of the output, flat over examples and places; the same for the
-        same batch number.
+    @property
+    def rows(self) -> int:
+        """How many rows are drawn from an example: few suffice for few features."""
+        fewest, most = _ROWS
+        return min(max(fewest, 4 * self.features), most)
+
+    def draw(self, output: torch.Tensor, batch: int, rows: int | None = None) -> torch.Tensor:
+        """Indices of at most ``rows`` rows (by default :attr:`rows`) for each example of the output, flat over examples and
+        places; the same for the same batch number.
         """
+        rows = self.rows if rows is None else rows
         total = output.numel() // (output.shape[-1] if self._linear else output.shape[1])
         if total <= rows * output.shape[0]:
             return torch.arange(total, device=output.device)
@@ -109,13 +119,12 @@ def quantized_layers(graph: GraphModule, *, solvable: bool = True) -> dict[Node,
     reads = reads_of(graph.graph)
     reads.update(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
     found = (_layer(node, graph, reads) for node in graph.graph.nodes)
-    return {layer.node: layer for layer in found if layer is not None and (not solvable or _is_solvable(layer, graph))}
+    return {layer.node: layer for layer in found if layer is not None and (not solvable or _is_solvable(layer))}
 
 
-def _is_solvable(layer: Layer, graph: GraphModule) -> bool:
+def _is_solvable(layer: Layer) -> bool:
     """Whether a solver can hold the layer's features, and knows its grid: one step an output, or one for all."""
-    features = tensor_of(graph, node_argument(layer.weight))[0].numel()
-    return features <= _SOLVABLE and not isinstance(layer.observer, PerGroupMinMaxObserver)
+    return layer.features <= _SOLVABLE and not isinstance(layer.observer, PerGroupMinMaxObserver)
 
 
 def _layer(node: Node, graph: GraphModule, reads: Reads) -> Layer | None:
@@ -141,7 +150,7 @@ def _layer(node: Node, graph: GraphModule, reads: Reads) -> Layer | None:
     groups = 1 if op(node) in LINEARS else int(argument(node, "groups"))
     if not tensor.is_floating_point():
         return None
-    return Layer(node, weight, observer, groups, tuple(tensor.shape[2:]))
+    return Layer(node, weight, observer, groups, tuple(tensor.shape[2:]), tensor[0].numel())
 
 
 def _each(given: int | Sequence[int], dims: int) -> list[int]:

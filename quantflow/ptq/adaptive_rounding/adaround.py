@@ -20,7 +20,7 @@ from quantflow.ptq.adaptive_rounding.blocks import blocks
 from quantflow.ptq.adaptive_rounding.layer import round_layer
 from quantflow.simulation.output_gradients import OutputGradients
 from quantflow.simulation.paired_interpreter import run_paired
-from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+from quantflow.simulation.preconditions import check_calibrated, draw
 from quantflow.simulation.quantized_layers import quantized_layers
 
 _STAGE = "adaround"
@@ -100,7 +100,7 @@ def adaround(
     rounded = adopt(graph)
     training = rounded.training  # a graph that stock torchao prepared says True in inference mode
     rounded.eval()
-    sample = within_memory(rounded, draw(rounded, data, stage=_STAGE, inputs=inputs))
+    sample = draw(rounded, data, stage=_STAGE, inputs=inputs)
     row_gradients = {} if gradients is None else {node.name: found for node, found in gradients.rows.items()}
     layers = quantized_layers(rounded)
     found = blocks(rounded, layers, together) if together > 1 else []

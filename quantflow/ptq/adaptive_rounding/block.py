@@ -15,8 +15,7 @@ from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding, descend
 from quantflow.ptq.writing import write_weight
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.paired_interpreter import LayerPair
-from quantflow.simulation.preconditions import MEMORY
+from quantflow.simulation.paired_interpreter import MEMORY, LayerPair
 from quantflow.simulation.quantized_layers import Layer
 
 _EXAMPLES = 32  # per step

@@ -14,7 +14,7 @@ from quantflow.ptq.adaptive_rounding.blocks import Block
 from quantflow.simulation.fake_quantized import is_affine
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import Interpreter, Values
-from quantflow.simulation.output_gradients import ROWS, row_weights
+from quantflow.simulation.output_gradients import row_weights
 from quantflow.simulation.paired_interpreter import LayerPair
 from quantflow.simulation.quantized_layers import Layer
 from quantflow.upstream import pytree
@@ -135,6 +135,6 @@ def _squares(error: torch.Tensor, batch: int, row_gradients: tuple[Layer, list[t
     if row_gradients is None:
         return error.square().sum()
     layer, gradients = row_gradients
-    index = layer.draw(error, batch, ROWS)
+    index = layer.draw(error, batch)
     rows = layer.outputs(error, index)
     return (rows.square().sum(-1) * row_weights(gradients, batch, rows.shape[:2], error)).sum()

@@ -12,10 +12,10 @@ from quantflow.observers.observation import qparams_of
 from quantflow.ptq.adaptive_rounding.learned_rounding import Rows, learn_rounding
 from quantflow.ptq.adaptive_rounding.soft_rounding import SoftRounding
 from quantflow.ptq.writing import write_weight
-from quantflow.simulation.output_gradients import ROWS, row_weights
+from quantflow.simulation.output_gradients import row_weights
 from quantflow.simulation.paired_interpreter import LayerPair
 
-_EVERY = 4  # one in so many rows is learned on, where there are more than ROWS
+_LEARNED = 64  # rows of an example that are learned on
 
 
 def round_layer(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | None, iterations: int) -> bool:
@@ -47,9 +47,9 @@ def _rows(pair: LayerPair, gradients: list[torch.Tensor] | None) -> Rows:
     layer, found = pair.layer, []
     for batch, (reference, values) in enumerate(zip(pair.floats, pair.integers, strict=True)):
         y = reference[layer.node]
-        index = layer.draw(y, batch, ROWS)
+        index = layer.draw(y, batch)
         weights = row_weights(gradients, batch, (layer.groups, len(index)), y)
-        few = slice(None, None, _EVERY if len(index) > ROWS else 1)
+        few = slice(None, None, layer.rows // _LEARNED if len(index) > layer.rows else 1)
         index = index[few]
         found.append((layer.inputs(values[layer.source], y, index), layer.outputs(y, index), weights[:, few]))
     x, y, weights = (torch.cat(part, 1) for part in zip(*found, strict=True))

@@ -22,7 +22,7 @@ from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute, float_weight
 from quantflow.simulation.interpreter import evaluate
 from quantflow.simulation.paired_interpreter import LayerPair, run_paired
-from quantflow.simulation.preconditions import check_calibrated, draw, within_memory
+from quantflow.simulation.preconditions import check_calibrated, draw
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 _STAGE = "correct_bias"
@@ -82,7 +82,7 @@ def correct_bias(
     if data is None:
         _from_norms(corrected, layers)
     else:
-        sample = within_memory(corrected, draw(corrected, data, stage=_STAGE, inputs=inputs))
+        sample = draw(corrected, data, stage=_STAGE, inputs=inputs)
         _from_data(corrected, layers, sample, progress)
     corrected.recompile()
     return corrected.train(training)

@@ -31,17 +31,13 @@ class Moments:
     def of(cls, x: torch.Tensor, r: torch.Tensor, weights: torch.Tensor, shift: torch.Tensor) -> Moments:
         """Of the rows ``x`` [groups, rows, features] and ``r`` [groups, rows, outputs] with ``weights`` [groups, rows]."""
         root = weights.sqrt()[..., None]
-        x = (x - shift) * root
-        r = r * root
-        xt = x.transpose(1, 2)
-        return cls(
-            shift,
-            weights.double().sum(1),
-            (x * root).double().sum(1),
-            (r * root).double().sum(1),
-            (xt @ x).double(),
-            (xt @ r).double(),
-        )
+        x = torch.sub(x, shift, out=x.new_empty(x.shape)).mul_(
+            root
+        )  # contiguous, since the products are several times faster
+        r = torch.mul(r, root, out=r.new_empty(r.shape))
+        ones, xt = root.transpose(1, 2), x.transpose(1, 2)
+        sums = ((ones @ x)[:, 0], (ones @ r)[:, 0], xt @ x, xt @ r)
+        return cls(shift, weights.double().sum(1), *(t.double() for t in sums))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(

@@ -17,7 +17,7 @@ from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
 from quantflow.ptq.writing import QParams, add_to_bias, by_output, write_weight
 from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
-from quantflow.simulation.output_gradients import ROWS, OutputGradients, row_weights
+from quantflow.simulation.output_gradients import OutputGradients, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair, run_paired
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
@@ -76,7 +76,7 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
     shift: torch.Tensor | None = None
     for batch, (reference, values) in enumerate(zip(pair.floats, pair.integers, strict=True)):
         y = reference[layer.node]
-        index = layer.draw(y, batch, ROWS)
+        index = layer.draw(y, batch)
         x = layer.inputs(values[layer.source], y, index)
         bias = 0.0 if layer.bias is None else values[layer.bias].reshape(layer.groups, 1, -1)
         residual = layer.outputs(y, index) - x @ matrices.transpose(1, 2) - bias
