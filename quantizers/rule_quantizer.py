@@ -25,7 +25,7 @@ from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Plan, make_plan
 from quantizers.plan_warnings import warn_of_unmet_requests
 from quantizers.rule import Rule
-from quantizers.scheme import INT8, Scheme
+from quantizers.scheme import INT8, Scheme, named_scheme
 from quantizers.symmetry import symmetric_grids
 
 
@@ -33,7 +33,8 @@ class RuleQuantizer(Quantizer):
     """Annotates a graph by a table of rules, on torchao's protocol; works in stock ``prepare_pt2e`` as well.
 
     Args:
-        scheme: The scheme where no override says otherwise; None for float.
+        scheme: The scheme where no override says otherwise, or its name (``"w8a8"``, ``"w4a8"``, ``"dynamic-w8a8"``,
+            ``"dynamic-w4a8"``); None for float.
         overrides: Exceptions by layer name, module type or predicate, each to a scheme or to None (float). Later ones win.
         skip: Layers to leave in float, as names, types or predicates: short for overrides to None.
         rules: The table; by default the class attribute ``rules``.
@@ -70,7 +71,7 @@ class RuleQuantizer(Quantizer):
 
     def __init__(
         self,
-        scheme: Scheme | None = INT8,
+        scheme: Scheme | str | None = INT8,
         *,
         overrides: Overrides = (),
         skip: Where | Iterable[Where] = (),
@@ -78,10 +79,11 @@ class RuleQuantizer(Quantizer):
         strict: bool = False,
     ) -> None:
         super().__init__()
-        self.scheme, self.strict = scheme, strict
+        self.scheme = named_scheme(scheme) if isinstance(scheme, str) else scheme
+        self.strict = strict
         skip = [skip] if isinstance(skip, (str, type)) or callable(skip) else skip
         self.overrides = (*overrides_from(overrides), *overrides_from([(where, None) for where in skip]))
-        self._check(scheme, *(override.scheme for override in self.overrides))
+        self._check(self.scheme, *(override.scheme for override in self.overrides))
         if rules is not None:
             self.rules = tuple(rules)
 

@@ -147,3 +147,17 @@ W4A8 = Scheme(weight=TensorScheme(bits=4, symmetric=True, per_channel=True))
 
 DYNAMIC_W4 = Scheme(activation=TensorScheme(dynamic=True), weight=TensorScheme(bits=4, symmetric=True, group=32))
 """Weights in 4 bits in groups of 32 inputs; activations in int8, with ranges taken at run time."""
+
+SCHEMES = {"w8a8": INT8, "w4a8": W4A8, "dynamic-w8a8": DYNAMIC_INT8, "dynamic-w4a8": DYNAMIC_W4}
+"""Schemes by name, as commands take them."""
+
+
+def named_scheme(name: str) -> Scheme:
+    """The scheme of :data:`SCHEMES` with this name.
+
+    Raises:
+        QuantflowError: at stage ``"plan"``, for an unknown name.
+    """
+    if name not in SCHEMES:
+        raise QuantflowError("plan", f"no scheme is named {name!r}", node="scheme", remedy=f"one of {list(SCHEMES)}")
+    return SCHEMES[name]

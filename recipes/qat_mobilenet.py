@@ -1,12 +1,16 @@
 """Quantization-aware training of an image classifier, from float weights to an ExecuTorch program.
 
     python recipes/qat_mobilenet.py                                    # MobileNetV2 on handwritten digits, minutes on a CPU
+    python recipes/qat_mobilenet.py --weights DEFAULT --data images/ --scheme w4a8      # your images, your trained network
     python recipes/qat_mobilenet.py --model resnet18 --weights DEFAULT --data CIFAR10 --image-size 224 --device cuda
     python recipes/qat_mobilenet.py --resume                           # continue an interrupted run
     torchrun --nproc-per-node 2 recipes/qat_mobilenet.py               # train in several processes
 
-The recipe trains in float (from ``--weights`` or from scratch), then with fake quantization on the same graph, converts, lowers
-to XNNPACK, and measures float, fake-quantized, converted, ``.pte`` and PTQ on the same held-out images.
+The recipe trains in float where ``--weights`` don't cover the network, quantizes it after training (PTQ: calibration and
+recovery), goes on from there with fake quantization on the same graph (QAT), converts, lowers to XNNPACK, and measures float,
+fake-quantized, converted, ``.pte`` and PTQ on the same held-out images. QAT learns from the float network, so images need no
+labels; ``--labels`` learns from theirs as well. It ends with PTQ's weights unless training improves on them, on images that it
+does not train on.
 """
 
 from __future__ import annotations
@@ -19,13 +23,14 @@ from pathlib import Path
 
 import torch
 from results import output_folder, write_result
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import quantflow as qf
 from quantflow.distributed import init_process_group, world_size
 from quantflow.malloc import keep_freed_memory
-from quantflow.vision.images import first, image_data
-from quantflow.vision.models import classifier
+from quantflow.vision.images import first, held_out, image_data
+from quantflow.vision.models import classifier, covers
 from quantizers import XNNPACKQuantizer
 
 
@@ -33,16 +38,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mobilenet_v2", help="any torchvision classification model")
     parser.add_argument("--weights", help="torchvision weights by name, or a file with a state dict")
+    parser.add_argument("--scheme", default="w8a8", choices=("w8a8", "w4a8"), help="bits of weights and activations")
     parser.add_argument("--data", default="digits", help="digits, an image folder, or a torchvision data set by name")
+    parser.add_argument("--validation", help="an image folder to score on (default: the held-out part of --data)")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where torchvision data sets are kept")
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--image-size", type=int, help="default: 64 for digits, else 224")
+    parser.add_argument("--no-resize", action="store_true", help="crop images without scaling them first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--float-epochs", type=int, help="epochs in float first (default: 9, 0 with --weights)")
+    parser.add_argument(
+        "--float-epochs", type=int, help="epochs in float first (default: 9, or 0 where --weights cover the network)"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="epochs of quantization-aware training")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate in float; a tenth of it in QAT")
-    parser.add_argument("--calibration-images", type=int, default=256, help="training images that PTQ calibrates on")
-    parser.add_argument("--distill", action="store_true", help="learn from the float model's outputs as well")
+    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate in float")
+    parser.add_argument(
+        "--calibration-images", type=int, default=500, help="training images for calibration and recovery"
+    )
+    parser.add_argument("--labels", action="store_true", help="in QAT, learn from the labels as well")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
     parser.add_argument("--seed", type=int, default=0)
@@ -60,13 +72,19 @@ def main() -> None:
     keep_freed_memory()
     folder = output_folder(options.output)
     torch.manual_seed(options.seed)
-    data = image_data(options.data, options.data_root, options.image_size, options.seed)
+    size = options.image_size or (64 if options.data == "digits" else 224)
+    data = image_data(
+        options.data, options.data_root, size, options.seed, options.validation, resize=not options.no_resize
+    )
+    training_images, selection = held_out(
+        data.train, 0.1, options.seed
+    )  # the best state is the one with the best selection
     model = classifier(options.model, data.classes, options.weights)
     sampler: DistributedSampler | None = (
-        DistributedSampler(data.train, seed=options.seed, drop_last=True) if distributed else None
+        DistributedSampler(training_images, seed=options.seed, drop_last=True) if distributed else None
     )
     loader = DataLoader(
-        data.train,
+        training_images,
         options.batch_size // world_size(),
         shuffle=sampler is None,
         sampler=sampler,
@@ -77,11 +95,12 @@ def main() -> None:
         remedy = "a smaller --batch-size, or more data"
         raise qf.QuantflowError("recipe", "no whole batch of training images", node="--batch-size", remedy=remedy)
     training = {"seed": options.seed, "compile": options.compile, "amp": options.device.startswith("cuda")}
-    example = (torch.zeros(1, 3, options.image_size, options.image_size),)
+    example = (torch.zeros(1, 3, size, size),)
 
     # Float: the captured graph trains like the model itself.
     float_graph = qf.export(model, example, dynamic_batch=True).module().to(options.device)
-    float_epochs = options.float_epochs if options.float_epochs is not None else (0 if options.weights else 9)
+    trained = options.weights is not None and covers(options.weights, options.model, data.classes)
+    float_epochs = options.float_epochs if options.float_epochs is not None else (0 if trained else 9)
     if float_epochs:
         optimizer = torch.optim.SGD(
             float_graph.parameters(), options.lr, momentum=0.9, weight_decay=1e-4, nesterov=True
@@ -101,21 +120,24 @@ def main() -> None:
         )
     float_graph.eval()
 
-    # QAT: the same graph with fake quantization, with initial ranges from calibration.
-    calibration = DataLoader(first(data.train, options.calibration_images), options.batch_size)
-    quantizer = XNNPACKQuantizer()
+    # PTQ: ranges from calibration, then recovery of the accuracy.
+    calibration = DataLoader(first(training_images, options.calibration_images), options.batch_size)
+    sample = qf.Sample(options.calibration_images)
+    prepared = qf.prepare(float_graph, XNNPACKQuantizer(options.scheme), qat=True)
+    recovered = qf.recover(qf.calibrate(prepared, calibration, sample=sample), sample)
+    print(recovered)
+    ptq_graph = qf.convert(recovered.graph)
+
+    # QAT: the same graph goes on from there. The float network is its teacher.
     print(f"quantization-aware training, {options.epochs} epochs")
-    qat_graph = qf.prepare(float_graph, quantizer, qat=True)
-    qf.calibrate(qat_graph, calibration)
-    distill = qf.Distillation(float_graph, weight=0.5) if options.distill else None
-    checkpoints = qf.Checkpoints(folder / "qat", resume=options.resume)
+    qat_graph = recovered.graph
     history = qf.train(
         qat_graph,
         loader,
         epochs=options.epochs,
-        lr=options.lr / 10,
-        distill=distill,
-        checkpoints=checkpoints,
+        loss=F.cross_entropy if options.labels else None,
+        validate=qf.Fidelity(float_graph, DataLoader(selection, options.batch_size)),
+        checkpoints=qf.Checkpoints(folder / "qat", resume=options.resume),
         **training,
     )
     if distributed:
@@ -123,17 +145,19 @@ def main() -> None:
         if os.environ["RANK"] != "0":  # only rank 0 measures and writes
             return
     history.plot().savefig(folder / "history.png")
+    kept = "PTQ" if history.best_epoch == -1 else "QAT"
+    print(
+        f"kept: {kept} (signal to noise on images not trained on: {history.start_metric:.1f} dB after PTQ, "
+        f"{max(history.metric):.1f} dB with QAT)"
+    )
 
     # Conversion to integers and lowering to a program.
     converted = qf.convert(qat_graph.cpu())
     print("lowering: QAT, PTQ and float")
     program = lower(converted, example)
     program.save(folder / "model.pte")
-
-    # PTQ and float, for comparison.
-    ptq_graph = qf.calibrate(qf.prepare(float_graph.cpu(), quantizer), calibration)
-    ptq_program = lower(qf.convert(ptq_graph), example)
-    float_program = lower(float_graph, example)
+    ptq_program = lower(ptq_graph.cpu(), example)
+    float_program = lower(float_graph.cpu(), example)
 
     # All stages are measured on the same held-out images; the .pte stages run on the ExecuTorch runtime.
     stages = {
@@ -153,9 +177,13 @@ def main() -> None:
         folder,
         {
             "model": options.model,
+            "scheme": options.scheme,
+            "kept": kept,
             "held_out_images": found.examples,
             **{f"{stage.name}_accuracy": stage.output.top1 for stage in found.stages},
             "pte_agreement": pte.output.step_agreement,
+            "pte_float_agreement": pte.output.agreement,
+            "ptq_pte_float_agreement": found["ptq_pte"].output.agreement,
             "float_bytes": float_pte.bytes,
             "pte_bytes": pte.bytes,
             "float_latency_ms": float_pte.latency.median_ms,

@@ -12,6 +12,7 @@ from quantflow.cli.options import COUNT, float_options, image_options, model_opt
 from quantflow.cli.output import json_option, output_option, show
 from quantflow.errors import QuantflowError
 
+_SELECTION = 0.1  # of the training images: what the best state is chosen by, PTQ's among them
 _EXAMPLES = (
     "\b\nExamples:\n"
     "  quantflow qat --model mobilenet_v2 --data digits --output model.pte\n"
@@ -23,10 +24,14 @@ _EXAMPLES = (
 @model_options(required=True)
 @image_options
 @float_options
+@click.option(
+    "--scheme", type=click.Choice(["w8a8", "w4a8"]), default="w8a8", show_default=True, help="Weights, activations."
+)
 @click.option("--epochs", type=COUNT, default=3, show_default=True, help="Epochs of quantization-aware training.")
-@click.option("--qat-lr", type=float, help="Peak learning rate of QAT. [default: a tenth of --lr]")
-@click.option("--distill", is_flag=True, help="Also learn from the float model's outputs.")
-@click.option("--calibration-images", type=COUNT, default=256, show_default=True, help="Images for the initial ranges.")
+@click.option("--labels", is_flag=True, help="Learn from the labels as well, not from the float model alone.")
+@click.option(
+    "--calibration-images", type=COUNT, default=500, show_default=True, help="Images for PTQ, where QAT starts."
+)
 @skip_option
 @output_option
 @json_option
@@ -37,43 +42,50 @@ def qat(
     float_epochs: int | None,
     save_float: Path | None,
     lr: float,
+    scheme: str,
     epochs: int,
-    qat_lr: float | None,
-    distill: bool,
+    labels: bool,
     calibration_images: int,
     skip: tuple[str, ...],
     output: Path,
     as_json: bool,
     **images: Any,
 ) -> None:
-    """Train an image classifier with QAT, lower it to XNNPACK, and compare the .pte with the float model."""
+    """Train an image classifier with QAT, starting from PTQ, lower it to XNNPACK, and compare the .pte with both."""
+    from torch.nn import functional as F
+
     import quantflow as qf
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model, loader_of
     from quantflow.cli.result import Made
     from quantflow.pipeline.quantize import default_quantizer
+    from quantflow.vision.images import held_out
 
     start_time = time.perf_counter()
     chosen = ChosenImages(**images)
     if chosen.to_learn is None:
         raise QuantflowError("data", "nothing to train on", node="--data", remedy="--data digits, or a folder")
-    data = chosen.to_learn.train
+    data, selection = held_out(chosen.to_learn.train, _SELECTION, chosen.seed)
     start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)
     teacher = qf.export(start.network, start.example, dynamic_batch=start.rows is None).module().eval()
-    graph = qf.prepare(teacher, default_quantizer("xnnpack", skip=skip), qat=True)
-    qf.calibrate(graph, start.calibration(data, calibration_images, chosen.batch_size))
+    quantizer = default_quantizer("xnnpack", scheme=scheme, skip=skip)
+    prepared = qf.prepare(teacher, quantizer, qat=True)
+    sample = qf.Sample(calibration_images)
+    qf.calibrate(prepared, start.calibration(data, calibration_images, chosen.batch_size), sample=sample)
+    graph = qf.recover(prepared, sample).graph
+    ptq = qf.convert(graph)
     qf.train(
         graph,
         loader_of(data, start.rows or chosen.batch_size),
         epochs=epochs,
-        lr=lr / 10 if qat_lr is None else qat_lr,
-        distill=qf.Distillation(teacher, weight=0.5) if distill else None,
+        loss=F.cross_entropy if labels else None,
+        validate=qf.Fidelity(teacher, start.calibration(selection, None, chosen.batch_size)),
         seed=chosen.seed,
     )
     converted = qf.convert(graph)
     program = qf.export(converted, start.example).to_core_aten().to_edge("xnnpack").to_executorch()
     program.save(output)
-    stages = {"float": teacher, "fake-quantized": graph, "converted": converted, output.name: program}
+    stages = {"float": teacher, "PTQ": ptq, "fake-quantized": graph, "converted": converted, output.name: program}
     scored = chosen.to_score()
     figures = None if scored is None else qf.verify(stages, scored)
     assert program.delegation is not None  # it was lowered here

@@ -2,8 +2,9 @@
 
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
+from quantflow.training.fidelity import Fidelity
 from quantflow.training.history import History
 from quantflow.training.loop import train
 from quantflow.training.schedule import Schedule
 
-__all__ = ["Checkpoints", "Distillation", "History", "Schedule", "train"]
+__all__ = ["Checkpoints", "Distillation", "Fidelity", "History", "Schedule", "train"]

@@ -20,6 +20,8 @@ class History:
         converted_metric: The value of ``validate`` after each epoch, for the converted graph; empty unless asked for.
         best_epoch: The epoch whose weights were kept, from 0; -1 where those before the first step were, None without
             ``validate``, where those of the last epoch are.
+        frozen_weights: The share of the quantized weights that oscillated and are frozen, after each epoch; empty with an
+            optimizer that does not look for them.
         resumed_at: The steps at which the run was resumed.
 
     Example:
@@ -37,6 +39,7 @@ class History:
     metric: list[float] = field(default_factory=list)
     converted_metric: list[float] = field(default_factory=list)
     best_epoch: int | None = None
+    frozen_weights: list[float] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
 
     def plot(self) -> Figure:

@@ -8,6 +8,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +30,8 @@ from quantflow.simulation.float_weights import forget_float_weights, remember_fl
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
+from quantflow.training.fine_tuning import fine_tuning, is_trained, teacher_of
+from quantflow.training.grid_adam import GridAdam
 from quantflow.training.history import History
 from quantflow.training.parallel import BatchLoss, Loss, in_parallel
 from quantflow.training.schedule import Schedule
@@ -43,12 +46,12 @@ def train(
     data: Iterable[object],
     *,
     epochs: int = 1,
-    loss: Loss = F.cross_entropy,
+    loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
     scheduler: LRScheduler | None = None,
     schedule: Schedule | None = None,
-    distill: Distillation | None = None,
+    distill: Distillation | Literal["auto"] | None = "auto",
     clip_norm: float | None = None,
     ema: float | None = None,
     amp: bool = False,
@@ -77,15 +80,20 @@ def train(
             follow from torch's random state (a shuffling DataLoader does) or from its own ``generator``, which is seeded anew
             each epoch.
         epochs: The number of epochs.
-        loss: ``loss(output, target)``, a scalar tensor.
-        optimizer: By default SGD with momentum 0.9 at ``lr``.
-        lr: Learning rate of the default optimizer.
+        loss: ``loss(output, target)``, a scalar tensor; by default cross-entropy, or none where a recovered graph learns from
+            its float network.
+        optimizer: By default SGD with momentum 0.9 at ``lr``. For a graph that :func:`quantflow.recover` returned, and
+            without ``lr``, Adam with learning rates in steps of the grid, which follow from the number of steps, and a warm-up;
+            it freezes weights that oscillate between two integers (Nagel et al. 2022, arXiv:2203.11086).
+        lr: Learning rate of SGD, 1e-3 by default.
         scheduler: A learning rate scheduler, stepped after each batch; ``ReduceLROnPlateau`` after each epoch, with what
             ``validate`` gave (mode "max") or with the mean loss (mode "min"). By default the default optimizer decays along a
             cosine to zero where ``data`` has a length, and an optimizer that is given has none.
         schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
             QAT, ``Schedule.never()`` for one in float.
         distill: Learn from a teacher besides; with a weight of 1 from the teacher alone, from batches with or without targets.
+            By default a graph that :func:`quantflow.recover` returned learns from its own float network, from this alone
+            unless ``loss`` is given; other graphs have no teacher.
         clip_norm: The largest norm of all gradients together; None for no limit.
         ema: Decay of an exponential moving average of the parameters, which is what is validated and kept; None for none.
         amp: Mixed precision: float16 with gradient scaling on CUDA, bfloat16 elsewhere.
@@ -141,6 +149,10 @@ def train(
         frozen = graph.batch_norm_frozen
         switched: tuple[bool, ...] | None = None
         source = Epochs(data, inputs, there, seed)
+        trained = is_trained(graph)
+        if distill == "auto":
+            distill = teacher_of(graph, alone=loss is None) if trained else None
+        loss = F.cross_entropy if loss is None else loss
         before = forget_float_weights(graph)  # what training makes of them is what PTQ is measured against
 
         def save(*, ended: bool) -> None:
@@ -156,8 +168,11 @@ def train(
 
         source.agree(peers)
         total = source.steps * epochs if source.steps else None
-        if optimizer is None:
-            optimizer = torch.optim.SGD(graph.parameters(), lr=lr, momentum=0.9)
+        if optimizer is None and lr is None and trained:
+            optimizer, default = fine_tuning(graph, total)
+            scheduler = scheduler or default
+        elif optimizer is None:
+            optimizer = torch.optim.SGD(graph.parameters(), lr=1e-3 if lr is None else lr, momentum=0.9)
             if scheduler is None and total:
                 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         run = TrainingState(graph, optimizer, scheduler, scaler, average)
@@ -253,6 +268,8 @@ def _score_start(run: TrainingState, peers: distributed.Peers, validate: Validat
 
 def _end_epoch(run: TrainingState, peers: distributed.Peers, validate: Validate | None, converted: bool) -> None:
     run.history.loss.append(statistics.fmean(peers.answers(run.loss_sum / max(run.batch, 1))))
+    if isinstance(run.optimizer, GridAdam):
+        run.history.frozen_weights.append(run.optimizer.frozen_share())
     run.graph.eval()
     if validate is not None:
         kept = _averaged(run)

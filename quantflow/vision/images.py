@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +28,12 @@ class ImageData:
     Attributes:
         train: Images for training and calibration.
         held_out: Images for scoring.
-        classes: The number of classes.
+        classes: The number of classes; None where labels are those of the network, as in a ``labels.csv``.
     """
 
     train: Dataset
     held_out: Dataset
-    classes: int
+    classes: int | None
 
 
 def digits(image_size: int, seed: int) -> ImageData:
@@ -65,11 +65,20 @@ def preprocessing(
     return v2.Compose([*steps, v2.Normalize(mean, std)])
 
 
-def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
-    """``"digits"``, an image folder (with or without ``train`` and ``val`` inside), or a torchvision data set by name."""
+def image_data(
+    name: str, root: Path, image_size: int, seed: int, validation: str | None = None, *, resize: bool = True
+) -> ImageData:
+    """``"digits"``, a folder of images, or a torchvision data set by name.
+
+    A folder has one folder a class or a ``labels.csv``, or has such folders ``train`` and ``val`` inside. A folder
+    ``validation`` is held out in place of a part of the images. Without ``resize`` images are cropped only.
+    """
+    transform = preprocessing(image_size, resize=resize)
+    if validation is not None:
+        found = image_data(name, root, image_size, seed, resize=resize)
+        return replace(found, held_out=labelled_folder(Path(validation), transform))
     if name == "digits":
         return digits(image_size, seed)
-    transform = preprocessing(image_size)
     if Path(name).is_dir():
         return _from_folder(Path(name), transform, seed)
     kind = getattr(datasets, name, None)
@@ -90,16 +99,18 @@ def image_data(name: str, root: Path, image_size: int, seed: int) -> ImageData:
 
 
 def _from_folder(folder: Path, transform: Callable[[Any], torch.Tensor], seed: int) -> ImageData:
-    try:
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            train, held_out = (datasets.ImageFolder(str(folder / p), transform) for p in ("train", "val"))
-            return ImageData(train, held_out, len(train.classes))
-        both = datasets.ImageFolder(str(folder), transform)
-    except FileNotFoundError as error:
-        remedy = "one folder a class, with images in each"
-        raise QuantflowError("data", str(error), node=f"--data {folder}", remedy=remedy) from error
-    parts = random_split(both, [0.8, 0.2], torch.Generator().manual_seed(seed))
-    return ImageData(parts[0], parts[1], len(both.classes))
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        train, held = (labelled_folder(folder / part, transform) for part in ("train", "val"))
+    else:
+        train, held = held_out(labelled_folder(folder, transform), 0.2, seed)
+    whole = train.dataset if isinstance(train, Subset) else train
+    return ImageData(train, held, len(whole.classes) if isinstance(whole, datasets.ImageFolder) else None)
+
+
+def held_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """A random ``share`` of the images, and before it the others."""
+    first_part, second = random_split(dataset, [1 - share, share], torch.Generator().manual_seed(seed))
+    return first_part, second
 
 
 class LabelledImages(Dataset):

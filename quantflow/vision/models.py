@@ -11,6 +11,8 @@ from torchvision import models
 
 from quantflow.errors import QuantflowError
 
+_COUNTERS = "num_batches_tracked"  # which old files of weights do not hold
+
 
 def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module:
     """The torchvision model ``name``.
@@ -37,6 +39,14 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
         model = models.get_model(name, weights=None, num_classes=state[head].shape[0])
     load_weights(model, state, str(weights), fresh_head=classes is not None)
     return model
+
+
+def covers(weights: str, name: str, classes: int | None) -> bool:
+    """Whether ``weights`` hold all of the torchvision model ``name`` with ``classes`` outputs, its last layer too."""
+    if classes is None:
+        return True
+    state, own = _state_dict(name, weights), models.get_model(name, weights=None, num_classes=classes).state_dict()
+    return all(k in state and state[k].shape == v.shape for k, v in own.items() if not k.endswith(_COUNTERS))
 
 
 def read_program(path: Path, *, trust: bool) -> ExportedProgram:
@@ -113,7 +123,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str,
     """
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    misfits = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    misfits = [k for k in own if k not in fits and not k.endswith(_COUNTERS)]
     # --weights may have another number of classes: then the weight and the bias of the last layer do not fit.
     tolerated = 2 if fresh_head else 0
     if len(misfits) > tolerated or len(fits) < len(own) // 2:

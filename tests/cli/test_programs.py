@@ -191,12 +191,13 @@ def test_qat(made):
         qf.export(graph, (torch.zeros(2, 3, 16, 16),), dynamic_batch=True).program, folder / "trained.pt2"
     )
     arguments = ["--model", folder / "trained.pt2", "--trust", "--data", "digits", "--image-size", 16]
-    result = command("qat", *arguments, "--epochs", 1, "--distill", "--output", folder / "qat.pte", "--json")
-    float_, fake, converted, pte = figures(result)["verification"]["stages"]
+    result = command("qat", *arguments, "--epochs", 1, "--scheme", "w4a8", "--output", folder / "qat.pte", "--json")
+    float_, ptq, fake, converted, pte = figures(result)["verification"]["stages"]
     assert float_["metric"] == told["verification"]["stages"][0]["metric"]  # the weights that ptq saved
     assert fake["kind"] == "fake-quantized"
     assert float(converted["outputs"][0]["step_sqnr_db"]) > 40  # "inf" where both are equal
     assert pte["metric"] > 0.9
+    assert ptq["metric"] > 0.9
 
 
 class Canary:

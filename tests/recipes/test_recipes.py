@@ -73,10 +73,11 @@ def test_qat_recipe(run):
         "device": "cpu",
         "lr": 0.02,
         "batch_size": 64,
-        "distill": None,
+        "labels": None,
     }
     result, folder = run("qat_mobilenet", **options)
-    assert result.keys() >= FIGURES
+    assert result.keys() >= FIGURES | {"pte_float_agreement", "ptq_pte_float_agreement"}
+    assert result["kept"] in ("PTQ", "QAT")
     assert result["delegated_fraction"] == 1.0
     assert result["pte_bytes"] <= 0.32 * result["float_bytes"]
     assert result["float_accuracy"] > 0.3
