@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from quantflow.preparation.prepare import prepare
     from quantflow.ptq.recover import RecoveryResult, recover
     from quantflow.reporting.report import report
-    from quantflow.training import Checkpoints, Distillation, Fidelity, History, Schedule, train
+    from quantflow.training import Accuracy, Checkpoints, Distillation, Fidelity, History, Schedule, train
 
 __version__ = "0.1.0"
 
@@ -61,12 +61,13 @@ _HOMES = {
     "ptq": ("RecoveryResult", "recover"),
     "reporting": ("report",),
     "mixed_precision": ("SearchResult", "search"),
-    "training": ("Checkpoints", "Distillation", "Fidelity", "History", "Schedule", "train"),
+    "training": ("Accuracy", "Checkpoints", "Distillation", "Fidelity", "History", "Schedule", "train"),
     "evaluation": ("Verification", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Accuracy",
     "AccuracyControl",
     "Checkpoints",
     "CoreAten",

@@ -130,13 +130,13 @@ def main() -> None:
 
     # QAT: the same graph goes on from there. The float network is its teacher.
     print(f"quantization-aware training, {options.epochs} epochs")
-    qat_graph = recovered.graph
+    qat_graph, chosen_by = recovered.graph, DataLoader(selection, options.batch_size)
     history = qf.train(
         qat_graph,
         loader,
         epochs=options.epochs,
         loss=F.cross_entropy if options.labels else None,
-        validate=qf.Fidelity(float_graph, DataLoader(selection, options.batch_size)),
+        validate=qf.Accuracy(chosen_by) if options.labels else qf.Fidelity(float_graph, chosen_by),
         checkpoints=qf.Checkpoints(folder / "qat", resume=options.resume),
         **training,
     )
@@ -146,9 +146,9 @@ def main() -> None:
             return
     history.plot().savefig(folder / "history.png")
     kept = "PTQ" if history.best_epoch == -1 else "QAT"
+    figure = "accuracy" if options.labels else "signal to noise, dB,"
     print(
-        f"kept: {kept} (signal to noise on images not trained on: {history.start_metric:.1f} dB after PTQ, "
-        f"{max(history.metric):.1f} dB with QAT)"
+        f"kept: {kept} ({figure} on images not trained on: PTQ {history.start_metric:.3f}, QAT {max(history.metric):.3f})"
     )
 
     # Conversion to integers and lowering to a program.

@@ -74,12 +74,13 @@ def qat(
     qf.calibrate(prepared, start.calibration(data, calibration_images, chosen.batch_size), sample=sample)
     graph = qf.recover(prepared, sample).graph
     ptq = qf.convert(graph)
+    chosen_by = start.calibration(selection, None, chosen.batch_size)
     qf.train(
         graph,
         loader_of(data, start.rows or chosen.batch_size),
         epochs=epochs,
         loss=F.cross_entropy if labels else None,
-        validate=qf.Fidelity(teacher, start.calibration(selection, None, chosen.batch_size)),
+        validate=qf.Accuracy(chosen_by) if labels else qf.Fidelity(teacher, chosen_by),
         seed=chosen.seed,
     )
     converted = qf.convert(graph)

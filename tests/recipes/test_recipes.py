@@ -66,9 +66,10 @@ def images(tmp_path):
 
 def test_qat_recipe(run):
     options = {
-        "model": "resnet18",
+        "model": "regnet_x_400mf",
         "image_size": 32,
         "float_epochs": 2,
+        "calibration_images": 64,
         "epochs": 1,
         "device": "cpu",
         "lr": 0.02,

@@ -1,9 +1,9 @@
-"""Fidelity is the signal to noise over all batches, the mean over outputs."""
+"""Fidelity is the signal to noise over all batches, the mean over outputs; accuracy counts examples."""
 
 import pytest
 import torch
 from networks import Structured
-from training_data import X, graph
+from training_data import X, Y, graph
 
 import quantflow as qf
 from quantflow.metrics import signal_to_noise
@@ -22,14 +22,8 @@ def test_it_is_the_signal_to_noise_of_all_outputs_together():
 def test_outputs_count_alike():
     x, y = torch.randn(6, 8), torch.randn(6, 4)
     network = qf.export(Structured(), (x,), {"y": y}).module().eval()
-
-    def other(x, *, y):
-        found = network(x, y=y)
-        return {"sum": found["sum"] * 1.1, "parts": (found["parts"][0], found["parts"][1] * 1.01)}
-
-    other.__dict__.update(network.__dict__)
-    graph_like = qf.export(Scaled(network), (x,), {"y": y}).module().eval()
-    found = qf.Fidelity(network, [{"x": x, "y": y}])(graph_like)
+    other = qf.export(Scaled(network), (x,), {"y": y}).module().eval()
+    found = qf.Fidelity(network, [{"x": x, "y": y}])(other)
     assert found == pytest.approx((20 + 40 + 30) / 3, abs=0.01)
 
 
@@ -48,3 +42,14 @@ def test_no_data_are_named():
     network = graph(qat=False).eval()
     with pytest.raises(qf.QuantflowError, match="no data to validate"):
         qf.Fidelity(network, [])(network)
+    with pytest.raises(qf.QuantflowError, match="no data to validate"):
+        qf.Accuracy([])(network)
+
+
+def test_accuracy_counts_examples_not_batches():
+    network = graph(qat=False).eval()
+    with torch.no_grad():
+        wanted = float((network(X).argmax(1) == Y).double().mean())
+    assert qf.Accuracy([(X[:3], Y[:3]), (X[3:], Y[3:])])(network) == pytest.approx(wanted)
+    with pytest.raises(qf.QuantflowError, match="no scores of classes"):
+        qf.Accuracy([X])(network)
