@@ -30,6 +30,7 @@ _KEPT_META = (
     "quantflow_tracking",
     "quantflow_output_moments",
     "quantflow_float_weight",
+    "quantflow_teacher_weight",
 )
 
 

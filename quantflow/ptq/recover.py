@@ -25,7 +25,7 @@ from quantflow.ptq.batch_interaction import examples_interact, examples_of
 from quantflow.ptq.range_optimization import optimize_ranges
 from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
 from quantflow.signature.signature import Signature
-from quantflow.simulation.float_weights import with_float_weights
+from quantflow.simulation.float_weights import remember_teacher, with_float_weights
 from quantflow.simulation.network import outputs
 from quantflow.simulation.output_gradients import OutputGradients, output_gradients
 from quantflow.simulation.preconditions import check_calibrated, draw
@@ -139,7 +139,9 @@ def recover(
     current.eval()
 
     def as_calibrated(reason: str) -> RecoveryResult:
-        return RecoveryResult(adopt(graph), (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
+        unchanged = adopt(graph)
+        remember_teacher(unchanged)
+        return RecoveryResult(unchanged, (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
 
     if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
         return as_calibrated("it keeps state")
@@ -172,6 +174,7 @@ def recover(
             "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
         )
         warnings.warn(QuantflowWarning("recover", reason, node="the outputs", remedy=remedy), stacklevel=2)
+    remember_teacher(current)
     if fake_quantizers:
         kinds = {type(m) for m in fake_quantizers if isinstance(m, FakeQuantize) and not m.is_dynamic}
         make_trainable(current, kinds.pop() if len(kinds) == 1 else FakeQuantize)

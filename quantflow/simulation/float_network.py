@@ -9,16 +9,16 @@ from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.graph.parameters import drop_unused
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize
 from quantflow.observers.observation import observer_of
-from quantflow.simulation.float_weights import with_float_weights
+from quantflow.simulation.float_weights import has_teacher, with_float_weights, with_teacher_weights
 
 
 def float_network(graph: GraphModule) -> TrainableGraphModule:
     """Return the float network of a prepared ``graph``, in inference mode: no observers, weights as before any PTQ algorithm.
 
     Args:
-        graph: A graph prepared for PTQ or QAT; it is left as it was.
+        graph: A graph prepared for PTQ or QAT; it is left as it was. Of one that has a teacher, the teacher.
     """
-    network = with_float_weights(graph)
+    network = with_teacher_weights(graph) if has_teacher(graph) else with_float_weights(graph)
     for node in list(network.graph.nodes):
         if _quantizes(node, network):
             node.replace_all_uses_with(node_argument(node))

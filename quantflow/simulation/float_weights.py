@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
@@ -13,6 +14,8 @@ from quantflow.graph.state import is_written
 
 # In node.meta of a get_attr node: the tensor that it read before any algorithm changed it.
 FLOAT_WEIGHT = "quantflow_float_weight"
+# Likewise: the tensor of the float network that teaches, which training does not change.
+TEACHER_WEIGHT = "quantflow_teacher_weight"
 
 
 def attribute(graph: GraphModule, read: Node) -> Any:
@@ -35,11 +38,34 @@ def float_weight(read: Node, now: Any) -> Any:
 
 def with_float_weights(graph: GraphModule) -> TrainableGraphModule:
     """A copy of ``graph`` with every weight and bias as it was before any algorithm changed it."""
+    return _with(graph, FLOAT_WEIGHT)
+
+
+def with_teacher_weights(graph: GraphModule) -> TrainableGraphModule:
+    """A copy of ``graph`` with the weights that :func:`remember_teacher` remembered."""
+    return _with(graph, TEACHER_WEIGHT)
+
+
+def _with(graph: GraphModule, remembered: str) -> TrainableGraphModule:
     before = adopt(graph)
     for node in before.graph.nodes:
-        if FLOAT_WEIGHT in node.meta:
-            set_tensor(before, str(node.target), float_weight(node, attribute(before, node)).clone(), parameter=True)
+        if remembered in node.meta:
+            weight = node.meta[remembered].to(attribute(before, node).device)
+            set_tensor(before, str(node.target), weight.clone(), parameter=True)
     return before
+
+
+def remember_teacher(graph: GraphModule) -> None:
+    """Remember the float network of ``graph`` as the teacher of its training, unless one is remembered."""
+    for node in graph.graph.nodes:
+        now = tensor_of(graph, node) if node.op == "get_attr" else None
+        if isinstance(now, nn.Parameter):
+            node.meta.setdefault(TEACHER_WEIGHT, float_weight(node, now.detach()).clone())
+
+
+def has_teacher(graph: GraphModule) -> bool:
+    """Whether the float network that ``graph`` was made from is remembered as its teacher."""
+    return any(TEACHER_WEIGHT in node.meta for node in graph.graph.nodes)
 
 
 def forget_float_weights(graph: GraphModule) -> dict[Node, torch.Tensor]:

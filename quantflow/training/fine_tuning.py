@@ -14,7 +14,6 @@ from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.qparams.qparams import broadcast
 from quantflow.simulation.float_network import float_network
-from quantflow.simulation.float_weights import FLOAT_WEIGHT
 from quantflow.training.distillation import Distillation
 from quantflow.training.grid_adam import GridAdam, GridParameter
 
@@ -24,11 +23,6 @@ _SIZES = 0.03  # of its own size, for any other parameter
 _WARM_UP = 0.05  # of all steps
 _FREEZE = 0.1  # turns a step
 _UNKNOWN = 1000  # steps, where the data have no length
-
-
-def is_trained(graph: TrainableGraphModule) -> bool:
-    """Whether ``graph`` remembers the float weights that it was made from, as one that :func:`quantflow.recover` returned."""
-    return any(FLOAT_WEIGHT in node.meta for node in graph.graph.nodes)
 
 
 def teacher_of(graph: TrainableGraphModule, *, alone: bool) -> Distillation:

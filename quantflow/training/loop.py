@@ -26,11 +26,11 @@ from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import has_seen_data, is_converted, observers_of
 from quantflow.observers.synchronization import check_synchronizable_in_training
 from quantflow.preparation.forms import make_trainable
-from quantflow.simulation.float_weights import forget_float_weights, remember_float_weight
+from quantflow.simulation.float_weights import forget_float_weights, has_teacher, remember_float_weight
 from quantflow.training.checkpoint import Checkpoints
 from quantflow.training.distillation import Distillation
 from quantflow.training.epochs import Epochs
-from quantflow.training.fine_tuning import fine_tuning, is_trained, teacher_of
+from quantflow.training.fine_tuning import fine_tuning, teacher_of
 from quantflow.training.grid_adam import GridAdam
 from quantflow.training.history import History
 from quantflow.training.parallel import BatchLoss, Loss, in_parallel
@@ -149,7 +149,7 @@ def train(
         frozen = graph.batch_norm_frozen
         switched: tuple[bool, ...] | None = None
         source = Epochs(data, inputs, there, seed)
-        trained = is_trained(graph)
+        trained = has_teacher(graph)
         if distill == "auto":
             distill = teacher_of(graph, alone=loss is None) if trained else None
         loss = F.cross_entropy if loss is None else loss

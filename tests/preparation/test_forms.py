@@ -79,7 +79,7 @@ def test_a_graph_prepared_for_ptq_trains_from_its_integers(scheme):
     started = copy.deepcopy(graph)
     make_trainable(started)
     assert all(torch.equal(found[name], tensor) for name, tensor in integers(started).items())
-    qf.train(graph, [(x, torch.arange(8) % 5) for x in data()], lr=1e-3, progress=False)
+    qf.train(graph, [(x, torch.arange(8) % 5) for x in data()], lr=1e-3, distill=None, progress=False)
     after = integers(graph)
     assert found.keys() == after.keys()
     assert any(not torch.equal(found[name], after[name]) for name in found)
