@@ -179,7 +179,7 @@ def converted(graph, x):
         (lambda g, x: qf.train(converted(g, x), [(x, x)]), "train", "before qf.convert"),
         (lambda g, x: qf.train(qf.prepare(g, XNNPACKQuantizer()), [(x, x)]), "train", "qf.calibrate"),
         (lambda g, x: converted(g, x * float("nan")), "calibrate", "NaN"),
-        (lambda g, x: XNNPACKQuantizer("int8"), "plan", "no Scheme"),
+        (lambda g, x: XNNPACKQuantizer("int8"), "plan", "no scheme is named"),
         (lambda g, x: XNNPACKQuantizer().plan(ConvNet()), "plan", "qf.export"),
         (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), [x.numpy()]), "calibrate", "from_numpy"),
         (lambda g, x: qf.calibrate(qf.prepare(g, XNNPACKQuantizer()), [x[:2]]), "calibrate", "dynamic_batch"),
