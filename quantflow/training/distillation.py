@@ -32,14 +32,14 @@ class Distillation:
     Attributes:
         teacher: The float model in inference mode, called with the same inputs, without gradients. For ``features`` it is a
             captured graph.
-        divergence: ``"kl"``, for classifiers: ``T²·KL(teacher/T ‖ output/T)`` of the logits. ``"mse"``, for any outputs:
-            ``‖output - teacher's‖² / ‖teacher's‖²``, the mean over all float tensors that the network returns.
         weight: Share of the teacher, 0 to 1. At 1 the teacher alone counts, and batches need no target.
         temperature: T, by which logits are divided.
         logits: Picks the logits, [batch, classes], out of an output; by default the output itself. With ``"mse"``, what is
             compared.
         features: Layers whose outputs are trained towards the teacher's, by their dotted names in the eager model.
         feature_weight: The factor of each feature loss.
+        divergence: ``"kl"``, for classifiers: ``T²·KL(teacher/T ‖ output/T)`` of the logits. ``"mse"``, for any outputs:
+            ``‖output - teacher's‖² / ‖teacher's‖²``, the mean over all float tensors that the network returns.
 
     Example:
         >>> import torch
