@@ -76,9 +76,7 @@ def main() -> None:
     data = image_data(
         options.data, options.data_root, size, options.seed, options.validation, resize=not options.no_resize
     )
-    training_images, selection = held_out(
-        data.train, 0.1, options.seed
-    )  # the best state is the one with the best selection
+    training_images, selection = held_out(data.train, 0.1, options.seed)  # the best state is chosen by the selection
     model = classifier(options.model, data.classes, options.weights)
     sampler: DistributedSampler | None = (
         DistributedSampler(training_images, seed=options.seed, drop_last=True) if distributed else None
@@ -99,7 +97,7 @@ def main() -> None:
 
     # Float: the captured graph trains like the model itself.
     float_graph = qf.export(model, example, dynamic_batch=True).module().to(options.device)
-    trained = options.weights is not None and covers(options.weights, options.model, data.classes)
+    trained = options.weights is not None and covers(options.model, data.classes, options.weights)
     float_epochs = options.float_epochs if options.float_epochs is not None else (0 if trained else 9)
     if float_epochs:
         optimizer = torch.optim.SGD(

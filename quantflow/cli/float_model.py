@@ -96,13 +96,13 @@ def float_model(
     Raises:
         QuantflowError: at stage ``"model"`` if it can't be read; at ``"data"`` if there are no data to train it on.
     """
-    classes = None if chosen.to_learn is None else chosen.to_learn.classes
-    trained = is_program(model) or (weights is not None and models.covers(weights, model, classes))
+    data = chosen.to_learn
+    classes = None if data is None else data.classes
+    trained = is_program(model) or (weights is not None and models.covers(model, classes, weights))
     epochs = float_epochs if float_epochs is not None else 0 if trained else _EPOCHS
     if epochs and chosen.data is None:
         remedy = "--weights FILE, or --data to train it on"
         raise QuantflowError("data", "no weights, and nothing to train on", node=f"--model {model}", remedy=remedy)
-    data = chosen.to_learn
     torch.manual_seed(chosen.seed)
     network = read(model, weights, classes, trust=trust)
     found = FloatModel.of(network, chosen.size)

@@ -59,8 +59,9 @@ def remember_teacher(graph: GraphModule) -> None:
     """Remember the float network of ``graph`` as the teacher of its training, unless one is remembered."""
     for node in graph.graph.nodes:
         now = tensor_of(graph, node) if node.op == "get_attr" else None
-        if isinstance(now, nn.Parameter):
-            node.meta.setdefault(TEACHER_WEIGHT, float_weight(node, now.detach()).clone())
+        if isinstance(now, nn.Parameter) and TEACHER_WEIGHT not in node.meta:
+            # A remembered tensor is nobody's to write; training writes the parameter.
+            node.meta[TEACHER_WEIGHT] = node.meta[FLOAT_WEIGHT] if FLOAT_WEIGHT in node.meta else now.detach().clone()
 
 
 def has_teacher(graph: GraphModule) -> bool:

@@ -71,15 +71,13 @@ def run_paired(
     with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress, leave=False) as bar:
         for node in graph.graph.nodes:
             networks.advance()
-            if node in layers:
+            if node in layers or not networks.floats:
                 for batch in itertools.islice(pending, max(fitting[node] - len(networks.floats), 0)):
                     networks.begin(batch, node)
+            if node in layers:
                 yield LayerPair(layers[node], networks.floats, networks.integers)
                 networks.read_again(layers[node])
                 bar.update()
-            elif not networks.floats:
-                for batch in itertools.islice(pending, fitting[node]):
-                    networks.begin(batch, node)
 
 
 def _batches_that_fit(graph: GraphModule, sample: Sequence[Inputs], memory: int) -> dict[Node, int]:

@@ -1,4 +1,4 @@
-"""Preconditions of post-training algorithms: a float or a calibrated graph, and a sample of the data that fits memory."""
+"""Preconditions of post-training algorithms: a float or a calibrated graph, and a sample of the data."""
 
 from __future__ import annotations
 

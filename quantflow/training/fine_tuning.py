@@ -17,7 +17,7 @@ from quantflow.simulation.float_network import float_network
 from quantflow.training.distillation import Distillation
 from quantflow.training.grid_adam import GridAdam, GridParameter
 
-# How far a parameter is moved at most, the sum of the learning rates of all steps. Measured: docs/benchmarks/qat.md.
+# How far a parameter is moved at most, the sum of the learning rates of all steps. Chosen by a few runs, not by a benchmark.
 _STEPS = 2.0  # of the grid, for quantized weights
 _SIZES = 0.03  # of its own size, for any other parameter
 _WARM_UP = 0.05  # of all steps
@@ -43,8 +43,8 @@ def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[torch.o
     """
     rounded = _rounded(graph)
     others = [GridParameter(p, _size(p)) for p in graph.parameters() if p.requires_grad and p not in rounded]
-    factors = [_factor(k, steps or _UNKNOWN) for k in range(steps or _UNKNOWN)]
-    total = sum(factors)
+    length = steps or _UNKNOWN
+    total = sum(_factor(k, length) for k in range(length))
     groups = [
         {"params": list(rounded.values()), "lr": _STEPS / total},
         {"params": others, "lr": _SIZES / total},

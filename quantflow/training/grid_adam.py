@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,11 @@ class GridAdam(torch.optim.Adam):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, freeze: float = 1.0, betas: tuple[float, float] = (0.9, 0.99)
+        self, groups: Sequence[dict[str, Any]], *, freeze: float = 1.0, betas: tuple[float, float] = (0.9, 0.99)
     ) -> None:
-        made = [{**group, "params": [p.parameter for p in group["params"]]} for group in map(dict, groups)]
         self._units = {p.parameter: p for group in groups for p in group["params"]}
-        super().__init__(made, lr=0.0, betas=betas)
+        plain = [{**group, "params": [p.parameter for p in group["params"]]} for group in groups]
+        super().__init__(plain, lr=0.0, betas=betas)
         self.freeze = freeze
 
     @torch.no_grad()

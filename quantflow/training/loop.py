@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -17,13 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from quantflow import distributed
-from quantflow.capture.exported import INFERENCE_ONLY
 from quantflow.conversion.convert import convert
 from quantflow.data.batches import PickInputs
-from quantflow.errors import QuantflowError, QuantflowWarning
+from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
 from quantflow.observers.fake_quantize import FakeQuantize
-from quantflow.observers.observation import has_seen_data, is_converted, observers_of
+from quantflow.observers.observation import has_seen_data, observers_of
 from quantflow.observers.synchronization import check_synchronizable_in_training
 from quantflow.preparation.forms import make_trainable
 from quantflow.simulation.float_weights import forget_float_weights, has_teacher, remember_float_weight
@@ -34,6 +32,7 @@ from quantflow.training.fine_tuning import fine_tuning, teacher_of
 from quantflow.training.grid_adam import GridAdam
 from quantflow.training.history import History
 from quantflow.training.parallel import BatchLoss, Loss, in_parallel
+from quantflow.training.preconditions import check_alike, check_can_learn
 from quantflow.training.schedule import Schedule
 from quantflow.training.state import TrainingState
 from quantflow.training.updates import check_usable, end_epoch_on_plateau, update
@@ -135,7 +134,7 @@ def train(
             remedy = "train Exported.module(), or what qf.prepare(..., qat=True) returned"
             raise QuantflowError("train", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         make_trainable(graph)
-        _check(graph)
+        check_can_learn(graph)
         check_synchronizable_in_training(graph)
         there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
         distributed.check_carries(there, "train")
@@ -183,7 +182,7 @@ def train(
         if checkpoints is not None and checkpoints.resume and (found := checkpoints.last_good(fingerprint)) is not None:
             run.restore(*found)
             run.history.resumed_at.append(run.step)
-        _check_alike(peers.answers([fingerprint, run.step]))
+        check_alike(peers.answers([fingerprint, run.step]))
         try:
             if validate is not None and not run.step:
                 _score_start(run, peers, validate)
@@ -226,34 +225,6 @@ def train(
             for read, weight in before.items():
                 remember_float_weight(read, weight)
     return run.history
-
-
-def _check(graph: TrainableGraphModule) -> None:
-    """Raise for a graph that can't learn; warn of layers whose training behavior is not in the graph."""
-    if not any(p.requires_grad for p in graph.parameters()) or is_converted(graph):
-        remedy = "train before qf.convert: qf.prepare(graph, quantizer, qat=True), qf.train, qf.convert"
-        raise QuantflowError("train", "the graph is converted, or has nothing to train", node="graph", remedy=remedy)
-    if lost := graph.meta.get(INFERENCE_ONLY):
-        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        reason = "these may train differently than in eager mode: their behavior in training is not in the graph"
-        remedy = "for a few epochs of QAT often none is needed; otherwise train these layers in eager mode first"
-        warnings.warn(QuantflowWarning("train", reason, node=names, remedy=remedy), stacklevel=3)
-
-
-def _check_alike(everyone: list[list[object]]) -> None:
-    """Raise if graphs, options or resumed steps differ between processes."""
-    (kind, step), *others = everyone
-    for rank, (theirs, their_step) in enumerate(others, 1):
-        if theirs != kind:
-            reason, remedy = (
-                "it has another graph, optimizer or options than rank 0",
-                "the same script for all processes",
-            )
-            raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
-        if their_step != step:
-            reason = f"it resumes at step {their_step}, rank 0 at {step}"
-            remedy = "a folder of checkpoints that all processes see"
-            raise QuantflowError("train", reason, node=f"rank {rank}", remedy=remedy)
 
 
 def _score_start(run: TrainingState, peers: distributed.Peers, validate: Validate) -> None:

@@ -11,8 +11,6 @@ from torchvision import models
 
 from quantflow.errors import QuantflowError
 
-_COUNTERS = "num_batches_tracked"  # which old files of weights do not hold
-
 
 def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module:
     """The torchvision model ``name``.
@@ -41,12 +39,12 @@ def classifier(name: str, classes: int | None, weights: str | None) -> nn.Module
     return model
 
 
-def covers(weights: str, name: str, classes: int | None) -> bool:
+def covers(name: str, classes: int | None, weights: str) -> bool:
     """Whether ``weights`` hold all of the torchvision model ``name`` with ``classes`` outputs, its last layer too."""
     if classes is None:
         return True
     state, own = _state_dict(name, weights), models.get_model(name, weights=None, num_classes=classes).state_dict()
-    return all(k in state and state[k].shape == v.shape for k, v in own.items() if not k.endswith(_COUNTERS))
+    return not _misfits(own, state)
 
 
 def read_program(path: Path, *, trust: bool) -> ExportedProgram:
@@ -123,7 +121,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str,
     """
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    misfits = [k for k in own if k not in fits and not k.endswith(_COUNTERS)]
+    misfits = _misfits(own, state)
     # --weights may have another number of classes: then the weight and the bias of the last layer do not fit.
     tolerated = 2 if fresh_head else 0
     if len(misfits) > tolerated or len(fits) < len(own) // 2:
@@ -131,3 +129,9 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], weights: str,
         reason = f"the weights of another model: {len(misfits)} tensors do not fit, first {misfits[0]}"
         raise QuantflowError("model", reason, node=f"--weights {weights}", remedy=remedy)
     model.load_state_dict(fits, strict=False)
+
+
+def _misfits(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors of a model, ``own``, that ``state`` lacks or has in another shape; old files hold no batch counters."""
+    names = [k for k in own if not k.endswith("num_batches_tracked")]
+    return [k for k in names if k not in state or state[k].shape != own[k].shape]

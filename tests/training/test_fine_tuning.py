@@ -30,8 +30,8 @@ class Deep(nn.Module):
         return self.head(self.layers(self.stem(x)).mean((2, 3)))
 
 
-def recovered(scheme=W4A8, **options):
-    prepared = qf.prepare(graph(qat=False).eval(), XNNPACKQuantizer(scheme), qat=True, **options)
+def recovered():
+    prepared = qf.prepare(graph(qat=False).eval(), XNNPACKQuantizer(W4A8), qat=True)
     return qf.recover(qf.calibrate(prepared, [X], progress=False), [X[:16], X[16:]], progress=False).graph
 
 

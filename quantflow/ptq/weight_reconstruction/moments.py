@@ -31,9 +31,8 @@ class Moments:
     def of(cls, x: torch.Tensor, r: torch.Tensor, weights: torch.Tensor, shift: torch.Tensor) -> Moments:
         """Of the rows ``x`` [groups, rows, features] and ``r`` [groups, rows, outputs] with ``weights`` [groups, rows]."""
         root = weights.sqrt()[..., None]
-        x = torch.sub(x, shift, out=x.new_empty(x.shape)).mul_(
-            root
-        )  # contiguous, since the products are several times faster
+        # The products are faster on contiguous tensors.
+        x = torch.sub(x, shift, out=x.new_empty(x.shape)).mul_(root)
         r = torch.mul(r, root, out=r.new_empty(r.shape))
         ones, xt = root.transpose(1, 2), x.transpose(1, 2)
         sums = ((ones @ x)[:, 0], (ones @ r)[:, 0], xt @ x, xt @ r)
