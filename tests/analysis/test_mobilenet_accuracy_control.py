@@ -18,15 +18,16 @@ def mobilenet():
     digits = load_digits()
     pixels = F.interpolate(torch.from_numpy(digits.images).float()[:, None] / 8 - 1, size=32, mode="bilinear")
     images, labels = pixels.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target)
-    model = models.mobilenet_v3_small(num_classes=10)
+    model = models.mobilenet_v3_small(num_classes=10).double()  # in float32 each processor would train another network
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=24)
     for index in torch.randint(1397, (24, 64)):
-        F.cross_entropy(model(images[index]), labels[index]).backward()
+        F.cross_entropy(model(images[index].double()), labels[index]).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    model.float()
     with torch.no_grad():
         for norm in norms:
             norm.momentum = None  # the mean over what follows
@@ -58,4 +59,4 @@ def test_mobilenet_v3_meets_its_budget_with_few_layers_in_float(mobilenet):
     assert budget.drop <= 0.005
     assert budget.tried[0][1] > 0.1
     assert "classifier.0" in [layer.layer for layer in budget.reverted]
-    assert len(budget.reverted) <= 4  # 4 on a processor with AVX2 alone; 3 or fewer were seen elsewhere
+    assert len(budget.reverted) <= 3
