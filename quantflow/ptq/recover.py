@@ -101,8 +101,8 @@ def recover(
 ) -> RecoveryResult:
     """Optimize activation ranges by output gradients, then reconstruct weights and biases on quantized inputs.
 
-    The signal to noise of the simulated outputs is measured after each step, on every fourth batch, to which nothing is fitted
-    (of fewer than four batches on the last; of one batch on that batch). A step is kept where it rises. Two kinds of graph
+    The signal to noise of the simulated outputs is measured after each step, on every eighth batch, to which nothing is fitted
+    (of fewer than eight batches on the last; of one batch on that batch). A step is kept where it rises. Two kinds of graph
     stay as calibrated: one that keeps state, since a sample of calls says nothing of the state over many calls, and one in
     which the examples of a batch act on each other, since the batches of a sample hold other examples together.
 
@@ -192,10 +192,10 @@ def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
 
 
 def _split(drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """The batches to fit on, and every fourth batch, held out; a single batch serves as both."""
+    """The batches to fit on, and every eighth batch, held out; a single batch serves as both."""
     if len(drawn) == 1:
         return drawn, drawn
-    every = min(4, len(drawn))
+    every = min(8, len(drawn))
     fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
     return fit, drawn[every - 1 :: every]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,11 @@ class Layer:
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as [groups, outputs a group, features a group]."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    @property
+    def channels(self) -> int:
+        """The input channels that an output reads; 1 in a depthwise convolution."""
+        return self.features // math.prod(self.kernel)
 
     @property
     def rows(self) -> int:

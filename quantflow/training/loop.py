@@ -89,7 +89,8 @@ def train(
             ``validate`` gave (mode "max") or with the mean loss (mode "min"). By default the default optimizer decays along a
             cosine to zero where ``data`` has a length, and an optimizer that is given has none.
         schedule: When rounding starts and batch norm and observers freeze; by default ``Schedule()`` for a graph prepared for
-            QAT, ``Schedule.never()`` for one in float.
+            QAT, ``Schedule.never()`` for one in float. A graph that learns from its teacher by default is trained in inference
+            mode, without a schedule: dropout is off, batch norm and ranges stay.
         distill: Learn from a teacher besides; with a weight of 1 from the teacher alone, from batches with or without targets.
             By default a graph that :func:`quantflow.recover` returned learns from its own float network, from this alone
             unless ``loss`` is given; other graphs have no teacher.
@@ -139,6 +140,9 @@ def train(
         there = torch.device(device or next((p.device for p in graph.parameters()), "cpu"))
         distributed.check_carries(there, "train")
         graph.to(there)
+        trained = has_teacher(graph)
+        follows_teacher = trained and distill == "auto"
+        in_training_mode = schedule is not None or not follows_teacher  # else no dropout: the teacher has none
         if schedule is None:
             schedule = Schedule() if any(isinstance(m, FakeQuantize) for m in graph.modules()) else Schedule.never()
         average = AveragedModel(graph, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
@@ -148,9 +152,8 @@ def train(
         frozen = graph.batch_norm_frozen
         switched: tuple[bool, ...] | None = None
         source = Epochs(data, inputs, there, seed)
-        trained = has_teacher(graph)
         if distill == "auto":
-            distill = teacher_of(graph, alone=loss is None) if trained else None
+            distill = teacher_of(graph, alone=loss is None) if follows_teacher else None
         loss = F.cross_entropy if loss is None else loss
         before = forget_float_weights(graph)  # what training makes of them is what PTQ is measured against
 
@@ -198,7 +201,7 @@ def train(
                 batch_loss = BatchLoss(graph, None if teacher_alone else loss, compile=compile)
                 forward = in_parallel(batch_loss, graph, there, schedule)
                 while run.epoch < epochs and not _exhausted(run, patience):
-                    graph.train()
+                    graph.train(in_training_mode)
                     switched = None
                     # Validation and conversion need the graph without recorders.
                     with distill.attached(graph) if distill is not None else contextlib.nullcontext() as mixed:

@@ -11,18 +11,13 @@ from quantflow.data.sample import Inputs
 from quantflow.graph.aten import node_argument
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import tensor_of
-from quantflow.observers.observation import affine
-from quantflow.ptq.weight_reconstruction.gptq import output_error, round_weights
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
-from quantflow.ptq.writing import QParams, add_to_bias, by_output, write_weight
-from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.ptq.weight_reconstruction.rounding import round_fitted
+from quantflow.ptq.writing import add_to_bias, write_weight
 from quantflow.simulation.output_gradients import OutputGradients, row_weights
 from quantflow.simulation.paired_interpreter import LayerPair, run_paired
-from quantflow.simulation.quantized_layers import Layer, quantized_layers
-
-_SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
-_FINE = 64  # levels from which a smaller weight range does not help
+from quantflow.simulation.quantized_layers import quantized_layers
 
 
 @torch.no_grad()
@@ -32,10 +27,11 @@ def reconstruct_weights(
     """Return a copy of ``graph`` whose layers reproduce their float outputs from quantized inputs, with quantized weights.
 
     The float network and the integer network run side by side, layer by layer. Each layer's weight is fitted by ridge
-    regression to its float output, given the inputs as the integer network has them, and rounded by GPTQ (Frantar et al. 2023,
-    arXiv:2210.17323); its bias takes the remaining mean error (Nagel et al. 2019, arXiv:1906.04721, section 4.2). Rows
-    are weighted by how much the network's output depends on them. (Fitting to quantized inputs: Nagel et al. 2020, AdaRound,
-    arXiv:2004.10568, section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
+    regression to its float output, given the inputs as the integer network has them (not where an output reads one channel,
+    as in depthwise convolutions), and rounded by GPTQ (Frantar et al. 2023, arXiv:2210.17323) and coordinate descent (Behdin
+    et al. 2023, arXiv:2309.01885), with few levels on the scale of least error; its bias takes the remaining mean error (Nagel
+    et al. 2019, arXiv:1906.04721, section 4.2). Rows are weighted by how much the network's output depends on them. (Fitting to
+    quantized inputs: Nagel et al. 2020, AdaRound, arXiv:2004.10568, section 3.5; Zhang et al. 2025, Qronos, arXiv:2505.11695.)
 
     Args:
         graph: A prepared and calibrated graph; it is left as it was.
@@ -89,35 +85,13 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
     whole = first if second is None else first + second
     if not all(t.isfinite().all() for t in (whole.xx, whole.xr)):
         return
-    fitted = matrices.double() + (0.0 if second is None else correction(first, second))
-    qparams = _qparams(layer, fitted, whole, weight)
-    observer = affine(layer.observer)
-    scale, zero_point = (by_output(q, layer, weight) for q in qparams)
-    rounded = round_weights(fitted, whole.covariance, scale, zero_point, observer.quant_min, observer.quant_max)
+    fitted = matrices.double()
+    if (
+        second is not None and layer.channels > 1
+    ):  # one channel can't tell an error from a signal: its fit would only shrink
+        fitted = fitted + correction(first, second)
+    rounded, qparams = round_fitted(layer, fitted, whole.covariance, weight)
     change = rounded - matrices
     bias = whole.mean_r - whole.mean_x @ change.transpose(1, 2)
     write_weight(graph, layer, rounded, qparams)
     add_to_bias(graph, layer, bias)
-
-
-def _qparams(layer: Layer, fitted: torch.Tensor, moments: Moments, weight: torch.Tensor) -> QParams:
-    """Scale and zero point of the fitted weight: by its extremes or, with few levels, by the least output error."""
-    observer = affine(layer.observer)
-    limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
-    symmetric = observer.qscheme in SYMMETRIC
-    per_channel = observer.qscheme in PER_CHANNEL
-    by_channel = fitted.reshape(weight.shape[0], -1) if per_channel else fitted.reshape(1, -1)
-    low, high = by_channel.amin(1).float(), by_channel.amax(1).float()
-    best = torch.ones(low.shape, dtype=torch.float64, device=low.device)
-    if observer.quant_max - observer.quant_min < _FINE:
-        least = torch.full_like(best, float("inf"))
-        for factor in _SHRINK:
-            qparams = choose_qparams(low * factor, high * factor, symmetric=symmetric, **limits)
-            scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in qparams)
-            integers = (torch.round(fitted / scale) + zero_point).clamp(*limits.values())
-            error = output_error((integers - zero_point) * scale - fitted, moments.covariance).reshape(-1)
-            error = error if per_channel else error.sum()[None]
-            best = torch.where(error < least, factor, best)
-            least = torch.minimum(error, least)
-    scale, zero_point = choose_qparams((low * best).float(), (high * best).float(), symmetric=symmetric, **limits)
-    return (scale, zero_point) if per_channel else (scale[0], zero_point[0])

@@ -1,0 +1,80 @@
+"""Rounding of a fitted weight: its scale, GPTQ, and coordinate descent."""
+
+from __future__ import annotations
+
+import torch
+
+from quantflow.observers.observation import AffineObserver, affine
+from quantflow.ptq.weight_reconstruction.coordinate_descent import best_scale, descend
+from quantflow.ptq.weight_reconstruction.gptq import GPTQ, output_error
+from quantflow.ptq.writing import QParams, by_output
+from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.simulation.quantized_layers import Layer
+
+_SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
+_AROUND = (1.08, 1.0, 0.92, 0.84)  # GPTQ compensates for some clipping: its best range is near that of nearest rounding
+_FINE = 64  # levels from which a smaller weight range does not help
+_ROUNDS = 2  # of integers and scales in turn
+
+
+def round_fitted(
+    layer: Layer, fitted: torch.Tensor, covariance: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, QParams]:
+    """Round ``fitted`` so that the layer's output errs little: to the grid of its extremes or, with few levels, to the best.
+
+    Args:
+        layer: The layer; its observer tells integers and granularity.
+        fitted: [groups, outputs, features], float64.
+        covariance: Of the inputs, [groups, features, features], float64.
+        weight: The layer's weight, which tells the shape of the scale.
+
+    Returns:
+        The rounded weight, and its scale and zero point.
+    """
+    observer = affine(layer.observer)
+    limits = observer.quant_min, observer.quant_max
+    per_channel = observer.qscheme in PER_CHANNEL
+    few = limits[1] - limits[0] < _FINE
+    by_channel = fitted.reshape(weight.shape[0], -1) if per_channel else fitted.reshape(1, -1)
+    low, high = by_channel.amin(1), by_channel.amax(1)
+
+    def error(rounded: torch.Tensor) -> torch.Tensor:
+        by_output = output_error(rounded - fitted, covariance).reshape(-1)
+        return by_output if per_channel else by_output.sum()[None]
+
+    def grid(shrink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = _qparams(observer, low * shrink, high * shrink)
+        scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in found)
+        return scale, zero_point
+
+    shrink = torch.ones_like(low)
+    if few:
+        errors = torch.stack([error(_nearest(fitted, *grid(factor * shrink), *limits)) for factor in _SHRINK])
+        shrink = _SHRINK.to(low)[errors.argmin(0)]
+    gptq = GPTQ(covariance)
+    least = torch.full_like(low, torch.inf)
+    best = shrink
+    for around in _AROUND if few else (1.0,):
+        found = error(gptq.round(fitted, *grid(shrink * around), *limits))
+        best, least = torch.where(found < least, shrink * around, best), torch.minimum(found, least)
+    scale, zero_point = grid(best)
+    rounded = gptq.round(fitted, scale, zero_point, *limits)
+    for _ in range(_ROUNDS if few and per_channel else 0):
+        rounded = descend(fitted, rounded, covariance, scale, zero_point, *limits)
+        better = best_scale(fitted, rounded, covariance, scale)
+        rounded, scale = torch.round(rounded / scale) * better, better
+    rounded = descend(fitted, rounded, covariance, scale, zero_point, *limits)
+    if per_channel:
+        return rounded, (scale.flatten().float(), zero_point.flatten().to(torch.int32))
+    return rounded, (scale[0, 0, 0].float(), zero_point[0, 0, 0].to(torch.int32))
+
+
+def _qparams(observer: AffineObserver, low: torch.Tensor, high: torch.Tensor) -> QParams:
+    limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+    return choose_qparams(low.float(), high.float(), symmetric=observer.qscheme in SYMMETRIC, **limits)
+
+
+def _nearest(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    return ((torch.round(weight / scale) + zero_point).clamp(quant_min, quant_max) - zero_point) * scale
