@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -37,6 +38,19 @@ def stock_prepared(model: nn.Module, example: Sequence[torch.Tensor], *, min_max
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     return prepare_pt2e(captured(model, example), stock_quantizer(min_max=min_max))
+
+
+def stock_qat(model: nn.Module, example: Sequence[torch.Tensor], *, bits: int = 8) -> GraphModule:
+    """The graph prepared by stock PT2E for QAT, with per-channel weights of so many bits."""
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    top = 2 ** (bits - 1)
+    limits = {} if bits == 8 else {"weight_qmin": -top, "weight_qmax": top - 1}
+    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=True, **limits)
+    return prepare_qat_pt2e(
+        captured(copy.deepcopy(model).train(), example), stock.XNNPACKQuantizer().set_global(config)
+    )
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def teacher_of(graph: TrainableGraphModule, *, alone: bool) -> Distillation:
     return Distillation(float_network(graph), weight=1.0 if alone else 0.9, divergence="mse")
 
 
-def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[torch.optim.Optimizer, LambdaLR]:
+def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[GridAdam, LambdaLR]:
     """The optimizer and the scheduler of a fine-tuning.
 
     Learning rates follow from the grid and the number of steps: over a whole training a quantized weight moves by two steps of
