@@ -68,7 +68,7 @@ def test_qat_recipe(run):
     options = {
         "model": "regnet_x_400mf",
         "image_size": 32,
-        "float_epochs": 2,
+        "float_epochs": 4,
         "calibration_images": 64,
         "epochs": 1,
         "device": "cpu",
