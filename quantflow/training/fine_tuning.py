@@ -19,6 +19,7 @@ from quantflow.training.grid_adam import GridAdam, GridParameter
 
 # How far a parameter is moved at most, the sum of the learning rates of all steps. Chosen by a few runs, not by a benchmark.
 _STEPS = 2.0  # of the grid, for quantized weights
+_MEAN_RATE = 0.01  # of the grid a step, at most: integers that change faster do not settle
 _SIZES = 0.03  # of its own size, for any other parameter
 _WARM_UP = 0.05  # of all steps
 _FREEZE = 0.1  # turns a step
@@ -34,8 +35,8 @@ def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[GridAda
     """The optimizer and the scheduler of a fine-tuning.
 
     Learning rates follow from the grid and the number of steps: over a whole training a quantized weight moves by two steps of
-    its grid at most, whatever the bits, the scale and the number of steps, and any other parameter by a few percent of its
-    size. They rise over the first steps, and fall along a cosine to zero.
+    its grid at most, whatever the bits, the scale and the number of steps (by less in fewer than 200 steps), and any other
+    parameter by a few percent of its size. They rise over the first steps, and fall along a cosine to zero.
 
     Args:
         graph: A prepared graph in the form for training, with ranges.
@@ -46,7 +47,7 @@ def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[GridAda
     length = steps or _UNKNOWN
     total = sum(_factor(k, length) for k in range(length))
     groups = [
-        {"params": list(rounded.values()), "lr": _STEPS / total},
+        {"params": list(rounded.values()), "lr": min(_STEPS, _MEAN_RATE * length) / total},
         {"params": others, "lr": _SIZES / total},
     ]
     optimizer = GridAdam([group for group in groups if group["params"]], freeze=_FREEZE)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from quantflow.simulation.float_network import float_network
 from quantflow.simulation.float_weights import has_teacher
 from quantflow.training.fine_tuning import fine_tuning
 from quantflow.training.grid_adam import GridAdam
-from quantizers import W4A8, XNNPACKQuantizer
+from quantizers import W4A8, Scheme, XNNPACKQuantizer
 
 
 class Deep(nn.Module):
@@ -37,13 +38,14 @@ def recovered():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [qf.FakeQuantize, qf.LearnedStepSize])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_it_comes_closer_to_the_float_network(scheme, kind):
+@pytest.mark.parametrize("bits", [8, 3])  # recovery leaves little to gain at 4 bits in so small a network
+def test_it_comes_closer_to_the_float_network(bits, kind):
     torch.manual_seed(0)
     model, x = Deep(), torch.randn(256, 3, 12, 12) + 2 * torch.randn(256, 3, 1, 1)
     for _ in range(20):
         model(x)  # statistics
     network = qf.export(model.eval(), (x[:8],), dynamic_batch=True).module().eval()
+    scheme = Scheme(weight=replace(Scheme().weight, bits=bits))
     prepared = qf.prepare(network, XNNPACKQuantizer(scheme), qat=True, fake_quantize=kind)
     student = qf.recover(qf.calibrate(prepared, [x[:64]], progress=False), list(x[:64].split(16)), progress=False).graph
     measure = qf.Fidelity(network, [x[192:]])
@@ -52,13 +54,14 @@ def test_it_comes_closer_to_the_float_network(scheme, kind):
     assert history.start_metric == before
     assert measure(student) == max(before, *history.metric)
     assert measure(student) > before
-    if scheme == "w4a8":  # with 8 bits the rounding of biases, which conversion does, counts as much as the gain
-        assert measure(qf.convert(student)) > before
+    if bits < 8:  # with 8 bits the rounding of biases, which conversion does, counts as much as the gain
+        assert measure(qf.convert(student)) > before + 0.3
 
 
-def test_weights_move_by_two_steps_of_their_grids_at_most():
+@pytest.mark.parametrize(("steps", "travel"), [(40, 0.4), (400, 2.0)])
+def test_weights_move_by_two_steps_of_their_grids_at_most(steps, travel):
     student = recovered()
-    start, steps = copy.deepcopy(student), 40
+    start = copy.deepcopy(student)
     optimizer, scheduler = fine_tuning(student, steps)
     rates = [[], []]
     for _ in range(steps):
@@ -66,7 +69,7 @@ def test_weights_move_by_two_steps_of_their_grids_at_most():
             kept.append(group["lr"])
         optimizer.step()
         scheduler.step()
-    assert sum(rates[0]) == pytest.approx(2.0, rel=0.01)
+    assert sum(rates[0]) == pytest.approx(travel, rel=0.01)
     assert rates[0][-1] < 0.05 * max(rates[0])
     assert rates[0][0] < max(rates[0])
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True))
