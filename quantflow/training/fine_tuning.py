@@ -35,8 +35,8 @@ def fine_tuning(graph: TrainableGraphModule, steps: int | None) -> tuple[GridAda
     """The optimizer and the scheduler of a fine-tuning.
 
     Learning rates follow from the grid and the number of steps: over a whole training a quantized weight moves by two steps of
-    its grid at most, whatever the bits, the scale and the number of steps (by less in fewer than 200 steps), and any other
-    parameter by a few percent of its size. They rise over the first steps, and fall along a cosine to zero.
+    its grid at most, whatever the bits and the scale (by less in fewer than 200 steps), and any other parameter by a few
+    percent of its size. They rise over the first steps, and fall along a cosine to zero.
 
     Args:
         graph: A prepared graph in the form for training, with ranges.

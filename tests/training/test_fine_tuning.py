@@ -171,10 +171,8 @@ def test_a_cut_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_dropout_is_off_while_the_teacher_is_followed():
-    model, x = (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 5)),
-        torch.randn(16, 3, 8, 8),
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 5))
+    x = torch.randn(16, 3, 8, 8)
     network = qf.export(model.eval(), (x[:2],), dynamic_batch=True).module().eval()
     prepared = qf.prepare(network, XNNPACKQuantizer(), qat=True)
     student = qf.recover(qf.calibrate(prepared, [x], progress=False), [x[:8], x[8:]], progress=False).graph

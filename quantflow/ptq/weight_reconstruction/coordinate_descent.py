@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantflow.ptq.weight_reconstruction.gptq import BLOCK, damped, output_error
+from quantflow.ptq.weight_reconstruction.gptq import BLOCK, output_error
 
 _SWEEPS = 2  # over all features, between two scales
 
@@ -12,7 +12,7 @@ _SWEEPS = 2  # over all features, between two scales
 def descend(
     weight: torch.Tensor,
     rounded: torch.Tensor,
-    covariance: torch.Tensor,
+    hessian: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     quant_min: int,
@@ -26,7 +26,7 @@ def descend(
     Args:
         weight: What is rounded, [groups, outputs, features], float64.
         rounded: Where to start, on the grid.
-        covariance: Of the inputs, [groups, features, features], float64.
+        hessian: The damped covariance of the inputs, [groups, features, features], float64.
         scale: Of the grid, [groups, outputs, 1].
         zero_point: Likewise.
         quant_min: Smallest integer.
@@ -35,7 +35,6 @@ def descend(
     Returns:
         The rounded weight, in the unit of ``weight``.
     """
-    hessian = damped(covariance)
     levels = torch.round(rounded / scale)  # integers less the zero point
     step, low, high = scale[..., 0], (quant_min - zero_point)[..., 0], (quant_max - zero_point)[..., 0]
     gradient = (levels * scale - weight) @ hessian
@@ -56,21 +55,18 @@ def descend(
     return levels * scale
 
 
-def best_scale(
-    weight: torch.Tensor, rounded: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def best_scale(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scale with which the integers of ``rounded`` err least, by least squares; ``scale`` where there is none.
 
     Args:
         weight: What is rounded, [groups, outputs, features], float64.
         rounded: Its rounding on the grid of ``scale``.
-        covariance: Of the inputs, [groups, features, features], float64.
-        scale: [groups, outputs, 1], float64; equal values for one scale of the whole tensor are given equal values.
+        hessian: The damped covariance of the inputs, [groups, features, features], float64.
+        scale: One for each output, [groups, outputs, 1], float64.
 
     Returns:
         The scale, rounded to float32, in the shape of ``scale``.
     """
-    hessian = damped(covariance)
     levels = torch.round(rounded / scale)
     weighed = levels @ hessian
     product, square = (weighed * weight).sum(2, keepdim=True), (weighed * levels).sum(2, keepdim=True)

@@ -13,13 +13,15 @@ _DAMPING = 0.1
 class GPTQ:
     """Rounding of weights for inputs of one ``covariance``, [groups, features, features], float64.
 
-    Features are processed by decreasing variance. The damping is 10 %, not the paper's 1 %: what compensates an error on the
-    sample alone is of no use.
+    Features are processed by decreasing variance.
+
+    Args:
+        covariance: Of the inputs.
+        hessian: :func:`damped` of it.
     """
 
-    def __init__(self, covariance: torch.Tensor) -> None:
+    def __init__(self, covariance: torch.Tensor, hessian: torch.Tensor) -> None:
         self._covariance = covariance
-        hessian = damped(covariance)
         self._order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
         columns = self._order[:, None].expand_as(hessian)
         ordered = hessian.gather(1, self._order[:, :, None].expand_as(hessian)).gather(2, columns)
@@ -42,11 +44,7 @@ class GPTQ:
             The rounded weight, in the unit of ``weight``.
         """
         rows = self._order[:, None].expand_as(weight)
-        scale, zero_point = (q.expand(*weight.shape[:2], 1) for q in (scale, zero_point))
-
-        def nearest(w: torch.Tensor) -> torch.Tensor:
-            return ((torch.round(w / scale) + zero_point).clamp(quant_min, quant_max) - zero_point) * scale
-
+        grid = (*(q.expand(*weight.shape[:2], 1) for q in (scale, zero_point)), quant_min, quant_max)
         factor = self._factor
         left = weight.gather(2, rows).clone()
         rounded = torch.empty_like(left)
@@ -56,21 +54,31 @@ class GPTQ:
             errors = torch.zeros_like(left[:, :, start:end])
             for i in range(start, end):
                 w = left[:, :, i : i + 1]
-                rounded[:, :, i : i + 1] = nearest(w)
+                rounded[:, :, i : i + 1] = nearest(w, *grid)
                 error = (w - rounded[:, :, i : i + 1]) / factor[:, i, i, None, None]
                 left[:, :, i:end] -= error * factor[:, i : i + 1, i:end]
                 errors[:, :, i - start : i - start + 1] = error
             left[:, :, end:] -= errors @ factor[:, start:end, end:]
         found = torch.empty_like(rounded).scatter_(2, rows, rounded)
-        plain = nearest(weight)
-        errors_of = (output_error(w - weight, self._covariance) for w in (found, plain))
-        better = next(errors_of) <= next(errors_of)  # false for no number
+        plain = nearest(weight, *grid)
+        found_error, plain_error = (output_error(w - weight, self._covariance) for w in (found, plain))
+        better = found_error <= plain_error  # false for no number
         return torch.where((better & (self._failed == 0)[:, None])[..., None], found, plain)
 
 
 def damped(covariance: torch.Tensor) -> torch.Tensor:
-    """``covariance`` as rounding weighs errors by it: with the damping on its diagonal."""
+    """``covariance`` as rounding weighs errors by it: with 10 % on its diagonal.
+
+    The paper adds 1 %. What compensates an error on the sample alone is of no use.
+    """
     return ridged(covariance, _DAMPING)
+
+
+def nearest(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """``weight`` rounded to the nearest point of the grid, float64."""
+    return ((torch.round(weight / scale) + zero_point).clamp(quant_min, quant_max) - zero_point) * scale
 
 
 def output_error(difference: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from quantflow.observers.observation import AffineObserver, affine
 from quantflow.ptq.weight_reconstruction.coordinate_descent import best_scale, descend
-from quantflow.ptq.weight_reconstruction.gptq import GPTQ, output_error
+from quantflow.ptq.weight_reconstruction.gptq import GPTQ, damped, nearest, output_error
 from quantflow.ptq.writing import QParams, by_output
 from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
 from quantflow.simulation.quantized_layers import Layer
@@ -38,32 +38,41 @@ def round_fitted(
     by_channel = fitted.reshape(weight.shape[0], -1) if per_channel else fitted.reshape(1, -1)
     low, high = by_channel.amin(1), by_channel.amax(1)
 
-    def error(rounded: torch.Tensor) -> torch.Tensor:
-        by_output = output_error(rounded - fitted, covariance).reshape(-1)
-        return by_output if per_channel else by_output.sum()[None]
+    def spread(by_row: torch.Tensor) -> torch.Tensor:
+        """One number a channel, or one for the tensor, as [groups, outputs, 1]."""
+        return by_output(by_row if per_channel else by_row[0], layer, weight)
 
     def grid(shrink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = _qparams(observer, low * shrink, high * shrink)
-        scale, zero_point = (by_output(q if per_channel else q[0], layer, weight) for q in found)
+        scale, zero_point = map(spread, _qparams(observer, low * shrink, high * shrink))
         return scale, zero_point
+
+    def error(rounded: torch.Tensor) -> torch.Tensor:
+        by_channel = output_error(rounded - fitted, covariance).reshape(-1)
+        return by_channel if per_channel else by_channel.sum()[None]
 
     shrink = torch.ones_like(low)
     if few:
-        errors = torch.stack([error(_nearest(fitted, *grid(factor * shrink), *limits)) for factor in _SHRINK])
+        errors = torch.stack([error(nearest(fitted, *grid(factor * shrink), *limits)) for factor in _SHRINK])
         shrink = _SHRINK.to(low)[errors.argmin(0)]
-    gptq = GPTQ(covariance)
-    least = torch.full_like(low, torch.inf)
-    best = shrink
-    for around in _AROUND if few else (1.0,):
-        found = error(gptq.round(fitted, *grid(shrink * around), *limits))
-        best, least = torch.where(found < least, shrink * around, best), torch.minimum(found, least)
-    scale, zero_point = grid(best)
+    hessian = damped(covariance)
+    gptq = GPTQ(covariance, hessian)
+    first, *others = _AROUND if few else (1.0,)
+    scale, zero_point = grid(shrink * first)
     rounded = gptq.round(fitted, scale, zero_point, *limits)
+    least = error(rounded)
+    for around in others:
+        candidate = grid(shrink * around)
+        other = gptq.round(fitted, *candidate, *limits)
+        found = error(other)
+        better = spread(found < least) > 0
+        pairs = zip((*candidate, other), (scale, zero_point, rounded), strict=True)
+        scale, zero_point, rounded = (torch.where(better, new, old) for new, old in pairs)
+        least = torch.minimum(found, least)
     for _ in range(_ROUNDS if few and per_channel else 0):
-        rounded = descend(fitted, rounded, covariance, scale, zero_point, *limits)
-        better = best_scale(fitted, rounded, covariance, scale)
-        rounded, scale = torch.round(rounded / scale) * better, better
-    rounded = descend(fitted, rounded, covariance, scale, zero_point, *limits)
+        rounded = descend(fitted, rounded, hessian, scale, zero_point, *limits)
+        fine = best_scale(fitted, rounded, hessian, scale)
+        rounded, scale = torch.round(rounded / scale) * fine, fine
+    rounded = descend(fitted, rounded, hessian, scale, zero_point, *limits)
     if per_channel:
         return rounded, (scale.flatten().float(), zero_point.flatten().to(torch.int32))
     return rounded, (scale[0, 0, 0].float(), zero_point[0, 0, 0].to(torch.int32))
@@ -72,9 +81,3 @@ def round_fitted(
 def _qparams(observer: AffineObserver, low: torch.Tensor, high: torch.Tensor) -> QParams:
     limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
     return choose_qparams(low.float(), high.float(), symmetric=observer.qscheme in SYMMETRIC, **limits)
-
-
-def _nearest(
-    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
-) -> torch.Tensor:
-    return ((torch.round(weight / scale) + zero_point).clamp(quant_min, quant_max) - zero_point) * scale

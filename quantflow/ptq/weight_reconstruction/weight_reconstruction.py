@@ -86,9 +86,8 @@ def _fit(graph: GraphModule, pair: LayerPair, gradients: list[torch.Tensor] | No
     if not all(t.isfinite().all() for t in (whole.xx, whole.xr)):
         return
     fitted = matrices.double()
-    if (
-        second is not None and layer.channels > 1
-    ):  # one channel can't tell an error from a signal: its fit would only shrink
+    # One channel can't tell an error from a signal: its fit would only shrink.
+    if second is not None and layer.channels > 1:
         fitted = fitted + correction(first, second)
     rounded, qparams = round_fitted(layer, fitted, whole.covariance, weight)
     change = rounded - matrices

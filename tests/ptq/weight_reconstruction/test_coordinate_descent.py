@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantflow.ptq.weight_reconstruction.coordinate_descent import best_scale, descend
-from quantflow.ptq.weight_reconstruction.gptq import damped, output_error
+from quantflow.ptq.weight_reconstruction.gptq import damped, nearest, output_error
 
 SEEDS = st.integers(0, 10**6)
 
@@ -18,15 +18,14 @@ def _case(seed, groups, features, top, zero_point):
     scale = (weight.abs().amax(2, keepdim=True).clamp(min=1e-6) / top).float().double()
     zero_point = torch.full_like(scale, zero_point)
     limits = -top, top
-    rounded = (((weight / scale).round() + zero_point).clamp(*limits) - zero_point) * scale
-    return weight, rounded, x.transpose(1, 2) @ x / 60, scale, zero_point, limits
+    rounded = nearest(weight, scale, zero_point, *limits)
+    return weight, rounded, damped(x.transpose(1, 2) @ x / 60), scale, zero_point, limits
 
 
 @given(SEEDS, st.integers(1, 3), st.sampled_from([1, 2, 17, 140]), st.sampled_from([1, 7, 127]), st.integers(-1, 1))
 def test_no_output_errs_more(seed, groups, features, top, zero_point):
-    weight, rounded, covariance, scale, zero_point, limits = _case(seed, groups, features, top, zero_point)
-    found = descend(weight, rounded, covariance, scale, zero_point, *limits)
-    hessian = damped(covariance)
+    weight, rounded, hessian, scale, zero_point, limits = _case(seed, groups, features, top, zero_point)
+    found = descend(weight, rounded, hessian, scale, zero_point, *limits)
     before, after = (output_error(w - weight, hessian) for w in (rounded, found))
     assert (after <= before * (1 + 1e-9)).all()
     integers = found / scale + zero_point
@@ -37,10 +36,9 @@ def test_no_output_errs_more(seed, groups, features, top, zero_point):
 
 @given(SEEDS)
 def test_no_single_integer_is_better_at_the_end(seed):
-    weight, found, covariance, scale, zero_point, limits = _case(seed, 1, 5, 7, 0)
+    weight, found, hessian, scale, zero_point, limits = _case(seed, 1, 5, 7, 0)
     for _ in range(20):
-        found = descend(weight, found, covariance, scale, zero_point, *limits)
-    hessian = damped(covariance)
+        found = descend(weight, found, hessian, scale, zero_point, *limits)
     error = output_error(found - weight, hessian)
     for feature in range(5):
         for change in (-1, 1):
@@ -52,10 +50,9 @@ def test_no_single_integer_is_better_at_the_end(seed):
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 12))
 def test_no_scale_nearby_is_better_than_the_best(seed, groups, features):
-    weight, rounded, covariance, scale, _, _ = _case(seed, groups, features, 7, 0)
+    weight, rounded, hessian, scale, _, _ = _case(seed, groups, features, 7, 0)
     levels = torch.round(rounded / scale)
-    hessian = damped(covariance)
-    found = best_scale(weight, rounded, covariance, scale)
+    found = best_scale(weight, rounded, hessian, scale)
     least = output_error(levels * found - weight, hessian)
     assert (least <= output_error(rounded - weight, hessian) * (1 + 1e-9)).all()
     for factor in (0.99, 1.01):

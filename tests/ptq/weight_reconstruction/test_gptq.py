@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantflow.ptq.weight_reconstruction.gptq import GPTQ, output_error
+from quantflow.ptq.weight_reconstruction.gptq import GPTQ, damped, output_error
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 24), st.sampled_from([2, 4, 8]))
@@ -16,7 +16,7 @@ def test_gptq_never_errs_more_than_nearest_rounding(seed, groups, features, bits
     top = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(2, keepdim=True).clamp(min=1e-6) / top
     covariance = x.transpose(1, 2) @ x / 60
-    found = GPTQ(covariance).round(weight, scale, torch.zeros_like(scale), -top, top)
+    found = GPTQ(covariance, damped(covariance)).round(weight, scale, torch.zeros_like(scale), -top, top)
     nearest = (weight / scale).round() * scale
     assert (output_error(found - weight, covariance) <= output_error(nearest - weight, covariance) * (1 + 1e-9)).all()
     integers = found / scale

@@ -6,7 +6,7 @@ from torch import nn
 
 import quantflow as qf
 from quantflow.ptq import reconstruct_weights
-from quantflow.ptq.weight_reconstruction.gptq import GPTQ
+from quantflow.ptq.weight_reconstruction.gptq import GPTQ, damped
 from quantflow.ptq.weight_reconstruction.least_squares import correction
 from quantflow.ptq.weight_reconstruction.moments import Moments
 from quantflow.simulation.network import outputs
@@ -39,6 +39,7 @@ def test_a_dead_feature_and_a_dead_group_are_no_trouble():
     assert correction(*halves).isfinite().all()
     weight = torch.randn(2, 3, 4).double()
     step = torch.full((2, 3, 1), 0.1).double()
-    rounded = GPTQ(sum(halves[1:], halves[0]).covariance).round(weight, step, torch.zeros_like(step), -127, 127)
+    covariance = sum(halves[1:], halves[0]).covariance
+    rounded = GPTQ(covariance, damped(covariance)).round(weight, step, torch.zeros_like(step), -127, 127)
     assert rounded.isfinite().all()
     torch.testing.assert_close(rounded[1], (weight[1] / 0.1).round() * 0.1)
