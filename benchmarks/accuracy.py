@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classifiers import beside_float, network, parse_classifiers, print_table
 from peers import nncf_quantized, stock_calibrate, stock_lowered, stock_prepared
 from record import write_record
 from torch import nn
@@ -31,8 +32,7 @@ from tqdm import tqdm
 
 import quantflow as qf
 from quantflow.malloc import keep_freed_memory
-from quantflow.vision.images import first, labelled_folder, preprocessing
-from quantflow.vision.models import classifier, load_weights, read_weights
+from quantflow.vision.images import first, labelled_folder
 from quantizers import W4A8, XNNPACKQuantizer
 
 Images = list[torch.Tensor]  # batches, float32 [batch, 3, size, size]
@@ -49,38 +49,10 @@ class Quantized:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mobilenet_v2"])
-    parser.add_argument("--weights", nargs="+", type=Path, help="one per model: a file or a torchvision name")
-    parser.add_argument("--calibration", type=Path, required=True, help="images to calibrate on")
-    parser.add_argument("--validation", type=Path, required=True, help="images to score on")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--resize", action="store_true", help="scale the shorter side, then crop")
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--limit", type=int, help="number of images to calibrate and to score on")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/accuracy.json"))
-    options = parser.parse_args()
-    options.weights = options.weights or [Path("DEFAULT")] * len(options.models)
-    if len(options.weights) != len(options.models):
-        parser.error(f"{len(options.models)} models and {len(options.weights)} weights: name one for each model")
-    return options
-
-
-def network(name: str, weights: Path, options: argparse.Namespace) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The float model with its weights, and its image transform."""
-    if name != "efficientnet_lite0":
-        return classifier(name, None, str(weights)).eval(), preprocessing(options.image_size, resize=options.resize)
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        remedy = "pip install efficientnet-lite-pytorch"
-        raise qf.QuantflowError(
-            "recipe", "its class is not installed", node=f"--models {name}", remedy=remedy
-        ) from error
-    model = EfficientNet.from_name("efficientnet-lite0")
-    load_weights(model, read_weights(weights), str(weights))
-    transform = preprocessing(options.image_size, resize=options.resize, mean=[127 / 255] * 3, std=[128 / 255] * 3)
-    return model.eval(), transform
+    return parse_classifiers(parser)
 
 
 def by_stock(model: nn.Module, example: tuple[torch.Tensor], images: Images) -> Quantized:
@@ -175,20 +147,8 @@ def measure(name: str, weights: Path, options: argparse.Namespace) -> list[dict[
         output = found[f"{row['tool']} {row['on']}"].output
         row |= {"images": found.examples, "top1": round(output.top1 or 0.0, 6)}
         if output.drop is not None:
-            row |= {"drop": round(output.drop, 3), "drop_interval": round(output.drop_interval or 0.0, 3)}
-            row |= {"agreement": round(output.agreement or 0.0, 6), "sqnr_db": round(output.sqnr_db or 0.0, 3)}
+            row |= beside_float(output)
     return rows
-
-
-def cell(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if column == "drop":
-        return f"{value:.2f} ± {row['drop_interval']:.2f}"
-    if column in ("top1", "agreement"):
-        return f"{100 * value:.2f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -200,10 +160,7 @@ def main() -> None:
     for name, weights in zip(options.models, options.weights, strict=True):
         rows += measure(name, weights, options)
         write_record(options.json, options, rows)  # after each model, in case the next one fails
-    shown = [column for column in COLUMNS if any(column in row for row in rows)]
-    print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
-    for row in rows:
-        print("| " + " | ".join(cell(row, column) for column in shown) + " |")
+    print_table(rows, COLUMNS)
 
 
 if __name__ == "__main__":

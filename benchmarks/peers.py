@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,17 @@ def captured(model: nn.Module, example: Sequence[torch.Tensor]) -> GraphModule:
     return torch.export.export(model, several, dynamic_shapes=(({0: batch},) * len(several))).module()
 
 
-def stock_quantizer(*, min_max: bool = False) -> torch.nn.Module:
-    """Executorch's XNNPACKQuantizer with per-channel weights, and histogram or min-max observers for activations."""
+def stock_quantizer(*, min_max: bool = False, qat: bool = False, bits: int = 8) -> Any:
+    """Executorch's XNNPACKQuantizer with per-channel weights of so many bits.
+
+    Activations have histogram or min-max observers or, with ``qat``, fake quantizers.
+    """
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
     from torchao.quantization.pt2e import MinMaxObserver
 
-    config = stock.get_symmetric_quantization_config(is_per_channel=True)
+    top = 2 ** (bits - 1)
+    limits = {} if bits == 8 else {"weight_qmin": -top, "weight_qmax": top - 1}
+    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=qat, **limits)
     if min_max:
         observer = MinMaxObserver.with_args(eps=2**-12)
         extremes = dataclasses.replace(config.input_activation, observer_or_fake_quant_ctr=observer)
@@ -42,15 +48,9 @@ def stock_prepared(model: nn.Module, example: Sequence[torch.Tensor], *, min_max
 
 def stock_qat(model: nn.Module, example: Sequence[torch.Tensor], *, bits: int = 8) -> GraphModule:
     """The graph prepared by stock PT2E for QAT, with per-channel weights of so many bits."""
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    top = 2 ** (bits - 1)
-    limits = {} if bits == 8 else {"weight_qmin": -top, "weight_qmax": top - 1}
-    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=True, **limits)
-    return prepare_qat_pt2e(
-        captured(copy.deepcopy(model).train(), example), stock.XNNPACKQuantizer().set_global(config)
-    )
+    return prepare_qat_pt2e(captured(copy.deepcopy(model).train(), example), stock_quantizer(qat=True, bits=bits))
 
 
 @torch.no_grad()

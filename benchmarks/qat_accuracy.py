@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import network
+from classifiers import beside_float, network, parse_classifiers, print_table
 from peers import stock_lowered, stock_qat
 from record import write_record
 from torch import nn
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import quantflow as qf
 from quantflow.malloc import keep_freed_memory
-from quantflow.vision.images import count_of, first, held_out, labelled_folder
+from quantflow.vision.images import first, held_out, labelled_folder
 from quantizers import XNNPACKQuantizer
 
 COLUMNS = (
@@ -126,8 +126,8 @@ def unfrozen(task: Task) -> Made:
     from quantflow.training.fine_tuning import fine_tuning
 
     graph = calibrated(task, recover=True)
-    steps = task.options.epochs * (count_of(held_out(task.training, 0.1, task.seed)[0]) // task.options.batch_size)
-    optimizer, scheduler = fine_tuning(graph, steps)
+    fit, _ = held_out(task.training, 0.1, task.seed)
+    optimizer, scheduler = fine_tuning(graph, task.options.epochs * len(task.loader(fit, shuffle=True)))
     optimizer.freeze = 1.0
     return trained(task, graph, task.training, optimizer=optimizer, scheduler=scheduler)
 
@@ -175,27 +175,16 @@ _SEEDLESS = ("PTQ", "PTQ, recovered")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mobilenet_v2"])
-    parser.add_argument("--weights", nargs="+", type=Path, help="one per model: a file or a torchvision name")
-    parser.add_argument("--calibration", type=Path, required=True, help="images for PTQ")
     parser.add_argument("--training", type=Path, required=True, help="more images for QAT")
-    parser.add_argument("--validation", type=Path, required=True, help="images to score on")
     parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8"], choices=("w8a8", "w4a8"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="of SGD, for the plain methods and stock")
     parser.add_argument("--calibration-images", type=int, default=500)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--resize", action="store_true", help="scale the shorter side, then crop")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="number of images of each folder")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/qat_accuracy.json"))
-    options = parser.parse_args()
-    options.weights = options.weights or [Path("DEFAULT")] * len(options.models)
-    if len(options.weights) != len(options.models):
-        parser.error(f"{len(options.models)} models and {len(options.weights)} weights: name one for each model")
-    return options
+    return parse_classifiers(parser)
 
 
 def measure(task: Task, method: str, validation: Dataset) -> list[dict[str, Any]]:
@@ -212,26 +201,13 @@ def measure(task: Task, method: str, validation: Dataset) -> list[dict[str, Any]
     for stage in stages:
         output = found[stage].output
         row: dict[str, Any] = {"on": stage, "images": found.examples, "minutes": round(minutes, 1)}
-        row |= {"top1": round(output.top1 or 0.0, 6), "agreement": round(output.agreement or 0.0, 6)}
-        row |= {"drop": round(output.drop or 0.0, 3), "drop_interval": round(output.drop_interval or 0.0, 3)}
-        row |= {"sqnr_db": round(output.sqnr_db or 0.0, 3)}
+        row |= {"top1": round(output.top1 or 0.0, 6), **beside_float(output)}
         if made.history is not None:
             row |= {"kept": "start" if made.history.best_epoch == -1 else f"epoch {(made.history.best_epoch or 0) + 1}"}
             if made.history.frozen_weights:
                 row["frozen"] = round(made.history.frozen_weights[-1], 4)
         rows.append(row)
     return rows
-
-
-def cell(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if column == "drop":
-        return f"{value:.2f} ± {row['drop_interval']:.2f}"
-    if column in ("top1", "agreement", "frozen"):
-        return f"{100 * value:.2f} %"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -257,9 +233,7 @@ def main() -> None:
             task = Task(model, example, scheme, calibration, ConcatDataset([training, calibration]), seed, options)
             rows += [key | row for row in measure(task, method, validation)]
             write_record(options.json, options, rows)
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(cell(row, column) for column in COLUMNS) + " |")
+    print_table(rows, COLUMNS)
 
 
 if __name__ == "__main__":

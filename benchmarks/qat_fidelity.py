@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
+from peers import stock_quantizer
 from torch import nn
 from torchao.quantization.pt2e import (
     move_exported_model_to_eval,
@@ -49,9 +49,8 @@ def by_quantflow(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Callable
 
 
 def by_stock(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Callable, Callable]:
-    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
     exported = torch.export.export(model.train(), (x,)).module()
-    prepared = prepare_qat_pt2e(exported, stock.XNNPACKQuantizer().set_global(config))
+    prepared = prepare_qat_pt2e(exported, stock_quantizer(qat=True))
     modes = {True: move_exported_model_to_train, False: move_exported_model_to_eval}
     return prepared, lambda training: modes[training](prepared), convert_pt2e
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fresh_process import in_fresh_process, peak_growth
+from peers import stock_quantizer
 from record import write_record
 from torch import nn
 from torchvision import models
@@ -52,15 +53,14 @@ def quantflow_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, f
 
 
 def stock_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, float]]:
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
     from torchao.quantization.pt2e import move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     model = models.get_model(options.model, weights=None).train()
     exported = torch.export.export(model, example(options)).module()
-    config = stock.get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    quantizer = stock_quantizer(qat=True)
     start = time.perf_counter()
-    prepared = prepare_qat_pt2e(exported, stock.XNNPACKQuantizer().set_global(config))
+    prepared = prepare_qat_pt2e(exported, quantizer)
     seconds = time.perf_counter() - start
     return move_exported_model_to_train(prepared), {"prepare_s": seconds}
 

@@ -25,8 +25,8 @@ import torch
 import torchao.quantization.pt2e as pt2e
 from executorch import exir
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
 from executorch.runtime import Runtime
+from peers import stock_quantizer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from tqdm import tqdm
 
@@ -46,10 +46,7 @@ class Stock:
     """The stock flow of torchao and executorch, as in their documentation."""
 
     def prepare(self, model: Any, args: tuple, *, qat: bool = False, bits: int = 8) -> Any:
-        top = 2 ** (bits - 1)
-        weights = {} if bits == 8 else {"weight_qmin": -top, "weight_qmax": top - 1}
-        config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True, is_qat=qat, **weights)
-        quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
+        quantizer = stock_quantizer(qat=qat, bits=bits)
         graph: Any = torch.export.export(model.train(qat), args).module()
         if not qat:
             return prepare_pt2e(graph, quantizer)

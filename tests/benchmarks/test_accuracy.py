@@ -1,20 +1,22 @@
 """The benchmark of accuracy measures each stage, and outlives failures."""
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from labelled_images import coarse, labelled_images
 from PIL import Image
 from torch import nn
 from torchvision import models
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import accuracy
+from classifiers import cell
 
 import quantflow as qf
+from quantflow.vision.images import preprocessing
 
 pytestmark = pytest.mark.slow
 
@@ -22,13 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def options(tmp_path):
     """Sixteen images, as the accuracy benchmark takes them."""
-    with open(tmp_path / "labels.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label"])
-        for i in range(16):
-            coarse = torch.randint(0, 256, (3, 3, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(coarse).resize((40, 40)).save(tmp_path / f"{i}.png")
-            writer.writerow([f"{i}.png", i % 10])
+    labelled_images(tmp_path, 16, coarse)
     return argparse.Namespace(
         calibration=tmp_path, validation=tmp_path, image_size=32, resize=False, batch_size=5, limit=12
     )
@@ -36,7 +32,7 @@ def options(tmp_path):
 
 def small_network(*_):
     layers = [nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)]
-    return nn.Sequential(*layers).eval(), accuracy.preprocessing(32, resize=False)
+    return nn.Sequential(*layers).eval(), preprocessing(32, resize=False)
 
 
 def test_accuracy_measures_each_stage_and_outlives_a_failure(options, monkeypatch):
@@ -61,7 +57,7 @@ def test_accuracy_measures_each_stage_and_outlives_a_failure(options, monkeypatc
     assert abs(fake["sqnr_db"] - figures["quantflow", "converted"]["sqnr_db"]) < 0.1
     four_bits = figures["quantflow W4A8", "converted"]
     assert four_bits["sqnr_db"] < figures["quantflow", "converted"]["sqnr_db"] - 6
-    assert all(isinstance(accuracy.cell(row, column), str) for row in rows for column in accuracy.COLUMNS)
+    assert all(isinstance(cell(row, column), str) for row in rows for column in accuracy.COLUMNS)
 
 
 def test_accuracy_says_that_nncf_is_missing(options, monkeypatch, capsys):

@@ -1,13 +1,11 @@
 """The benchmark of QAT runs every method from the same float network, and goes on where it ended."""
 
-import csv
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+from labelled_images import coarse, labelled_images
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -21,16 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def folder(tmp_path):
     """Images of ten classes, with labels."""
-    images = tmp_path / "images"
-    images.mkdir()
-    with open(images / "labels.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label"])
-        for i in range(20):
-            coarse = torch.randint(0, 256, (3, 3, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(coarse).resize((40, 40)).save(images / f"{i}.png")
-            writer.writerow([f"{i}.png", i % 10])
-    return images
+    return labelled_images(tmp_path / "images", 20, coarse)
 
 
 def small_network(*_):

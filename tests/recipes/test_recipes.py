@@ -1,6 +1,5 @@
 """The recipes run as a person runs them, on small data, and refuse bad input before any work is lost."""
 
-import csv
 import json
 import runpy
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from labelled_images import labelled_images, noise
 from torchvision import models
 
 import quantflow as qf
@@ -52,16 +51,7 @@ def run(monkeypatch, tmp_path):
 @pytest.fixture
 def images(tmp_path):
     """Twelve images in a folder with ``labels.csv``."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    with open(folder / "labels.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label"])
-        for i in range(12):
-            pixels = torch.randint(0, 256, (40, 36, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-            writer.writerow([f"{i}.png", i % 10])
-    return folder
+    return labelled_images(tmp_path / "images", 12, noise)
 
 
 def test_qat_recipe(run):

@@ -44,7 +44,8 @@ class GPTQ:
             The rounded weight, in the unit of ``weight``.
         """
         rows = self._order[:, None].expand_as(weight)
-        grid = (*(q.expand(*weight.shape[:2], 1) for q in (scale, zero_point)), quant_min, quant_max)
+        scale, zero_point = (q.expand(*weight.shape[:2], 1) for q in (scale, zero_point))
+        grid = scale, zero_point, quant_min, quant_max
         factor = self._factor
         left = weight.gather(2, rows).clone()
         rounded = torch.empty_like(left)
