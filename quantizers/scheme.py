@@ -19,7 +19,8 @@ class TensorScheme:
 
     Attributes:
         bits: 2 to 8. Fewer than 8 bits use a part of int8; whether a backend packs them is the backend's matter.
-        symmetric: The zero point is zero, and the lowest integer is not used; otherwise affine, with a zero point.
+        symmetric: The zero point is zero; of 8 bits, and in groups, the lowest integer is not used. Otherwise affine, with a
+            zero point.
         per_channel: A scale for each output channel instead of one for the tensor.
         group: A scale for each so many inputs of each output channel, for the weight of a linear layer; 0 for none.
         dynamic: Take the range of each input at run time.
@@ -29,7 +30,7 @@ class TensorScheme:
         >>> from quantizers import TensorScheme
         >>> spec = TensorScheme(bits=4, symmetric=True, per_channel=True).spec()
         >>> spec.quant_min, spec.quant_max, spec.ch_axis
-        (-7, 7, 0)
+        (-8, 7, 0)
     """
 
     bits: int = 8
@@ -73,7 +74,7 @@ class TensorScheme:
         return QuantizationSpec(
             dtype=torch.int8,
             observer_or_fake_quant_ctr=observer,
-            quant_min=1 - top if self.symmetric else -top,
+            quant_min=1 - top if self.symmetric and (self.bits == 8 or self.group) else -top,
             quant_max=top - 1,
             qscheme=getattr(torch, "_".join(kind)),
             ch_axis=axis if self.per_channel or self.group else None,

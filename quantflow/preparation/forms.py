@@ -119,7 +119,7 @@ def _fold_observed_weights(graph: TrainableGraphModule) -> None:
         if folded not in names:
             names[folded] = f"{name}_{layer.name}" if name in taken else name
             taken.add(names[folded])
-            graph.add_submodule(names[folded], _observing(observer, tensor_of(graph, read)))
+            graph.add_submodule(names[folded], observing(observer, tensor_of(graph, read)))
         with graph.graph.inserting_before(layer):
             call = graph.graph.call_module(names[folded], (read,))
         call.meta = {key: read.meta[key] for key in ("nn_module_stack", "stack_trace", "val") if key in read.meta}
@@ -128,9 +128,9 @@ def _fold_observed_weights(graph: TrainableGraphModule) -> None:
     drop_uncalled_observers(graph)
 
 
-def _observing(observer: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """``observer``, or one of its integers if it is torchao's, with the range of ``weight``."""
-    if not isinstance(observer, (FakeQuantize, Observer)):
+def observing(observer: nn.Module, weight: torch.Tensor) -> nn.Module:
+    """Return ``observer``, or one of its integers if it is fixed or torchao's, with the range of ``weight`` alone."""
+    if not isinstance(observer, (FakeQuantize, Observer)) or isinstance(observer, FixedQParamsObserver):
         given = affine(observer)
         axis = int(given.ch_axis) if given.qscheme in PER_CHANNEL else 0
         observer = MinMaxObserver(given.dtype, given.quant_min, given.quant_max, given.qscheme, axis)

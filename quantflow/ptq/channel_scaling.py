@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, op, value
+from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, node_argument, op, value
 from quantflow.graph.batch_norm import OUTPUT_MOMENTS
 from quantflow.graph.parameters import is_constant, set_tensor, tensor_of
 from quantflow.upstream.operators import packet_name
@@ -30,10 +30,15 @@ def _is_float(module: GraphModule, read: Node) -> bool:
     return tensor_of(module, read).is_floating_point()
 
 
+def weight_read(layer: Node) -> Node:
+    """What reads the weight of ``layer``, before its observer where it has one."""
+    read: Node = argument(layer, "weight")
+    return read if is_constant(read) else node_argument(read)
+
+
 def divide_outputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> None:
     """Divide each output channel of ``layer`` by ``scale``, float64 [channels]."""
-    for name in ("weight", "bias"):
-        read = argument(layer, name)
+    for read in (weight_read(layer), argument(layer, "bias")):
         if read is not None:
             tensor = tensor_of(module, read).detach()
             by_row = scale.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
@@ -44,7 +49,7 @@ def divide_outputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> Non
 
 def multiply_inputs(module: GraphModule, layer: Node, scale: torch.Tensor) -> None:
     """Multiply each input channel of ``layer``'s weight by ``scale``, float64 [channels]."""
-    read = argument(layer, "weight")
+    read = weight_read(layer)
     tensor = tensor_of(module, read).detach()
     scaled = tensor.double() * _by_column(layer, tensor, scale)
     set_tensor(module, str(read.target), scaled.to(tensor.dtype), parameter=True)

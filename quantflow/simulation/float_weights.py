@@ -64,6 +64,11 @@ def remember_teacher(graph: GraphModule) -> None:
             node.meta[TEACHER_WEIGHT] = node.meta[FLOAT_WEIGHT] if FLOAT_WEIGHT in node.meta else now.detach().clone()
 
 
+def remember_teacher_weight(read: Node, now: torch.Tensor) -> None:
+    """Remember ``now``, which nobody writes, as what the ``get_attr`` node reads in the teacher, unless one is remembered."""
+    read.meta.setdefault(TEACHER_WEIGHT, now.detach())
+
+
 def has_teacher(graph: GraphModule) -> bool:
     """Whether the float network that ``graph`` was made from is remembered as its teacher."""
     return any(TEACHER_WEIGHT in node.meta for node in graph.graph.nodes)

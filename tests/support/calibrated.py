@@ -3,6 +3,7 @@
 import torch
 
 import quantflow as qf
+from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.network import outputs
 from quantizers import XNNPACKQuantizer
 
@@ -14,7 +15,9 @@ def calibrated(model, example, data, quantizer=None, dynamic_batch=True):
 
 
 def sqnr(graph, batches):
+    """Of the integer network, beside the float network as it was before any algorithm, dB."""
     with torch.no_grad():
-        reference = torch.cat([o[0].flatten() for o in outputs(graph, batches, integers=False)])
+        floats = outputs(with_float_weights(graph), batches, integers=False)
+        reference = torch.cat([o[0].flatten() for o in floats])
         found = torch.cat([o[0].flatten() for o in outputs(graph, batches, integers=True)])
     return float(10 * torch.log10(reference.square().sum() / (reference - found).square().sum()))

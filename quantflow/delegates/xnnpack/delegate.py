@@ -52,5 +52,6 @@ class Xnnpack(Delegate):
         """Return the passes that run on the edge program before it is partitioned."""
         from quantflow.delegates.xnnpack.int8 import one_dequantize_per_user
         from quantflow.delegates.xnnpack.layout import softmax_over_rows
+        from quantflow.delegates.xnnpack.packed_weights import four_bits_as_eight
 
-        return [softmax_over_rows, one_dequantize_per_user]
+        return [softmax_over_rows, one_dequantize_per_user, four_bits_as_eight]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,8 @@ from quantflow.ptq.equalization.activation_bounds import activation_bounds
 from quantflow.ptq.equalization.scale_equivariance import commutes, flattened_places
 
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+# The least and the greatest value, float64, of each of so many channels of what a node computes.
+Bounds = Callable[[GraphModule, Node, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,14 @@ class ChannelGroup:
         self.readers += other.readers
 
 
-def channel_groups(module: GraphModule) -> list[ChannelGroup]:
-    """The groups of ``module`` with at least one channel to scale and a layer on each side."""
-    finder = _Finder(module)
+def channel_groups(module: GraphModule, bounds: Bounds = activation_bounds) -> list[ChannelGroup]:
+    """The groups of ``module`` with at least one channel to scale and a layer on each side.
+
+    Args:
+        module: A graph in float, its batch norms folded.
+        bounds: Tells the values before a clamp: a channel that may reach the clamp's limits is not scaled.
+    """
+    finder = _Finder(module, bounds)
     for node in module.graph.nodes:
         finder.visit(node)
     groups = dict.fromkeys(finder.group_of.values())
@@ -69,8 +76,8 @@ def channel_groups(module: GraphModule) -> list[ChannelGroup]:
 class _Finder:
     """Visits the nodes in order. A tensor computed from a layer's output is in its group until an operator does not commute."""
 
-    def __init__(self, module: GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: GraphModule, bounds: Bounds) -> None:
+        self.module, self.bounds = module, bounds
         self.reads: Reads = reads_of(module.graph)
         self.group_of: dict[Node, ChannelGroup] = {}
 
@@ -126,9 +133,9 @@ class _Finder:
         return None if places is None else Place(1, place.repeat * places)
 
     def _clamp(self, node: Node, source: Node, low: float, high: float) -> None:
-        """A limit other than zero fixes every channel that is not proven never to reach it, before and after scaling."""
+        """A limit other than zero fixes every channel that may reach it, and bounds the scale of the others."""
         group = self.group_of[source]
-        low_seen, high_seen = activation_bounds(self.module, source, len(group.fixed))
+        low_seen, high_seen = self.bounds(self.module, source, len(group.fixed))
         for limit, seen in ((-low, -low_seen), (high, high_seen)):
             if limit == 0 or limit == math.inf:
                 continue

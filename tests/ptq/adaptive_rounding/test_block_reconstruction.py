@@ -87,14 +87,19 @@ def test_no_block_errs_more_at_an_end_and_weights_stay_on_their_grid(name, schem
 
 def test_errors_that_cancel_are_found_where_no_layer_sees_them():
     """Hidden numbers that all err least rounded down, and a layer that can but add their errors up."""
-    first, second = nn.Linear(2, 24, bias=False), nn.Linear(24, 4, bias=False)
-    model, x = nn.Sequential(first, nn.ReLU(), second), torch.rand(600, 2) + 0.5
+    first, second = nn.Linear(3, 24, bias=False), nn.Linear(24, 4, bias=False)
+    model, x = nn.Sequential(first, nn.ReLU(), second), torch.rand(600, 3) + 0.5
+    x[:, 2] = 0  # the weight that sets the range, half a step above the greatest integer, is of no account
     with torch.no_grad():
-        first.weight.copy_(torch.stack([torch.ones(24), torch.linspace(3.2, 3.45, 24) / 7], 1))
+        first.weight.copy_(
+            torch.stack([torch.full((24,), 7.0), torch.linspace(3.2, 3.45, 24), torch.full((24,), 7.5)], 1)
+        )
         second.weight.fill_(1)
     seen, unseen = x.split(300)
     sample = qf.Sample(300)
-    graph = calibrated(model, (seen,), W4A8, sample)
+    exported = qf.export(model, (seen,), dynamic_batch=True).module()
+    graph = qf.prepare(exported, XNNPACKQuantizer(W4A8, overrides={"2": Scheme()}))
+    qf.calibrate(graph, [seen], sample=sample, progress=False)
     with pytest.warns(qf.QuantflowWarning, match="2 .linear_1.: .*quantized exactly already"):
         single, blocks_at_once = (adaround(graph, sample, together=n, iterations=200, progress=False) for n in (1, 2))
     with torch.no_grad():

@@ -32,9 +32,9 @@ def mean_error(graph, x, floats):
 def off_grid(layer):
     """Every weight 0.4 of a step above a point of its 4-bit grid: each rounds down."""
     with torch.no_grad():
-        integers = torch.randint(-6, 6, layer.weight.shape)
-        integers.flatten(1)[:, 0] = 7
-        layer.weight.copy_((integers + 0.4 * (integers < 7)) / 7)
+        integers = torch.randint(-6, 6, layer.weight.shape) + 0.4
+        integers.flatten(1)[:, 0] = 7.5  # the range of 15 steps ends half a step above the greatest integer
+        layer.weight.copy_(integers / 7.5)
     return layer
 
 
@@ -98,7 +98,7 @@ def test_batch_norm_alone_tells_the_shift(activation, pooled):
         corrected = correct_bias(graph)
     before, after = mean_error(graph, x, graph), mean_error(corrected, x, graph)
     assert (after < 0.2 * before.max()).all()
-    assert after.mean() < 0.15 * before.mean()
+    assert after.mean() < 0.16 * before.mean()
 
 
 @pytest.mark.filterwarnings("ignore:.*stem")  # nothing is known of the image

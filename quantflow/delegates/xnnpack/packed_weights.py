@@ -1,0 +1,51 @@
+"""A pass for 4-bit weights that XNNPACK's kernels take as 8-bit integers only."""
+
+from __future__ import annotations
+
+import torch
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from quantflow.upstream.edge_operators import ops
+
+_edge = ops.edge.aten
+_DEQUANTIZE = ops.edge.quantized_decomposed.dequantize_per_channel.default
+_LIMITS = slice(4, 7)  # the arguments quant_min, quant_max and dtype
+_PACKED = (-8, 7, torch.int8)  # by which the delegate tells weights that it packs as two integers a byte
+_BYTES = (-128, 127, torch.int8)
+_CONVOLUTIONS = frozenset({_edge.convolution.default, _edge.conv1d.default, _edge.conv2d.default})
+_TRANSPOSES = frozenset({_edge.permute_copy.default, _edge.t_copy.default})
+
+
+def four_bits_as_eight(module: GraphModule) -> PassResult:
+    """Declare 4-bit weights that no kernel takes packed as 8-bit integers; their values stay.
+
+    XNNPACK packs 4-bit weights of linear layers whose inputs are float or quantized dynamically. Of a convolution, the
+    delegate's compiler fails to pack them. Of a linear layer with static int8 inputs, or with an odd number of inputs, it
+    packs them and the result is wrong.
+    """
+    changed = False
+    for node in module.graph.nodes:
+        if node.target is not _DEQUANTIZE or tuple(node.args[_LIMITS]) != _PACKED:
+            continue
+        odd = node.meta["val"].shape[-1] % 2
+        if odd or any(map(_takes_bytes, _layers(node))):
+            node.args = (*node.args[: _LIMITS.start], *_BYTES, *node.args[_LIMITS.stop :])
+            changed = True
+    if changed:
+        module.recompile()
+    return PassResult(module, changed)
+
+
+def _layers(weight: Node) -> list[Node]:
+    """The readers of ``weight``, behind a transpose."""
+    return [layer for user in weight.users for layer in (_layers(user) if user.target in _TRANSPOSES else [user])]
+
+
+def _takes_bytes(layer: Node) -> bool:
+    if layer.target in _CONVOLUTIONS:
+        return True
+    return any(
+        is_dequant(given) and is_per_tensor(given) and not is_dynamic_qdq(given) for given in layer.all_input_nodes
+    )
