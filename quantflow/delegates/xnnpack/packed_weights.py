@@ -21,16 +21,16 @@ _TRANSPOSES = frozenset({_edge.permute_copy.default, _edge.t_copy.default})
 def four_bits_as_eight(module: GraphModule) -> PassResult:
     """Declare 4-bit weights that no kernel takes packed as 8-bit integers; their values stay.
 
-    XNNPACK packs 4-bit weights of linear layers whose inputs are float or quantized dynamically. Of a convolution, the
-    delegate's compiler fails to pack them. Of a linear layer with static int8 inputs, or with an odd number of inputs, it
-    packs them and the result is wrong.
+    XNNPACK packs 4-bit weights of linear layers, two integers a byte. Of a convolution, the delegate's compiler fails to pack
+    them. Of a linear layer with an odd number of inputs that are not quantized statically, the result of the packed is wrong.
     """
     changed = False
     for node in module.graph.nodes:
         if node.target is not _DEQUANTIZE or tuple(node.args[_LIMITS]) != _PACKED:
             continue
-        odd = node.meta["val"].shape[-1] % 2
-        if odd or any(map(_takes_bytes, _layers(node))):
+        odd = node.meta["val"].shape[-1] % 2 == 1
+        layers = _layers(node)
+        if any(layer.target in _CONVOLUTIONS or (odd and not _reads_integers(layer)) for layer in layers):
             node.args = (*node.args[: _LIMITS.start], *_BYTES, *node.args[_LIMITS.stop :])
             changed = True
     if changed:
@@ -43,9 +43,8 @@ def _layers(weight: Node) -> list[Node]:
     return [layer for user in weight.users for layer in (_layers(user) if user.target in _TRANSPOSES else [user])]
 
 
-def _takes_bytes(layer: Node) -> bool:
-    if layer.target in _CONVOLUTIONS:
-        return True
+def _reads_integers(layer: Node) -> bool:
+    """Whether ``layer`` reads an activation that is quantized statically."""
     return any(
         is_dequant(given) and is_per_tensor(given) and not is_dynamic_qdq(given) for given in layer.all_input_nodes
     )

@@ -36,3 +36,14 @@ def test_the_program_computes_what_the_converted_graph_computes(name):
     program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
     assert program.delegation.calls == 1
     assert signal_to_noise(converted(x), program(x)) > 30
+
+
+@pytest.mark.parametrize(("make", "shape"), [(nn.Linear, (256,)), (lambda i, o: nn.Conv2d(i, o, 1), (256, 2, 2))])
+def test_weights_of_linear_layers_take_half_a_byte(make, shape):
+    torch.manual_seed(0)
+    model, x = make(256, 64).eval(), torch.randn(2, *shape)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(W4A8))
+    converted = qf.convert(qf.calibrate(prepared, [x], progress=False))
+    program = qf.export(converted, (x,)).to_core_aten().to_edge("xnnpack").to_executorch()
+    packed = isinstance(model, nn.Linear)
+    assert packed == (len(program.buffer) < 256 * 64)
