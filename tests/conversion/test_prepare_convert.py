@@ -147,7 +147,7 @@ def test_four_bit_weights_use_four_bits():
     converted = qf.convert(prepared)
     weights = [b for k, b in converted.named_buffers() if k.endswith("_quantized")]
     assert len(weights) == 3
-    assert all(w.abs().max() == 7 for w in weights)
+    assert all(w.min() >= -8 and w.max() <= 7 and w.abs().max() >= 7 for w in weights)
 
 
 def test_zero_gamma_converts():

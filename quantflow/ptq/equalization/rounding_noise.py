@@ -35,7 +35,7 @@ class ChannelStatistics:
         """The statistics of ``x`` with its channels in dimension ``axis``; ``rows`` of all rows are drawn for the products."""
         within = x.flatten(axis + 1) if x.ndim > axis + 1 else x.unsqueeze(-1)
         low, high = within.amin(-1), within.amax(-1)  # first over what lies together in memory
-        low, high = low.flatten(0, -2).amin(0).double(), high.flatten(0, -2).amax(0).double()
+        low, high = low.reshape(-1, x.shape[axis]).amin(0).double(), high.reshape(-1, x.shape[axis]).amax(0).double()
         by_row = x.movedim(axis, -1)
         drawn = torch.arange(by_row.shape[:-1].numel())
         if rows < len(drawn):
