@@ -14,6 +14,7 @@ from torchao.quantization.pt2e import observer as pt2e_observer
 
 from quantflow.graph.parameters import device_of
 from quantflow.observers.fake_quantize import FakeQuantize
+from quantflow.qparams.qparams import SYMMETRIC, choose_qparams
 from quantflow.upstream.operators import OpOverload
 
 
@@ -44,6 +45,14 @@ _FAKE_QUANTIZERS = (pt2e_fake_quantize.FakeQuantizeBase, ao.FakeQuantizeBase)
 def affine(observer: nn.Module) -> AffineObserver:
     """Return ``observer`` itself, typed as one with a scale and a zero point."""
     return cast(AffineObserver, observer)
+
+
+def qparams_of_range(
+    observer: AffineObserver, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point that the integers of ``observer`` have for a real range."""
+    limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+    return choose_qparams(low.float(), high.float(), symmetric=observer.qscheme in SYMMETRIC, **limits)
 
 
 def is_fake_quantizer(module: nn.Module) -> bool:

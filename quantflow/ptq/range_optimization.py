@@ -8,8 +8,7 @@ from torch.fx import GraphModule
 
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers import FixedQParamsObserver
-from quantflow.observers.observation import AffineObserver, affine, replace_observers
-from quantflow.qparams.qparams import SYMMETRIC, choose_qparams
+from quantflow.observers.observation import AffineObserver, affine, qparams_of_range, replace_observers
 from quantflow.simulation.output_gradients import BINS, OutputGradients, ValueGradients
 
 _SHRINK = torch.logspace(0, -4, 49, base=2.0)  # 1 to 1/16
@@ -63,9 +62,7 @@ def optimal_qparams(observer: AffineObserver, of_value: ValueGradients) -> tuple
     centres = of_value.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
 
     def qparams(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-        limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
-        symmetric = observer.qscheme in SYMMETRIC
-        return choose_qparams(torch.tensor(low), torch.tensor(high), symmetric=symmetric, **limits)
+        return qparams_of_range(observer, torch.tensor(low), torch.tensor(high))
 
     def cost(low: float, high: float) -> float:
         scale, zero_point = (float(q) for q in qparams(low, high))

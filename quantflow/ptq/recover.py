@@ -169,7 +169,7 @@ def recover(
             current = candidate
 
     start = time.perf_counter()
-    equal = equalize_prepared(current, fit)
+    equal = equalize_prepared(current, fit, progress=progress)
     if equal is not None:
         same = _sqnr(with_float_weights(equal), held_out, reference, integers=False) > _SAME
         steps.append(Step("equalization", _sqnr(equal, held_out, reference), same, time.perf_counter() - start))

@@ -9,9 +9,9 @@ from torch import nn
 from torch.fx import Node
 
 from quantflow.observers import PerGroupMinMaxObserver
-from quantflow.observers.observation import affine, qparams_of
+from quantflow.observers.observation import affine, qparams_of, qparams_of_range
 from quantflow.qparams.per_token import is_per_token, round_per_token
-from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.qparams.qparams import PER_CHANNEL
 from quantflow.qparams.rounding import round_to_grid
 
 
@@ -33,13 +33,7 @@ def fake_quantized(observer: nn.Module, x: torch.Tensor, readers: Iterable[Node]
     if getattr(observer, "is_dynamic", False):
         if is_per_token(observer, readers):
             return round_per_token(x)
-        scale, zero_point = choose_qparams(
-            x.detach().min().float(),
-            x.detach().max().float(),
-            quant_min=grid.quant_min,
-            quant_max=grid.quant_max,
-            symmetric=grid.qscheme in SYMMETRIC,
-        )
+        scale, zero_point = qparams_of_range(grid, x.detach().min(), x.detach().max())
     elif not is_affine(observer):
         return x
     else:

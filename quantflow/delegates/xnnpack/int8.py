@@ -16,6 +16,8 @@ from executorch.backends.xnnpack.partition.config.node_configs import BatchNormC
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.utils.quant_utils import (
     is_dequant,
+    is_dynamic_qdq,
+    is_per_tensor,
     is_quant,
 )
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
@@ -174,6 +176,11 @@ CONFIGS = (*(config for config in ALL_PARTITIONER_CONFIGS if config.target_name 
 def target_name(node: Node) -> str:
     """Return the name of the operator that ``node`` calls, in the form of the configurations; ``""`` for other nodes."""
     return format_target_name(cast(Callable, node.target).__name__) if node.op == "call_function" else ""
+
+
+def is_static(node: Node) -> bool:
+    """Whether ``node`` dequantizes an activation whose scale and zero point are constants."""
+    return is_dequant(node) and is_per_tensor(node) and not is_dynamic_qdq(node)
 
 
 def one_dequantize_per_user(module: GraphModule) -> PassResult:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_per_tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from quantflow.delegates.xnnpack.int8 import is_static
 from quantflow.upstream.edge_operators import ops
 
 _edge = ops.edge.aten
@@ -29,8 +29,11 @@ def four_bits_as_eight(module: GraphModule) -> PassResult:
         if node.target is not _DEQUANTIZE or tuple(node.args[_LIMITS]) != _PACKED:
             continue
         odd = node.meta["val"].shape[-1] % 2 == 1
-        layers = _layers(node)
-        if any(layer.target in _CONVOLUTIONS or (odd and not _reads_integers(layer)) for layer in layers):
+        for_bytes = (
+            layer.target in _CONVOLUTIONS or (odd and not any(map(is_static, layer.all_input_nodes)))
+            for layer in _layers(node)
+        )
+        if any(for_bytes):
             node.args = (*node.args[: _LIMITS.start], *_BYTES, *node.args[_LIMITS.stop :])
             changed = True
     if changed:
@@ -41,10 +44,3 @@ def four_bits_as_eight(module: GraphModule) -> PassResult:
 def _layers(weight: Node) -> list[Node]:
     """The readers of ``weight``, behind a transpose."""
     return [layer for user in weight.users for layer in (_layers(user) if user.target in _TRANSPOSES else [user])]
-
-
-def _reads_integers(layer: Node) -> bool:
-    """Whether ``layer`` reads an activation that is quantized statically."""
-    return any(
-        is_dequant(given) and is_per_tensor(given) and not is_dynamic_qdq(given) for given in layer.all_input_nodes
-    )

@@ -12,8 +12,6 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.utils.quant_utils import (
     IS_IMPLICIT_Q_DQ_TAG,
     is_dequant,
-    is_dynamic_qdq,
-    is_per_tensor,
     is_quant,
 )
 from torch.export import ExportedProgram
@@ -146,11 +144,7 @@ def _with_own_bias(config: GEMMConfig, check: Callable[[Node, ExportedProgram], 
     def own(node: Node, ep: ExportedProgram) -> bool:
         bias = node.args[config.bias_idx] if config.bias_idx is not None and len(node.args) > config.bias_idx else None
         readers = list(bias.users) if isinstance(bias, Node) else [node]
-        shared = readers[0] is not node and any(_is_static(n) for user in readers for n in user.all_input_nodes)
+        shared = readers[0] is not node and any(int8.is_static(n) for user in readers for n in user.all_input_nodes)
         return check(node, ep) and not shared
 
     return own
-
-
-def _is_static(node: Node) -> bool:
-    return is_dequant(node) and is_per_tensor(node) and not is_dynamic_qdq(node)

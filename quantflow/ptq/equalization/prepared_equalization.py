@@ -9,18 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from tqdm import tqdm
 
 from quantflow.data.sample import Inputs
 from quantflow.graph.aten import argument, node_argument
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.observers import FixedQParamsObserver, PerGroupMinMaxObserver
-from quantflow.observers.observation import affine, observer_of, qparams_of, replace_observers
+from quantflow.observers.observation import affine, observer_of, qparams_of, qparams_of_range, replace_observers
 from quantflow.preparation.forms import observing
 from quantflow.ptq.channel_scaling import divide_outputs, multiply_inputs, weight_read
 from quantflow.ptq.equalization.channel_groups import ChannelGroup, Place, channel_groups
 from quantflow.ptq.equalization.rounding_noise import ActivationNoise, ChannelStatistics, RoundingNoise
-from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.qparams.qparams import PER_CHANNEL
 from quantflow.simulation.fake_quantized import is_affine
 from quantflow.simulation.float_network import float_network
 from quantflow.simulation.float_weights import FLOAT_WEIGHT, remember_teacher_weight
@@ -33,30 +34,33 @@ _MARGIN = 1.2  # by which an unseen value may exceed the largest that was seen
 _WORTHWHILE = 0.95  # of the noise: factors that leave more are not worth a change
 _BATCHES = 8  # that statistics are taken of, at most
 _ROWS = 64  # drawn from an example for covariances
-_SMALLEST = 1e-3  # of a channel, relative to the largest
+_SMALLEST = 1e-3  # relative weight of a channel
 
 
 @torch.no_grad()
-def equalize_prepared(graph: GraphModule, sample: Sequence[Inputs]) -> TrainableGraphModule | None:
+def equalize_prepared(
+    graph: GraphModule, sample: Sequence[Inputs], *, progress: bool = True
+) -> TrainableGraphModule | None:
     """Return a copy of a prepared ``graph`` whose channels between two layers are scaled for the least rounding noise.
 
     As :func:`quantflow.ptq.equalize`, which see, a layer's output channels are divided by positive factors and the weights
     that read them are multiplied by the same. Here the bits of the weights and activations are known, and the factors are those
     with the least predicted noise: with 4-bit weights they raise the columns that a row's largest weight leaves few levels, as
-    Lin et al. 2024 (AWQ, arXiv:2306.00978) do for important columns; with 8 bits they balance weights and activations. Where
-    a clamp at a number other than zero (relu6) lies between the layers, a channel is scaled that stays clear of this number on
-    ``sample``, before and after.
+    Lin et al. 2024 (AWQ, arXiv:2306.00978) do for important columns; with 8 bits this seldom pays for the coarser activation.
+    Where a clamp at a number other than zero (relu6) lies between the layers, a channel is scaled that stays clear of this
+    number on ``sample``, before and after.
 
     Args:
         graph: A prepared and calibrated graph, its batch norms folded; it is left as it was.
         sample: Batches of flat inputs.
+        progress: Show a progress bar.
 
     Returns:
         The copy, in inference mode; None where no factors lower the noise. Ranges follow the factors.
     """
     equal = adopt(graph).eval()
     network = float_network(equal)
-    statistics = _statistics(network, channel_groups(network, _unbounded), sample)
+    statistics = _statistics(network, channel_groups(network, _unbounded), sample, progress)
 
     def bounds(_: GraphModule, node: Node, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         seen = statistics.get(node)
@@ -80,12 +84,13 @@ def _unbounded(_: GraphModule, __: Node, channels: int) -> tuple[torch.Tensor, t
 
 
 def _statistics(
-    network: GraphModule, groups: Sequence[ChannelGroup], sample: Sequence[Inputs]
+    network: GraphModule, groups: Sequence[ChannelGroup], sample: Sequence[Inputs], progress: bool
 ) -> dict[Node, ChannelStatistics]:
     """The statistics of all tensors of ``groups``, of batches from all over ``sample``."""
     places = {node: place for group in groups for node, place in group.tensors.items()}
     found: dict[Node, ChannelStatistics] = {}
-    for batch in sample[:: math.ceil(len(sample) / _BATCHES)]:
+    drawn = sample[:: math.ceil(len(sample) / _BATCHES)] if groups else ()
+    for batch in tqdm(drawn, desc="channel statistics", unit="batch", disable=not progress, leave=False):
         for node, values in Interpreter(network).run(batch):
             if node in places:
                 seen = _of_channels(values[node], places[node])
@@ -104,6 +109,10 @@ class _Prepared:
     def __init__(self, graph: TrainableGraphModule, statistics: Mapping[Node, ChannelStatistics]) -> None:
         self.graph, self.statistics = graph, statistics
         self.nodes = {node.name: node for node in graph.graph.nodes}
+        self.calls: dict[nn.Module, list[Node]] = {}  # by observer
+        for node in graph.graph.nodes:
+            if (observer := observer_of(node, graph)) is not None:
+                self.calls.setdefault(observer, []).append(node)
         self.layers = {layer.node: layer for layer in quantized_layers(graph, solvable=False).values()}
 
     def noises(self, group: ChannelGroup) -> list[RoundingNoise]:
@@ -138,16 +147,15 @@ class _Prepared:
             for user in self.nodes[tensor.name].users:
                 if (observer := observer_of(user, self.graph)) is not None:
                     seen = self.statistics[tensor]
-                    if is_affine(observer) and not getattr(observer, "is_dynamic", False):
+                    if is_affine(observer) and not _is_dynamic(observer):
                         seen = seen.within(*_range(observer))
                     found[observer] = found[observer] + seen if observer in found else seen
         return found
 
     def _is_own(self, observer: nn.Module, group: ChannelGroup) -> bool:
         """Whether ``observer`` observes tensors of ``group`` alone."""
-        calls = (node for node in self.nodes.values() if observer_of(node, self.graph) is observer)
         names = {tensor.name for tensor in group.tensors}
-        return all(node_argument(call).name in names for call in calls)
+        return all(node_argument(call).name in names for call in self.calls[observer])
 
     def _can_be_scaled(self, node: Node) -> bool:
         """Whether the weight is as it was given, and in float or quantized with a step an output or one for all."""
@@ -155,7 +163,9 @@ class _Prepared:
         if FLOAT_WEIGHT in read.meta:  # it was fitted to its grid
             return False
         layer = self.layers.get(node)
-        return is_constant(node.args[1]) if layer is None else not isinstance(layer.observer, PerGroupMinMaxObserver)
+        if layer is None:
+            return is_constant(argument(node, "weight"))
+        return not isinstance(layer.observer, PerGroupMinMaxObserver)
 
     def _is_free(self, maker: Node) -> bool:
         """Whether the factors of its outputs change nothing about the rounding of a layer's weight."""
@@ -176,26 +186,26 @@ class _Prepared:
         for node in (*group.makers, *group.readers):
             if (layer := self.layers.get(self.nodes[node.name])) is not None:
                 self._observe_weight(layer)
-        static = {o: seen for o, seen in self._observers(group).items() if not getattr(o, "is_dynamic", False)}
-        replace_observers(self.graph, {o: _with_range(o, *seen.range(factors)) for o, seen in static.items()})
+        made: dict[nn.Module, nn.Module] = {
+            observer: FixedQParamsObserver.like(observer, *qparams_of_range(affine(observer), *seen.range(factors)))
+            for observer, seen in self._observers(group).items()
+            if not _is_dynamic(observer)
+        }
+        replace_observers(self.graph, made)
 
     def _observe_weight(self, layer: Layer) -> None:
-        name = str(layer.weight.target)
-        observer: nn.Module = copy.deepcopy(self.graph.get_submodule(name))
-        self.graph.set_submodule(name, observing(observer, tensor_of(self.graph, node_argument(layer.weight)).detach()))
-
-
-def _with_range(observer: nn.Module, low: torch.Tensor, high: torch.Tensor) -> nn.Module:
-    given = affine(observer)
-    limits = {"quant_min": given.quant_min, "quant_max": given.quant_max}
-    qparams = choose_qparams(low.float(), high.float(), symmetric=given.qscheme in SYMMETRIC, **limits)
-    return FixedQParamsObserver.like(observer, *qparams)
+        weight = tensor_of(self.graph, weight_read(layer.node)).detach()
+        self.graph.set_submodule(str(layer.weight.target), observing(copy.deepcopy(layer.observer), weight))
 
 
 def _range(observer: nn.Module) -> tuple[float, float]:
     scale, zero_point = (float(q) for q in qparams_of(observer))
     low, high = ((limit - zero_point) * scale for limit in (affine(observer).quant_min, affine(observer).quant_max))
     return low, high
+
+
+def _is_dynamic(observer: nn.Module) -> bool:
+    return bool(getattr(observer, "is_dynamic", False))
 
 
 def _levels(observer: nn.Module) -> int:
@@ -207,7 +217,6 @@ def _factors(group: ChannelGroup, noises: Sequence[RoundingNoise]) -> torch.Tens
     largest = torch.stack([noise.channels.largest for noise in noises]).amax(0)
     if not 0 < float(largest.max()) < float("inf"):
         return None
-    largest = largest.clamp(min=float(largest.max()) * _SMALLEST)
     weights = torch.stack([noise.relative_weights() for noise in noises]).amax(0).clamp(min=_SMALLEST)
 
     def noise(factors: torch.Tensor) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from quantflow.observers.observation import AffineObserver, affine
+from quantflow.observers.observation import affine, qparams_of_range
 from quantflow.ptq.weight_reconstruction.coordinate_descent import best_scale, descend
 from quantflow.ptq.weight_reconstruction.gptq import GPTQ, damped, nearest, output_error
 from quantflow.ptq.writing import QParams, by_output
-from quantflow.qparams.qparams import PER_CHANNEL, SYMMETRIC, choose_qparams
+from quantflow.qparams.qparams import PER_CHANNEL
 from quantflow.simulation.quantized_layers import Layer
 
 _SHRINK = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
@@ -43,7 +43,7 @@ def round_fitted(
         return by_output(by_row if per_channel else by_row[0], layer, weight)
 
     def grid(shrink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, zero_point = map(spread, _qparams(observer, low * shrink, high * shrink))
+        scale, zero_point = map(spread, qparams_of_range(observer, low * shrink, high * shrink))
         return scale, zero_point
 
     def error(rounded: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,3 @@ def round_fitted(
     if per_channel:
         return rounded, (scale.flatten().float(), zero_point.flatten().to(torch.int32))
     return rounded, (scale[0, 0, 0].float(), zero_point[0, 0, 0].to(torch.int32))
-
-
-def _qparams(observer: AffineObserver, low: torch.Tensor, high: torch.Tensor) -> QParams:
-    limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
-    return choose_qparams(low.float(), high.float(), symmetric=observer.qscheme in SYMMETRIC, **limits)

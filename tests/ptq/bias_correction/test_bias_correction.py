@@ -98,7 +98,7 @@ def test_batch_norm_alone_tells_the_shift(activation, pooled):
         corrected = correct_bias(graph)
     before, after = mean_error(graph, x, graph), mean_error(corrected, x, graph)
     assert (after < 0.2 * before.max()).all()
-    assert after.mean() < 0.16 * before.mean()
+    assert after.mean() < 0.15 * before.mean()
 
 
 @pytest.mark.filterwarnings("ignore:.*stem")  # nothing is known of the image

@@ -22,7 +22,7 @@ NETWORKS = {
     "relu6": (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.Conv2d(16, 8, 3)), IMAGE),
     "groups": (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=2)), IMAGE),
     "depthwise": (
-        lambda: nn.Sequential(nn.Conv2d(3, 16, 3, groups=1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1)),
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1)),
         IMAGE,
     ),
     "pool, flatten, linear": (
