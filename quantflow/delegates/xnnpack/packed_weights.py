@@ -6,7 +6,6 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from quantflow.delegates.xnnpack.int8 import is_static
 from quantflow.upstream.edge_operators import ops
 
 _edge = ops.edge.aten
@@ -22,18 +21,15 @@ def four_bits_as_eight(module: GraphModule) -> PassResult:
     """Declare 4-bit weights that no kernel takes packed as 8-bit integers; their values stay.
 
     XNNPACK packs 4-bit weights of linear layers, two integers a byte. Of a convolution, the delegate's compiler fails to pack
-    them. Of a linear layer with an odd number of inputs that are not quantized statically, the result of the packed is wrong.
+    them. Of a linear layer with an odd number of inputs, the result of the packed is wrong: with dynamic activations on all
+    machines seen, with static ones on those whose kernels use AVX-512 VNNI.
     """
     changed = False
     for node in module.graph.nodes:
         if node.target is not _DEQUANTIZE or tuple(node.args[_LIMITS]) != _PACKED:
             continue
         odd = node.meta["val"].shape[-1] % 2 == 1
-        for_bytes = (
-            layer.target in _CONVOLUTIONS or (odd and not any(map(is_static, layer.all_input_nodes)))
-            for layer in _layers(node)
-        )
-        if any(for_bytes):
+        if odd or any(layer.target in _CONVOLUTIONS for layer in _layers(node)):
             node.args = (*node.args[: _LIMITS.start], *_BYTES, *node.args[_LIMITS.stop :])
             changed = True
     if changed:
