@@ -9,7 +9,6 @@ from torch.fx import Node
 
 from quantflow.graph.aten import argument, has_argument, is_float_tensor, label, only_user, op, value
 from quantflow.graph.batch_norm import normed_layer
-from quantflow.graph.parameters import is_constant
 from quantizers.override import Override
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
@@ -82,6 +81,7 @@ def decide(
     override: Override | None,
     integers: set[Node],
     written: Set[Node],
+    constants: Set[Node],
     refuse: Refusal,
 ) -> Decision:
     """The decision on ``node``, to which ``rule`` applies.
@@ -93,13 +93,14 @@ def decide(
         override: The override that asked for it.
         integers: The nodes before it with a quantized value.
         written: The nodes whose memory is written in place where others see it.
+        constants: The nodes that follow from constants alone.
         refuse: The quantizer's own check, which comes first.
     """
     candidate = Decision(_chain(node, rule), rule, asked, "", asked, override)
     if asked is None:
         reason = f"override: {override}" if override is not None else "no scheme given"
     else:
-        reason = refuse(node) or _refusal(candidate, rule, asked, integers)
+        reason = refuse(node) or _refusal(candidate, rule, asked, integers, constants)
         if not written.isdisjoint(
             candidate.nodes
         ):  # the write would not reach a quantized copy, or would change only the copy
@@ -118,23 +119,21 @@ def _chain(node: Node, rule: Rule) -> tuple[Node, ...]:
     return tuple(chain)
 
 
-def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]) -> str:
+def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node], constants: Set[Node]) -> str:
     if scheme.activation.dynamic and not rule.dynamic:
         return f"{rule.name} has no dynamic form"
-    if rule.weight is not None and not is_constant(argument(decision.node, rule.weight)):
+    if rule.weight is not None and (weight := argument(decision.node, rule.weight)) not in constants:
         return "its weight is computed, not constant"
-    if rule.weight is not None and (odd := _ungrouped(argument(decision.node, rule.weight), scheme.weight.group)):
+    if rule.weight is not None and (odd := _ungrouped(weight, scheme.weight.group)):
         return odd
     if rule.weight is not None and has_argument(decision.node, "bias"):
         bias = argument(decision.node, "bias")
-        if bias is not None and not is_constant(bias):
+        if bias is not None and bias not in constants:
             return "its bias is computed, not constant"
-    if all(is_constant(given) for given in decision.activations()):
-        return "it computes on constants only"
     for given in decision.activations():
         if not isinstance(given, Node) or (not is_float_tensor(given) and value(given) is not None):
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
-        if (val := value(given)) is not None and val.ndim == 0 and not is_constant(given):
+        if (val := value(given)) is not None and val.ndim == 0 and given not in constants:
             return f"its operand {label(given)} has no dimension"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"

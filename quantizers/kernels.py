@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
+from quantflow.graph.rewrites import Rewrite
 from quantflow.upstream.operators import OpOverload
 
 # A check of whether a backend runs a node of an operator in float.
@@ -23,6 +24,7 @@ class FloatKernels:
         whole: Of these, those that lowering does not decompose where the check agrees.
         between: Of these, those that it runs in integers wherever integers stand around them, asked or not.
         dtypes: The dtypes of the tensors it takes; all tensors of an operator have the same.
+        rewrites: How lowering writes further operators as float operators.
 
     Example:
         >>> import torch
@@ -40,6 +42,7 @@ class FloatKernels:
     whole: frozenset[OpOverload]
     between: frozenset[OpOverload] = frozenset()
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16})
+    rewrites: Mapping[OpOverload, Rewrite] = field(default_factory=dict)
 
     def run(self, node: Node) -> bool:
         """Tell whether the backend runs a node in float.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, Node
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, node_argument, op, short_name
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.partitioning import delegate_calls
+from quantflow.graph.rewrites import Rewrite, rewrite
+from quantflow.graph.rewrites.rewriting import Replacement
 from quantflow.upstream import pytree
 from quantflow.upstream.fake_tensors import FakeTensor, FakeTensorMode
 from quantflow.upstream.operators import OpOverload
@@ -94,9 +98,10 @@ class _Lowered:
         self.graph, self.integer, self.kernels = Graph(), integer, kernels
         self.origins: dict[Node, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._values: dict[Node, Any] = {}  # by node of ``graph``: a lowered node, or a number
+        self._values: dict[Node, Any] = {}  # by node of the rewritten graph: a lowered node, or a number
         self._decomposed: dict[tuple, Graph] = {}
-        for node in graph.nodes:
+        self._planned = _rewritten(graph, kernels.rewrites)  # by node of the rewritten graph: the node of ``graph``
+        for node in self._planned:
             if node.op != "output":
                 self._values[node] = self._lower(node)
 
@@ -118,9 +123,9 @@ class _Lowered:
     def _call(self, node: Node, target: Callable, args: tuple, kwargs: dict) -> Argument:
         call = self.graph.call_function(target, args, kwargs)
         call.meta["val"] = self._static(node.meta["val"])
-        self.origins[call] = node
+        self.origins[call] = self._planned[node]
         kept = target in self.kernels.whole and self.kernels.run(call)
-        if (node in self.integer and target not in _RESHAPES) or kept or not _decomposes(target):
+        if (self._planned[node] in self.integer and target not in _RESHAPES) or kept or not _decomposes(target):
             return call
         body = self._decomposition(target, args, kwargs)
         self.graph.erase_node(call)
@@ -131,7 +136,7 @@ class _Lowered:
             if inner.op == "call_function":
                 copies[inner] = self.graph.node_copy(inner, copies.__getitem__)
                 copies[inner].meta = {"val": self._static(inner.meta["val"])}
-                self.origins[copies[inner]] = node
+                self.origins[copies[inner]] = self._planned[node]
         returned = body.output_node().args[0]
         if isinstance(returned, Node):
             return copies[returned]
@@ -150,7 +155,7 @@ class _Lowered:
                 for i, tensor in zip(where, tensors, strict=True):
                     filled[i] = tensor
                 args, kwargs = pytree.tree_unflatten(filled, structure)
-                return _AS_LOWERED.get(target, target)(*args, **kwargs)
+                return target(*args, **kwargs)
 
             with torch.no_grad():
                 traced = make_fx(run, decomposition_table=_decompositions())(*(leaves[i] for i in where))
@@ -168,7 +173,7 @@ class _Lowered:
                 whole = self._values[base]
                 written = self.graph.call_function(scatter, (whole, written))
                 written.meta["val"] = whole.meta["val"]
-                self.origins[written] = part
+                self.origins[written] = self._planned[part]
         self._values[base] = written
 
     def _static(self, val: Any) -> Any:
@@ -182,50 +187,30 @@ class _Lowered:
             return torch.empty_strided(tuple(sizes), tuple(strides), dtype=val.dtype)
 
 
+def _rewritten(graph: Graph, rewrites: Mapping[OpOverload, Rewrite]) -> dict[Node, Node]:
+    """The nodes of ``graph`` after ``rewrites``, in order, each with the node of ``graph`` that it is or replaces."""
+    if not any(op(node) in rewrites for node in graph.nodes):
+        return {node: node for node in graph.nodes}
+    module = GraphModule(graph.owning_module or nn.Module(), copy.deepcopy(graph))
+    planned = dict(zip(module.graph.nodes, graph.nodes, strict=True))
+
+    def recorded(apply: Rewrite) -> Rewrite:
+        def applied(module: GraphModule, node: Node) -> Replacement:
+            before = node.prev
+            result = apply(module, node)
+            while (before := before.next) is not node:
+                planned[before] = planned[node]
+            return result
+
+        return applied
+
+    rewrite(module, {target: recorded(apply) for target, apply in rewrites.items()})
+    return {node: planned[node] for node in module.graph.nodes}
+
+
 # A reshape of a tensor with another memory order becomes a copy and a view, which are not quantized in between.
 _RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
-
-
-def _normalized(x: torch.Tensor, dims: list[int], weight: object, bias: object) -> torch.Tensor:
-    """A norm over its own statistics as lowering writes it, :mod:`quantflow.graph.rewrites.normalization`. The values do not
-    matter here: an operand of the tensor's own shape stands for a weight.
-    """
-    centered = x - x.mean(dims, keepdim=True)
-    y = centered * ((centered * centered).mean(dims, keepdim=True) + 1.0).rsqrt()
-    return _affine(y, weight, bias)
-
-
-def _affine(y: torch.Tensor, weight: object, bias: object) -> torch.Tensor:
-    y = y if weight is None else y * y
-    return y if bias is None else y + y
-
-
-def _batch_norm(x: torch.Tensor, weight: object, bias: object, mean: object, *others: Any) -> torch.Tensor:
-    if mean is not None:
-        return aten.batch_norm(x, weight, bias, mean, *others)
-    return _normalized(x, [0, *range(2, x.ndim)], weight, bias)
-
-
-def _instance_norm(x: torch.Tensor, weight: object, bias: object, mean: object, *others: Any) -> torch.Tensor:
-    if mean is not None:
-        return aten.instance_norm(x, weight, bias, mean, *others)
-    return _normalized(x, list(range(2, x.ndim)), weight, bias)
-
-
-def _group_norm(x: torch.Tensor, groups: int, weight: object = None, bias: object = None, *_: Any) -> torch.Tensor:
-    if not x.numel():
-        return aten.group_norm(x, groups)
-    width = x.shape[-1] if x.ndim > 2 else 1
-    y = _normalized(x.reshape(x.shape[0], groups, -1, width), [2, 3], None, None).reshape(x.shape)
-    return _affine(y, weight, bias)
-
-
-_AS_LOWERED: dict[object, Callable] = {
-    aten.batch_norm.default: _batch_norm,
-    aten.group_norm.default: _group_norm,
-    aten.instance_norm.default: _instance_norm,
-}
 
 
 @functools.cache

@@ -18,6 +18,8 @@ from quantflow.graph.aten import (
     op,
     short_name,
 )
+from quantflow.graph.constants import constant_calls
+from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.text_table import aligned
 from quantizers.decision import Decision, decide
@@ -165,7 +167,8 @@ def make_plan(
     """
     by_op = {o: rule for rule in rules for o in rule.ops}
     matched: set[Override] = set()
-    written = written_tensors(graph)
+    written, calls = written_tensors(graph), constant_calls(graph)
+    constants = calls.union(filter(is_constant, graph.nodes))
     decided: dict[Node, Decision] = {}
     integers: set[Node] = set()  # nodes with a quantized value
     for node in graph.nodes:
@@ -177,8 +180,10 @@ def make_plan(
             continue
         override = _override_for(node, overrides, matched)
         asked = override.scheme if override is not None else scheme
-        if (rule := by_op.get(op(node))) is not None:
-            decision = decide(node, rule, asked, override, integers, written, refuse)
+        if node in calls:
+            decision = Decision((node,), None, None, "it computes on constants only", asked, override)
+        elif (rule := by_op.get(op(node))) is not None:
+            decision = decide(node, rule, asked, override, integers, written, constants, refuse)
         else:
             reason = (unsupported or {}).get(op(node)) or f"no rule for {short_name(op(node))}"
             decision = Decision((node,), None, None, reason, asked, override)

@@ -14,7 +14,9 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import argument
 from quantflow.graph.batch_norm import norm_as_convolution
+from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
+from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.rewrites import Rewrite, rewrite
 from quantflow.upstream.annotations import mark_annotated
 from quantflow.upstream.operators import OpOverload
@@ -124,6 +126,8 @@ class RuleQuantizer(Quantizer):
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         copied = GraphModule(graph, copy.deepcopy(graph.graph))  # shares the parameters
         drop_dead_code(copied.graph, trains=qat)
+        flatten_before_linear(copied)
+        fold_constants(copied)
         if not qat:
             norm_as_convolution(copied)
         return self._plan(rewrite(copied, self.rewrites))

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
-from quantflow.graph.rewrites import PRODUCT_REWRITES, REWRITES, VOLUME_REWRITES, Rewrite
+from quantflow.graph.rewrites import XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantflow.upstream.operators import OpOverload
 from quantizers.rule import Rule
@@ -234,7 +234,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     """
 
     rules = XNNPACK_RULES
-    rewrites: Mapping[OpOverload, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
+    rewrites: Mapping[OpOverload, Rewrite] = XNNPACK_REWRITES
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
     unsupported = XNNPACK_UNSUPPORTED

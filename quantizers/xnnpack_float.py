@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from quantflow.graph.aten import argument, aten, pair, value
 from quantflow.graph.parameters import is_constant
+from quantflow.graph.rewrites import NORMALIZATION_REWRITES, ROW_NORM_REWRITES
 from quantflow.upstream.operators import OpOverload
 from quantizers.kernels import FloatKernels, Runs
 
@@ -147,4 +148,4 @@ _BETWEEN = frozenset(
         *(aten.relu.default, aten.hardtanh.default, aten.clamp.default),
     }
 )
-XNNPACK_FLOAT = FloatKernels(_RUNS, _WHOLE, _BETWEEN)
+XNNPACK_FLOAT = FloatKernels(_RUNS, _WHOLE, _BETWEEN, rewrites={**NORMALIZATION_REWRITES, **ROW_NORM_REWRITES})

@@ -14,6 +14,7 @@ _FLOAT = "XNNPACK has it in float only"
 _NONE = "XNNPACK has no kernel for it, in int8 or float"
 _SLOW = "XNNPACK's int8 kernel for it is many times slower than float"
 _STEEP = "eight bits are too few for such a steep function"
+_STATISTICS = "eight bits are too few for its sums of squares; it is computed in float"
 _SOFTMAX = "XNNPACK has softmax in float only, over the last dimension"
 _RECURRENT = "it is unrolled into its time steps, in float"
 
@@ -32,8 +33,9 @@ XNNPACK_UNSUPPORTED: Mapping[object, str] = {
     **dict.fromkeys((aten.sin.default, aten.cos.default, aten.log.default, aten.rsqrt.default), _FLOAT),
     **dict.fromkeys((aten.ceil.default, aten.floor.default), _FLOAT),
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bicubic2d.vec, aten.grid_sampler.default), _NONE),
-    **dict.fromkeys((aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default), _NONE),
-    **dict.fromkeys((aten.rms_norm.default, aten.log_softmax.int, aten.where.self, aten.masked_fill.Scalar), _NONE),
+    **dict.fromkeys((aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default), _STATISTICS),
+    **dict.fromkeys((aten.rms_norm.default, aten.linalg_vector_norm.default), _STATISTICS),
+    **dict.fromkeys((aten.log_softmax.int, aten.where.self, aten.masked_fill.Scalar), _NONE),
     **dict.fromkeys((aten.expand.default, aten.roll.default, aten.cumsum.default, aten.embedding.default), _NONE),
     **dict.fromkeys((aten.max_pool1d.default, aten.max_pool3d.default, aten.adaptive_max_pool2d.default), _NONE),
 }

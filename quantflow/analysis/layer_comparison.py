@@ -16,9 +16,8 @@ from quantflow.analysis.node_matching import computes, converts, matches, source
 from quantflow.analysis.reference import reference_values
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import (
-    CONVOLUTIONS,
     LINEARS,
-    TRANSPOSED_CONVOLUTIONS,
+    WEIGHTED,
     aten,
     label,
     layer,
@@ -33,7 +32,6 @@ from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import Interpreter, Values, evaluate
 from quantflow.upstream.operators import packet_name
 
-_WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _LAST = LINEARS | {aten.layer_norm.default, aten.embedding.default}
 
 
@@ -80,7 +78,7 @@ class LayerComparison:
                 match = node_argument(match)
             if op(match) is op(node):
                 met.add(match)
-        missing = [label(n) for n in self.reference.graph.nodes if op(n) in _WEIGHTED and n not in met]
+        missing = [label(n) for n in self.reference.graph.nodes if op(n) in WEIGHTED and n not in met]
         if missing:
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             reason = "the quantized graph has it in another form: errors of its weights show in the next layer that both have"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch.fx import GraphModule
 
 from quantflow.capture.batch_of_one import check_batch_of_one
 from quantflow.capture.capture_errors import why_not
+from quantflow.capture.dynamic_batch import with_dynamic_batch
 from quantflow.capture.exported import INFERENCE_ONLY, Exported
 from quantflow.errors import QuantflowError
 from quantflow.graph import modes, provenance
@@ -53,7 +53,7 @@ def export(
         kwargs: Example keyword inputs.
         dynamic_shapes: Which dimensions vary, as in ``torch.export.export``. Shapes are static unless asked.
         dynamic_batch: True makes dimension 0 of every tensor input one dynamic batch dimension, also when the example
-            has a batch of one; an int bounds it, which lowering needs. Not together with ``dynamic_shapes``.
+            has a batch of one; an int bounds it, which lowering needs. Other dimensions vary as ``dynamic_shapes`` says.
         strict: As in ``torch.export.export``.
 
     Returns:
@@ -91,10 +91,9 @@ def export(
         raise QuantflowError("export", reason, node="kwargs", remedy="pass a dict; pass other arguments by name")
     positional, keyword = given = _distinct(tuple(args), _in_captured_order(model, dict(kwargs or {})))
     if dynamic_batch:
-        if dynamic_shapes is not None:
-            reason = "dynamic_shapes and dynamic_batch are both given"
-            raise QuantflowError("export", reason, node="dynamic_batch", remedy="give one of them")
-        positional, keyword, dynamic_shapes = _with_dynamic_batch(model, positional, keyword, dynamic_batch)
+        positional, keyword, dynamic_shapes = with_dynamic_batch(
+            model, positional, keyword, dynamic_batch, dynamic_shapes
+        )
     training = model.training
     # A capture under no_grad would wrap the whole program in one opaque region.
     with inference_mode(model), torch.enable_grad():
@@ -128,7 +127,7 @@ def _captured(model: nn.Module, args: tuple, kwargs: dict[str, Any], strict: boo
     try:
         return torch.export.export(model, args, kwargs, strict=strict)
     except Exception:
-        args, kwargs, _ = _with_dynamic_batch(model, args, kwargs, True)
+        args, kwargs, _ = with_dynamic_batch(model, args, kwargs, True)
         return torch.export.export(model, args, kwargs, strict=strict)
 
 
@@ -186,34 +185,3 @@ def _take_in(program: ExportedProgram) -> Exported:
         dynamic_shapes = (*positional, *keyword.values())
     again = export(graph, args, kwargs, dynamic_shapes=dynamic_shapes)
     return Exported(again.program, training=True, inference_only=again.inference_only)
-
-
-def _with_dynamic_batch(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], bound: bool | int
-) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
-    """The example inputs, and the dynamic shapes that make dimension 0 of every tensor the batch."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
-    if not tensors:
-        raise QuantflowError("export", "no input has a batch dimension", node="args", remedy="drop dynamic_batch")
-    batch = tensors[0].shape[0]
-    if bound is not True and int(bound) < 2:
-        reason, remedy = f"a batch of at most {bound} does not vary", "drop dynamic_batch, or give the largest batch"
-        raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
-    dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
-
-    def batched(leaf: object) -> TypeGuard[torch.Tensor]:
-        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-
-    def widen(leaf: object) -> object:
-        # The tracer treats a size of one as a constant, so the example gets two rows.
-        return torch.cat([leaf, leaf]) if batch == 1 and batched(leaf) else leaf
-
-    def dims(leaf: object) -> object:
-        return {0: dim} if batched(leaf) else None
-
-    try:
-        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
-    dynamic_shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
-    return pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs), dynamic_shapes

@@ -13,10 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import (
-    CONVOLUTIONS,
     INFERENCE_IDENTITIES,
-    LINEARS,
     TRANSPOSED_CONVOLUTIONS,
+    WEIGHTED,
     argument,
     node_argument,
     op,
@@ -70,7 +69,7 @@ def _fits(layer: Node, step: torch.Tensor, bias: torch.Tensor) -> bool:
 
 def _biases(module: GraphModule) -> list[tuple[Node, Node]]:
     """Layers with a constant bias, and the node that reads it."""
-    layers = [n for n in module.graph.nodes if op(n) in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS]
+    layers = [n for n in module.graph.nodes if op(n) in WEIGHTED]
     return [(layer, bias) for layer in layers if is_constant(bias := argument(layer, "bias"))]
 
 

@@ -26,6 +26,7 @@ from quantflow.graph.aten import (
     value,
 )
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, fold_into_bias, normed_layers
+from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import (
@@ -90,6 +91,7 @@ def convert(graph: GraphModule) -> TrainableGraphModule:
             "convert", "the graph was not prepared", node="graph", remedy="call qf.prepare(graph, quantizer) first"
         )
     converted = adopt(graph).eval()
+    fold_constants(converted)
     check_observed(converted)
     check_observed_writes(converted)
     _erase_inference_identities(converted)

@@ -15,10 +15,8 @@ from torch.fx import GraphModule, Node
 
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.aten import (
-    CONVOLUTIONS,
     INFERENCE_IDENTITIES,
-    LINEARS,
-    TRANSPOSED_CONVOLUTIONS,
+    WEIGHTED,
     argument,
     aten,
     clamp_limits,
@@ -35,7 +33,6 @@ from quantflow.observers.observation import has_seen_data, observer_of, qparams_
 from quantflow.qparams.qparams import PER_CHANNEL
 
 _MOST_STEPS = 255.0  # largest ratio; XNNPACK accepts less than 256
-_LAYERS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 _PRODUCTS = {aten.mul.Tensor, aten.bmm.default, aten.matmul.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.mean.dim, aten.adaptive_avg_pool2d.default}
 _NAMED = 5
@@ -95,7 +92,7 @@ def _static(module: GraphModule, node: Node) -> nn.Module | None:
 def _step_of_sums(module: GraphModule, node: Node, norms: dict[Node, NormedLayer]) -> float | None:
     """The scale of the integer sums from which the kernel computes the tensor that ``node`` observes; None if unknown."""
     source = _computed_by(node)
-    if op(source) in _LAYERS:
+    if op(source) in WEIGHTED:
         given, weight = _scale(module, node_argument(source)), _weight_scale(module, source, norms)
         return None if given is None or weight is None else given * weight
     scales = [scale for n in source.all_input_nodes if (scale := _scale(module, n)) is not None]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch.fx import GraphModule
 
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
+from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Delegate:
             rewrite(graph, PORTABLE_REWRITES)
 
     def rewrite_for_lowering(self, graph: GraphModule) -> None:
-        """:meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""
+        """Fold constants, :meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""
+        fold_constants(graph)
         self.rewrite(graph)
         if self.centers_norms:
             rewrite(graph, CENTERED_NORM_REWRITES)

@@ -30,6 +30,7 @@ TRANSPOSED_CONVOLUTIONS = frozenset(
     {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 )
 LINEARS = frozenset({aten.linear.default})
+WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 
 # Operators that return their input in inference. Quantization passes through them and convert erases them.
 INFERENCE_IDENTITIES = frozenset(

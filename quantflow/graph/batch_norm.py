@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, set_argument, value
+from quantflow.graph.aten import TRANSPOSED_CONVOLUTIONS, WEIGHTED, argument, aten, op, set_argument, value
+from quantflow.graph.constants import follows_from_constants
 from quantflow.graph.modes import BATCH_NORM, FROZEN, SWITCHED, is_inference_constant
 from quantflow.graph.parameters import (
     Reads,
@@ -38,7 +39,7 @@ class NormedLayer:
 
     layer: Node
     norm: Node
-    weight: Node  # the ``get_attr`` of the layer's weight, also if an observer stands between it and the layer
+    weight: Node  # the layer's weight, also if an observer stands between them; a ``get_attr`` if not computed
 
     @property
     def transposed(self) -> bool:
@@ -106,12 +107,14 @@ def normed_layer(norm: Node) -> NormedLayer | None:
     layer = norm.args[0]
     if not isinstance(layer, Node) or len(layer.users) != 1:
         return None
-    if op(layer) not in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS:
+    if op(layer) not in WEIGHTED:
         return None
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     while isinstance(weight, Node) and weight.op == "call_module":
         weight = weight.args[0]
-    if not is_constant(weight) or not (bias is None or is_constant(bias)) or (val := value(layer)) is None:
+    if not follows_from_constants(weight) or not (bias is None or follows_from_constants(bias)):
+        return None
+    if (val := value(layer)) is None:
         return None
     # Batch norm has channels in dimension 1, linear in the last dimension, a convolution without a batch in the first.
     return NormedLayer(layer, norm, weight) if (size := value(weight)) is None or val.ndim == size.ndim else None

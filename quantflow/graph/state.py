@@ -104,7 +104,7 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
     change.
     """
     lasting = {"get_attr", "placeholder"} if caller else {"get_attr"}
-    order, root, named = _memories(graph)
+    order, root, named = memories(graph)
     seen = set[Node]()
     for node in graph.nodes:
         for memory in {root[base] for base in all_written_by(node)} - seen:
@@ -116,7 +116,7 @@ def written_tensors(graph: Graph, *, caller: bool = True) -> frozenset[Node]:
 
 def overwritten(graph: Graph) -> frozenset[Node]:
     """Return the nodes whose values may be overwritten by the end of an execution of ``graph``."""
-    _, root, _ = _memories(graph)
+    _, root, _ = memories(graph)
     memory = {root[base] for node in graph.nodes if writes_for_others(node) for base in all_written_by(node)}
     return frozenset(node for node, first in root.items() if first in memory)
 
@@ -125,7 +125,7 @@ def seen_as_one(node: Node, other: Node) -> bool:
     """Whether it would be visible if the new value of ``node`` shared the memory of ``other``: one is written and the other is
     read later or is state, or the caller gets both.
     """
-    order, root, named = _memories(node.graph)
+    order, root, named = memories(node.graph)
     names = named[root[node]], named[root[other]]
     lasts = root[other].op in ("get_attr", "placeholder")
     returned = [any(user.op == "output" for name in group for user in name.users) for group in names]
@@ -139,7 +139,7 @@ def seen_as_one(node: Node, other: Node) -> bool:
     return False
 
 
-def _memories(graph: Graph) -> tuple[dict[Node, int], dict[Node, Node], dict[Node, list[Node]]]:
+def memories(graph: Graph) -> tuple[dict[Node, int], dict[Node, Node], dict[Node, list[Node]]]:
     """The position of each node, the node that allocated the memory of its value, and all nodes that share that memory."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     root: dict[Node, Node] = {}

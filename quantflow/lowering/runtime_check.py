@@ -17,7 +17,7 @@ from quantflow.lowering.tied_order import return_rows
 from quantflow.metrics import signal_to_noise, squares
 from quantflow.observers.observation import is_converted
 from quantflow.runtime import isolated
-from quantflow.signature.signature import Signature
+from quantflow.signature.signature import DynamicDim, Signature
 from quantflow.upstream import pytree
 
 # The absolute tolerance, for networks whose output cancels to zero up to rounding.
@@ -30,6 +30,7 @@ _FLOAT_STEP, _INTEGER_STEP = 1e-6, 0.5 / 128
 _MARGIN = 10.0  # the allowed ratio of squared errors to those of a perturbation
 _DRAWS = 4  # the number of perturbations
 _STATEFUL_CALLS = 3
+_LARGEST = 2**25  # the number of elements of inputs up to which a program is called in its greatest size
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def load(program: Program) -> Finding | None:
 def check(program: Program, source: ExportedProgram) -> Finding | None:
     """Compare ``program``, run in a separate process, with the graph ``source`` that it was lowered from.
 
-    The program is called on the example inputs and on other inputs of the same shapes, three times in sequence if it has state.
+    The program is called on the example inputs and on other inputs of the same shapes, three times in sequence if it has state;
+    without state also in the least and the greatest size if its shapes vary.
     Outputs of any dtype are compared. A network that amplifies rounding is recognised by a perturbation of the graph's inputs.
 
     Returns:
@@ -91,7 +93,9 @@ class _Reference:
     def __init__(self, source: ExportedProgram, signature: Signature) -> None:
         self.graph, self.signature = source.module(check_guards=False), signature
         self.in_integers = is_converted(self.graph)
-        example, repeats = source.example_inputs, _STATEFUL_CALLS if _keeps_state(source) else 1
+        stateful, example = _keeps_state(source), source.example_inputs
+        assert example is not None
+        repeats = _STATEFUL_CALLS if stateful else 1
         first = pytree.tree_map(_filled, example)
         try:
             self.inputs = [first, pytree.tree_map(_other, first), *[first] * (repeats - 2)]
@@ -99,6 +103,25 @@ class _Reference:
         except Exception:  # the network does not accept the values
             self.inputs = [example] * repeats
             self.outputs = self._run(copy.deepcopy(self.graph), _copied(self.inputs))
+        for sized in () if stateful else self._of_other_sizes(example):
+            try:
+                self.outputs += self._run(copy.deepcopy(self.graph), _copied([sized]))
+            except Exception:  # sizes within the bounds of each dimension that do not go together
+                continue
+            self.inputs.append(sized)
+
+    def _of_other_sizes(self, example: tuple) -> list[Any]:
+        """The example inputs in the least and in the greatest sizes, if these differ and are not too large."""
+        flat = self.signature.leaves(*example, stage="runtime")
+        found: list[Any] = []
+        if self.signature.in_spec is None:
+            return found
+        for end in ("min", "max"):
+            sized = [_resized(leaf, i.shape, end) for leaf, i in zip(flat, self.signature.inputs, strict=True)]
+            elements = sum(leaf.numel() for leaf in sized if isinstance(leaf, torch.Tensor))
+            if any(a is not b for a, b in zip(sized, flat, strict=True)) and elements <= _LARGEST:
+                found.append(pytree.tree_unflatten(sized, self.signature.in_spec))
+        return found
 
     def moved(self) -> Iterator[list[list[Any]]]:
         """Yield the outputs with perturbed inputs, or with perturbed parameters if no input is floating point."""
@@ -172,6 +195,18 @@ def _filled(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.any():
         return leaf
     return torch.rand(leaf.shape, generator=torch.Generator().manual_seed(1)).to(leaf)
+
+
+def _resized(leaf: Any, shape: tuple[int | DynamicDim, ...], end: str) -> Any:
+    """``leaf`` with its varying dimensions in the least or the greatest size, cut off or repeated; itself if none changes."""
+    if not isinstance(leaf, torch.Tensor) or 0 in leaf.shape:
+        return leaf
+    for place, dim in enumerate(shape):
+        if isinstance(dim, DynamicDim):
+            size = max(dim.min, 1) if end == "min" else dim.max or leaf.shape[place]
+            if size != leaf.shape[place]:
+                leaf = leaf.index_select(place, torch.arange(size, device=leaf.device) % leaf.shape[place])
+    return leaf
 
 
 def _other(leaf: Any) -> Any:

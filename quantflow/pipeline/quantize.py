@@ -121,7 +121,7 @@ def quantize(
             ``quantflow.quantizers``).
         delegate: The delegate to lower to, as in ``CoreAten.to_edge``.
         dynamic_batch: Calibrate with any batch size; False for models that can't be captured so.
-        dynamic_shapes: Lower for varying shapes, as in ``torch.export``.
+        dynamic_shapes: Calibrate with and lower for varying shapes, as in ``torch.export``.
         inputs: Picks the inputs out of a calibration batch, where that is ambiguous.
         recover: ``"auto"`` or True runs :func:`quantflow.recover` on a sample of ``data`` and keeps what helps on examples
             held out; the report lists the steps. False leaves it out.
@@ -158,7 +158,8 @@ def quantize(
     quantizer = quantizer or default_quantizer(delegate)
     seconds: dict[str, float] = {}
     with _timed("export", seconds):
-        graph = export(model, args, kwargs, dynamic_batch=dynamic_batch).module().eval()
+        exported = export(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
+        graph = exported.module().eval()
     job = _Job(graph, args, data, kwargs, delegate, dynamic_shapes, inputs, bool(recover), progress, seconds)
     if max_drop is None:
         result = job.build(quantizer)

@@ -19,6 +19,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import is_float_tensor, node_argument, value
+from quantflow.graph.constants import constant_calls
 from quantflow.graph.parameters import device_of, is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.observers import MinMaxObserver, Observer, PerGroupMinMaxObserver
@@ -40,10 +41,11 @@ ObserverMap = dict[EdgeOrNode, nn.Module]
 def make_observers(graph_module: GraphModule, fake_quantize: type[FakeQuantize] | None) -> ObserverMap:
     """One observer (or ``fake_quantize``, if given) for each group of annotated edges and outputs."""
     made: ObserverMap = {}
+    constants = constant_calls(graph_module.graph)
     groups = sharing_groups(graph_module.graph)
     derived = [g for g in groups if isinstance(g.spec, DerivedQuantizationSpec)]
     for group in [g for g in groups if not isinstance(g.spec, DerivedQuantizationSpec)] + derived:
-        weight = all(isinstance(m, tuple) and is_constant(m[0]) for m in group.members)
+        weight = all(isinstance(m, tuple) and (is_constant(m[0]) or m[0] in constants) for m in group.members)
         readers = [reader for m in group.members for reader in ((m[1],) if isinstance(m, tuple) else m.users)]
         if fake_quantize is not None and is_per_token(group.spec, readers):
             observer: nn.Module = PerTokenFakeQuantize(MinMaxObserver(is_dynamic=True))

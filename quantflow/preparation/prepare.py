@@ -14,7 +14,10 @@ from quantflow.capture.exported import Exported
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import argument, label
 from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
+from quantflow.graph.constant_folding import fold_constants
+from quantflow.graph.constants import constant_calls, constant_values
 from quantflow.graph.dead_code import drop_dead_code
+from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, tensor_of
 from quantflow.lowering.core_aten import CoreAten
@@ -35,9 +38,9 @@ def prepare(
 ) -> TrainableGraphModule:
     """Annotate ``graph`` with ``quantizer`` and insert the observers or fake quantizers that the annotations ask for.
 
-    For PTQ, batch norm is folded into the layer before it and observers are inserted; calibrate the result. For QAT, batch
-    norm stays, fused with the weights' fake quantization, and fake quantizers are inserted; train the result. Both end in
-    :func:`quantflow.convert`.
+    For PTQ, constants are folded, batch norm is folded into the layer before it, and observers are inserted; calibrate the
+    result. For QAT, batch norm stays, fused with the weights' fake quantization, weights that a layer computes stay computed,
+    and fake quantizers are inserted; train the result. Both end in :func:`quantflow.convert`.
 
     Args:
         graph: What ``Exported.module()`` returned, or any pre-dispatch ATen ``GraphModule``. It is left as it was.
@@ -69,7 +72,9 @@ def prepare(
     training = graph.training
     prepared = adopt(graph).eval()
     drop_dead_code(prepared.graph, trains=qat)
+    flatten_before_linear(prepared)
     if not qat:
+        fold_constants(prepared)
         fold_batch_norm(prepared)
         norm_as_convolution(prepared)
     transformed = quantizer.transform_for_annotation(prepared)
@@ -101,11 +106,16 @@ def prepare(
 def observe_constants(module: GraphModule) -> None:
     """Run each weight observer once on its weight, so that calibration does not repeat it for every batch."""
     seen: set[nn.Module] = set()
-    for node in module.graph.nodes:
-        observer = observer_of(node, module)
-        if observer is None or not is_constant(node.args[0]):
+    constants = constant_calls(module.graph)
+    observed = {node: observer_of(node, module) for node in module.graph.nodes}
+    given = [node.args[0] for node, observer in observed.items() if observer is not None]
+    computed = constant_values(module, [node for node in given if node in constants])
+    for node, observer in observed.items():
+        if observer is None or not (is_constant(read := node.args[0]) or read in constants):
             continue
-        observe_constant(observer, tensor_of(module, node.args[0]), anew=observer not in seen)
+        observe_constant(
+            observer, tensor_of(module, read) if is_constant(read) else computed[read], anew=observer not in seen
+        )
         seen.add(observer)
 
 

@@ -13,6 +13,7 @@ import quantflow as qf
 from quantflow.graph.aten import op
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.modes import BATCH_NORM
+from quantflow.metrics import signal_to_noise
 from quantizers import XNNPACKQuantizer
 
 NETWORKS = norm_networks()
@@ -66,7 +67,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Computed(nn.Module):
-    """Batch norm and bias that are computed, not stored."""
+    """Batch norm and bias that follow from the input, not stored."""
 
     def __init__(self):
         super().__init__()
@@ -75,8 +76,9 @@ class Computed(nn.Module):
         self.register_buffer("var", torch.rand(4) + 0.5)
 
     def forward(self, x):
-        y = F.batch_norm(self.conv(x), self.mean, self.var, 1 + self.g, self.g * 0.5)
-        return F.conv2d(y, torch.ones(2, 4, 1, 1), self.g[:2] * 2)
+        g = self.g * x.mean()
+        y = F.batch_norm(self.conv(x), self.mean, self.var, 1 + g, g * 0.5)
+        return F.conv2d(y, torch.ones(2, 4, 1, 1), g[:2] * 2)
 
 
 def test_computed_scale_and_bias_are_left_alone():
@@ -142,3 +144,50 @@ def test_batch_norm_behind_a_convolution_without_a_batch_norms_no_channels(lengt
     x = torch.randn(3, length)
     with torch.no_grad():
         assert sqnr(model(x), quantize(model, x, qat=qat)(x)) > 20
+
+
+class FlattenedNorm(nn.Module):
+    """A batch norm over the flattened rows of a linear layer, as LeViT has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def test_a_batch_norm_behind_a_flattened_linear_layer_is_folded():
+    torch.manual_seed(0)
+    model, x = FlattenedNorm().eval(), torch.randn(2, 5, 6)
+    graph = qf.export(model, (x,), dynamic_batch=True).module().eval()
+    quantizer = XNNPACKQuantizer()
+    for qat in (False, True):
+        operators = quantizer.plan(graph, qat=qat).operators
+        assert ("linear", "batch_norm") in {o.operators for o in operators if o.becomes == "int8"}
+        prepared = qf.calibrate(qf.prepare(graph, quantizer, qat=qat), [x], progress=False)
+        converted = qf.convert(prepared)
+        assert not any(op(node) is torch.ops.aten.batch_norm.default for node in converted.graph.nodes)
+        assert signal_to_noise(model(x), converted(x)) > 30
+        assert converted(torch.cat([x, x])).shape == (4, 5, 8)
+    program = qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    assert program.delegation.calls == 1
+    assert signal_to_noise(model(x), program(x)) > 100
+
+
+def test_a_flattened_norm_trains_as_the_model():
+    torch.manual_seed(0)
+    model, x = FlattenedNorm(), torch.randn(4, 5, 6)
+    prepared = qf.prepare(qf.export(model, (x,)).module(), XNNPACKQuantizer(), qat=True).train()
+    for module in prepared.modules():
+        if isinstance(module, qf.FakeQuantize):
+            module.disable_fake_quant()
+    for network in (model, prepared):
+        network(x).square().sum().backward()
+    assert torch.allclose(prepared(x), model(x), atol=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(prepared.get_parameter(name).grad, parameter.grad, atol=1e-5)
+    assert torch.allclose(prepared.get_buffer("norm.running_mean"), model.norm.running_mean, atol=1e-6)

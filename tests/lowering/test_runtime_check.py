@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import quantflow as qf
 from quantflow.delegates.xnnpack import int8
 from quantflow.delegates.xnnpack.delegate import Xnnpack
-from quantflow.lowering.runtime_check import _difference, _Reference
+from quantflow.lowering.runtime_check import _difference, _Reference, check
 from quantflow.metrics import signal_to_noise
 from quantflow.runtime import isolated
 from quantflow.signature.signature import Signature
@@ -204,3 +204,13 @@ def test_a_network_that_cancels_to_nothing_agrees():
     model, x = Behind(lambda y: y - y.mean((2, 3), keepdim=True)), torch.zeros(1, 4, 8, 8)
     model.conv = nn.Conv2d(4, 4, 1)
     qf.export(model, (x,)).to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+
+
+def test_a_program_of_many_sizes_is_called_in_the_least_and_the_greatest():
+    rows = torch.export.Dim("rows", min=2, max=9)
+    exported = qf.export(nn.Linear(4, 3), (torch.randn(5, 4),), dynamic_shapes=({0: rows},))
+    reference = _Reference(exported.program, exported.signature)
+    assert [tuple(args[0].shape) for args, _ in reference.inputs] == [(5, 4), (5, 4), (2, 4), (9, 4)]
+    assert [tuple(out.shape) for (out,) in reference.outputs] == [(5, 3), (5, 3), (2, 3), (9, 3)]
+    program = exported.to_core_aten().to_edge("xnnpack").to_executorch(strict=True)
+    assert check(program, exported.program) is None

@@ -85,20 +85,20 @@ SMALL = {
     "nothing is left out": (Around(lambda y: y[:, 0:8]), 1, 0),
     "portable": (Around(lambda y: torch.fmod(y, 1.0)), 2, 1),
     "softmax over the last": (Around(lambda y: torch.softmax(y, -1)), 1, 1),
-    "softmax over channels": (Around(lambda y: torch.softmax(y, 1)), 2, 1),
-    "layer norm": (Around(lambda y: F.layer_norm(y, (12,))), 2, 1),
+    "softmax over channels": (Around(lambda y: torch.softmax(y, 1)), 1, 1),
+    "layer norm": (Around(lambda y: F.layer_norm(y, (12,))), 1, 1),
     "group norm": (Around(lambda y: F.group_norm(y, 2)), 1, 1),
     "average pool with a ceiling": (Around(lambda y: F.avg_pool2d(y, 5, 3, ceil_mode=True)), 2, 1),
     "padded average pool": (Around(lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False)), 1, 1),
     "bilinear": (Around(lambda y: F.interpolate(y, scale_factor=2, mode="bilinear")), 1, 1),
-    "nearest": (Around(lambda y: F.interpolate(y, scale_factor=2)), 2, 1),
+    "nearest": (Around(lambda y: F.interpolate(y, scale_factor=2)), 1, 0),
     "mish": (Around(F.mish), 2, 1),
     "power": (Around(lambda y: y**2), 1, 1),
     "third power": (Around(lambda y: y**3), 2, 1),
     "matmul": (Around(lambda y: y @ y.transpose(2, 3)), 1, 0),
     "global pool of channels that lie last": (
         Around(lambda y: F.adaptive_avg_pool2d(F.layer_norm(y.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2), 1)),
-        2,
+        1,
         1,
     ),
     "branches": (Branches(), 3, 1),
@@ -127,7 +127,7 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name):
     torch.manual_seed(0)
-    assert hold_together(TRANSFORMERS[name](), torch.randn(1, 3, 64, 64), XNNPACKQuantizer()).calls > 1
+    assert hold_together(TRANSFORMERS[name](), torch.randn(1, 3, 64, 64), XNNPACKQuantizer()).calls == 1
 
 
 CONVOLUTIONAL = {
@@ -175,7 +175,7 @@ def test_a_table_of_rules_alone_tells_no_calls():
 
 
 class Computed(nn.Module):
-    """A convolution with a computed weight, which no backend has in integers, beside one that is."""
+    """A convolution with a weight that follows from the input, which no backend has in integers, beside one that is."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ class Computed(nn.Module):
 
 class Scaled(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, self.weight * 2, self.bias)
+        return F.conv2d(x, self.weight * x.mean(), self.bias)
 
 
 def test_a_layer_asked_for_in_vain_is_named():

@@ -35,6 +35,16 @@ def biased(query, key, value):
     return (query @ key.transpose(-2, -1) + query[..., :1]).softmax(-1) @ value
 
 
+def distance(query):
+    """The distance of each pair of tokens, negative."""
+    places = torch.arange(query.shape[-2], dtype=query.dtype)
+    return -(places[:, None] - places[None]).abs()
+
+
+def near(query):
+    return distance(query) >= -2
+
+
 FUNCTIONS = {
     "rank 3": (lambda a, b: a @ b.transpose(1, 2), 3),
     "rank 4": (lambda a, b: a @ b.transpose(-2, -1), 4),
@@ -42,21 +52,25 @@ FUNCTIONS = {
     "attention": (F.scaled_dot_product_attention, 4),
     "attention of rank 3": (F.scaled_dot_product_attention, 3),
     "scaled attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3), 4),
+    "causal attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), 4),
+    "causal attention of rank 3": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), 3),
+    "attention near the diagonal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=near(q)), 4),
+    "attention with a bias": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=distance(q)), 4),
 }
 REFUSED = {
     "broadcast": (lambda a, b: a @ b[:, :1].mT, 4, "no product broadcasts"),
     "fewer batches": (lambda a, b: a @ b[0].mT, 4, "no product broadcasts"),
     "vector": (lambda a, b: a @ b[0, 0], 3, "rank 3 and 1"),
     "matrices": (lambda a, b: a[0] @ b[0].mT, 3, "rank 2 and 2"),
-    "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), 4, "with a mask"),
-    "masked": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.mT), 4, "with a mask"),
+    "masked": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.mT), 4, "its mask varies"),
+    "masked whole": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=near(q).triu(2)), 4, "in a row"),
     "shared": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 4, "share keys"),
 }
 
 
 def made(name):
     function, rank = (FUNCTIONS.get(name) or REFUSED[name])[:2]
-    operands = 3 if "attention" in name or name in ("causal", "masked", "shared") else 2
+    operands = 3 if "attention" in name or name in ("masked", "masked whole", "shared") else 2
     return Layers(function, operands), rank
 
 

@@ -10,7 +10,8 @@ from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph import modes
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
-from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_REWRITES, rewrite
+from quantflow.graph.flattened_norm import flatten_before_linear
+from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_NORM_REWRITES, ROW_REWRITES, XNNPACK_REWRITES, rewrite
 
 if TYPE_CHECKING:
     from executorch.exir.backend.partitioner import Partitioner
@@ -35,16 +36,20 @@ class Xnnpack(Delegate):
         return [Int8Partitioner(refused, one_by_one=True)]
 
     def rewrite(self, graph: GraphModule) -> None:
-        """Fold batch norm or write it as a scale and a shift, and replace operators that portable kernels lack.
+        """Replace operators that XNNPACK lacks, fold batch norm or write it as a scale and a shift, and replace operators that
+        portable kernels lack.
 
         executorch's own batch norm fusion overwrites weights that other layers share. The delegate fails on a float 1-d
         convolution beside an int8 operator or with a shared weight, so such a convolution becomes a 2-d one.
         """
         rewrite(graph, COMPOSITE_REWRITES)
         modes.mark_switched(graph.graph.nodes)
+        flatten_before_linear(graph)
         fold_batch_norm(graph)
         norm_as_convolution(graph)
         norm_as_arithmetic(graph)
+        rewrite(graph, XNNPACK_REWRITES)
+        rewrite(graph, ROW_NORM_REWRITES)
         rewrite(graph, PORTABLE_REWRITES)
         rewrite(graph, ROW_REWRITES)
 

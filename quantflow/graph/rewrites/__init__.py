@@ -7,21 +7,27 @@ that its backend needs.
 import torch
 
 from quantflow.graph.rewrites.activations import ACTIVATION_REWRITES
+from quantflow.graph.rewrites.broadcasts import BROADCAST_REWRITES
 from quantflow.graph.rewrites.composite import COMPOSITE_REWRITES
 from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
 from quantflow.graph.rewrites.empties import EMPTY_REWRITES
 from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
+from quantflow.graph.rewrites.joins import JOIN_REWRITES
 from quantflow.graph.rewrites.normalization import CENTERED_NORM_REWRITES, NORMALIZATION_REWRITES
 from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
 from quantflow.graph.rewrites.pads import PAD_REWRITES
 from quantflow.graph.rewrites.pools import POOL_REWRITES
 from quantflow.graph.rewrites.products import PRODUCT_REWRITES
+from quantflow.graph.rewrites.reductions import REDUCTION_REWRITES
+from quantflow.graph.rewrites.resizing import RESIZE_REWRITES
 from quantflow.graph.rewrites.rewriting import Rewrite, rewrite
 from quantflow.graph.rewrites.rounding import ROUNDING_REWRITES
+from quantflow.graph.rewrites.row_norms import ROW_NORM_REWRITES
 from quantflow.graph.rewrites.rows import ROW_REWRITES
 from quantflow.graph.rewrites.scalars import NUMBER_REWRITES
 from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
+from quantflow.graph.rewrites.softmaxes import SOFTMAX_REWRITES
 from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
 from quantflow.graph.rewrites.windows import WINDOW_REWRITES
 from quantflow.upstream.operators import OpOverload
@@ -35,7 +41,15 @@ REWRITES: dict[OpOverload, Rewrite] = {
     **PATCH_REWRITES,
     **POOL_REWRITES,
     **SHAPE_REWRITES,
+    **BROADCAST_REWRITES,
+    **JOIN_REWRITES,
+    **REDUCTION_REWRITES,
+    **RESIZE_REWRITES,
+    **SOFTMAX_REWRITES,
 }
+
+# Rewrites for XNNPACK, of float programs and of programs to quantize alike.
+XNNPACK_REWRITES: dict[OpOverload, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
 
 # Rewrites of operators that are not in core ATen and have no decomposition into it.
 CORE_REWRITES: dict[OpOverload, Rewrite] = {
@@ -62,11 +76,13 @@ __all__ = [
     "PRODUCT_REWRITES",
     "REWRITES",
     "ROUNDING_REWRITES",
+    "ROW_NORM_REWRITES",
     "ROW_REWRITES",
     "SHAPE_REWRITES",
     "VOLUME_INFERENCE_REWRITES",
     "VOLUME_REWRITES",
     "WINDOW_REWRITES",
+    "XNNPACK_REWRITES",
     "Rewrite",
     "rewrite",
 ]

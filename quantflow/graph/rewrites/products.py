@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import cast
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, tensor_value, value
+from quantflow.graph.constants import constant_values, follows_from_constants
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.rewrites import memory_layout
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, open_sizes
+from quantflow.graph.rewrites.rewriting import (
+    Rewrite,
+    call_before,
+    constant_before,
+    open_shape,
+    open_sizes,
+    tensor_before,
+)
 from quantflow.upstream.operators import OpOverload
 
 
@@ -38,13 +48,11 @@ def whole_product(node: Node) -> str | None:
 def whole_attention(node: Node) -> str | None:
     """Return why :func:`attention` does not rewrite ``node``; None if it does."""
     query, key, given = (argument(node, name) for name in ("query", "key", "value"))
-    if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
-        return "XNNPACK has no attention with a mask; written as products, it lacks only the addition of the mask"
     if argument(node, "dropout_p"):
         return "it drops out in inference too"
     if argument(node, "enable_gqa"):
         return "its heads share keys; no product broadcasts"
-    return no_batches(query, key) or no_batches(query, given) or _unmade(node)
+    return no_batches(query, key) or no_batches(query, given) or _unmade(node) or _unfit_mask(node)
 
 
 def _unmade(node: Node) -> str | None:
@@ -63,9 +71,50 @@ def matmul(module: GraphModule, node: Node) -> Node | None:
     return _unfolded(node, call_before(node, aten.bmm.default, _folded(node, first), _folded(node, second)))
 
 
+def _unfit_mask(node: Node) -> str | None:
+    """Why the mask of an attention can't be added to its scores; None if it can, or if there is none."""
+    mask, sides = argument(node, "attn_mask"), _sides(node)
+    if not _is_masked(node):
+        return None
+    if _scores_shape(node) is None:
+        return _VARIES
+    if argument(node, "is_causal"):
+        return None if all(isinstance(side, int) for side in sides) else "its causal mask varies in size"
+    if value(mask) is None or not follows_from_constants(mask):
+        return "its mask varies; a constant one would be added to the scores"
+    # Attention returns zeros in a row that is masked completely. A softmax returns no numbers there.
+    whole = bool((_added(node) > -math.inf).any(-1).all())
+    return None if whole else "its mask leaves nothing in a row, where a softmax is not defined"
+
+
+def _is_masked(node: Node) -> bool:
+    return argument(node, "attn_mask") is not None or bool(argument(node, "is_causal"))
+
+
+def _sides(node: Node) -> list[int | torch.SymInt]:
+    """The numbers of queries and of keys of an attention."""
+    return [tensor_value(argument(node, name)).shape[-2] for name in ("query", "key")]
+
+
+def _scores_shape(node: Node) -> list[int] | None:
+    return open_sizes([*tensor_value(argument(node, "query")).shape[:-2], *_sides(node)])
+
+
+def _added(node: Node) -> torch.Tensor:
+    """What the constant mask of an attention adds to the scores."""
+    mask, dtype = argument(node, "attn_mask"), tensor_value(node).dtype
+    if argument(node, "is_causal"):
+        kept = torch.ones(*map(int, _sides(node)), dtype=torch.bool).tril()
+    else:
+        kept = constant_values(cast(GraphModule, node.graph.owning_module), [mask])[mask]
+        if kept.dtype != torch.bool:
+            return kept
+    return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill(~kept, -math.inf)
+
+
 def attention(module: GraphModule, node: Node) -> Node | None:
-    """Write attention without a mask as a softmax between two products. The query is scaled because it is smaller than the
-    scores, and scaling is exact in integers.
+    """Write attention as a softmax between two products, with a constant mask added to the scores. The query is scaled because
+    it is smaller than the scores, and scaling is exact in integers.
     """
     if whole_attention(node):
         return None
@@ -75,8 +124,22 @@ def attention(module: GraphModule, node: Node) -> Node | None:
         scale = 1 / math.sqrt(tensor_value(query).shape[-1])
     scaled = call_before(node, aten.mul.Tensor, query, constant_before(module, node, scale))
     scores = call_before(node, aten.bmm.default, scaled, call_before(node, aten.transpose.int, key, 1, 2))
+    if _is_masked(node):
+        scores = _masked(module, node, scores)
     weights = call_before(node, aten.softmax.int, scores, -1)
     return _unfolded(node, call_before(node, aten.bmm.default, weights, given))
+
+
+def _masked(module: GraphModule, node: Node, scores: Node) -> Node:
+    """``scores`` plus the mask. A mask that learns is read as it is, another is a constant."""
+    mask, folded = argument(node, "attn_mask"), _folded_shape(scores)
+    learned = mask is not None and tensor_value(mask).dtype != torch.bool
+    added = mask if learned else tensor_before(module, node, _added(node))
+    apart = tensor_value(node).ndim != 3
+    if apart:
+        scores = call_before(node, aten.reshape.default, scores, _scores_shape(node))
+    scores = call_before(node, aten.add.Tensor, scores, added)
+    return call_before(node, aten.reshape.default, scores, folded) if apart else scores
 
 
 def near_softmax(node: Node, along: Callable[[Node], Iterable[Node]], steps: int = 5) -> bool:

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from quantflow.graph.aten import aten, node_argument, op, tensor_value
 from quantflow.graph.modes import BATCH_NORM, CUMULATIVE, FROZEN, SWITCHED
 from quantflow.graph.rewrites import volume_pools
-from quantflow.graph.rewrites.pools import mean
+from quantflow.graph.rewrites.reductions import mean
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, reads_input
 from quantflow.graph.rewrites.scalars import scalar_operand
 from quantflow.graph.rewrites.volume_convolutions import any_convolution, convolution, transposed_convolution
