@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from quantflow.mixed_precision.search_result import SearchResult
     from quantflow.observers.fake_quantize import FakeQuantize
     from quantflow.observers.learned_step_size import LearnedStepSize
-    from quantflow.pipeline.quantize import Result, quantize
+    from quantflow.pipeline.quantize import quantize
+    from quantflow.pipeline.result import Result
     from quantflow.preparation.prepare import prepare
     from quantflow.ptq.recover import RecoveryResult, recover
     from quantflow.reporting.report import report
@@ -56,7 +57,8 @@ _HOMES = {
     "inspection.inspect": ("Inspection", "inspect"),
     "preparation.prepare": ("prepare",),
     "lowering.program": ("Program", "load"),
-    "pipeline.quantize": ("Result", "quantize"),
+    "pipeline.quantize": ("quantize",),
+    "pipeline.result": ("Result",),
     "data.sample": ("Sample",),
     "ptq": ("RecoveryResult", "recover"),
     "reporting": ("report",),

@@ -18,8 +18,9 @@ from torch.fx.node import Argument
 
 from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, is_inplace, is_view, node_argument, op, short_name
 from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.constants import constant_calls
 from quantflow.graph.partitioning import delegate_calls
-from quantflow.graph.rewrites import Rewrite, rewrite
+from quantflow.graph.rewrites import BROADCAST_REWRITES, Rewrite, rewrite
 from quantflow.graph.rewrites.rewriting import Replacement
 from quantflow.upstream import pytree
 from quantflow.upstream.fake_tensors import FakeTensor, FakeTensorMode
@@ -100,6 +101,7 @@ class _Lowered:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._values: dict[Node, Any] = {}  # by node of the rewritten graph: a lowered node, or a number
         self._decomposed: dict[tuple, Graph] = {}
+        self._folded = constant_calls(graph, sizes_known=True) - constant_calls(graph)  # by lowering, in static shapes
         self._planned = _rewritten(graph, kernels.rewrites)  # by node of the rewritten graph: the node of ``graph``
         for node in self._planned:
             if node.op != "output":
@@ -108,12 +110,12 @@ class _Lowered:
     def _lower(self, node: Node) -> Any:
         if not _is_tensor(node.meta.get("val")):
             return self._static(node.meta.get("val"))
-        if node.op != "call_function":
-            read = self.graph.create_node(node.op, node.target, name=node.name)
+        if node.op != "call_function" or self._planned[node] in self._folded:
+            read = self.graph.create_node(_READS.get(node.op, node.op), str(node.target), name=node.name)
             read.meta["val"] = self._static(node.meta["val"])
             return read
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        if op(node) in INFERENCE_IDENTITIES or normed_layer(node) is not None or _takes_all(node):
+        if op(node) in INFERENCE_IDENTITIES or normed_layer(node) is not None or self._changes_nothing(node):
             return args[0]
         result = self._call(node, op(node), args, kwargs)
         if is_inplace(node):
@@ -176,6 +178,14 @@ class _Lowered:
                 self.origins[written] = self._planned[part]
         self._values[base] = written
 
+    def _changes_nothing(self, node: Node) -> bool:
+        """Whether ``node`` is a slice of the whole tensor, or an expansion to the shape that its source has in the example."""
+        if op(node) is aten.slice.Tensor:
+            return node.meta["val"].shape == node_argument(node).meta["val"].shape
+        if op(node) not in BROADCAST_REWRITES:
+            return False
+        return self._static(node.meta["val"]).shape == self._static(node_argument(node).meta["val"]).shape
+
     def _static(self, val: Any) -> Any:
         """``val`` with the sizes of the example inputs."""
         if isinstance(val, (tuple, list)):
@@ -208,6 +218,8 @@ def _rewritten(graph: Graph, rewrites: Mapping[OpOverload, Rewrite]) -> dict[Nod
     return {node: planned[node] for node in module.graph.nodes}
 
 
+_READS = {"call_function": "get_attr"}  # a folded call becomes the read of a constant
+
 # A reshape of a tensor with another memory order becomes a copy and a view, which are not quantized in between.
 _RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
@@ -220,11 +232,6 @@ def _decompositions() -> dict[OpOverload, Callable]:
 
 def _is_tensor(val: object) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(val))
-
-
-def _takes_all(node: Node) -> bool:
-    """Whether ``node`` is a slice of the whole tensor."""
-    return op(node) is aten.slice.Tensor and node.meta["val"].shape == node_argument(node).meta["val"].shape
 
 
 def _hint(size: Any) -> Any:

@@ -48,6 +48,7 @@ class RuleQuantizer(Quantizer):
         rewrites: Rewrites of operators that the backend lacks, exact in float; they are done before the rules apply.
         float_kernels: The float operators of the backend; with None, plans do not tell delegate calls.
         precisions: The schemes that :func:`quantflow.search` chooses from, by name.
+        dynamic: The scheme with dynamic activations that linear layers fall back to; None where the backend has none.
         unsupported: Why an operator has no rule, by operator, for plans.
 
     Raises:
@@ -69,6 +70,7 @@ class RuleQuantizer(Quantizer):
     rewrites: Mapping[OpOverload, Rewrite] = {}
     float_kernels: FloatKernels | None = None
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # defaults of quantflow.search
+    dynamic: Scheme | None = None
     unsupported: Mapping[object, str] = {}
 
     def __init__(
@@ -130,7 +132,9 @@ class RuleQuantizer(Quantizer):
         fold_constants(copied)
         if not qat:
             norm_as_convolution(copied)
-        return self._plan(rewrite(copied, self.rewrites))
+        rewrite(copied, self.rewrites)
+        fold_constants(copied)
+        return self._plan(copied)
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Rewrite operators that the backend lacks as others that it has, exact in float.

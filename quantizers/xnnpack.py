@@ -17,7 +17,7 @@ from quantflow.graph.rewrites.products import near_softmax, whole_attention, who
 from quantflow.upstream.operators import OpOverload
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
-from quantizers.scheme import DYNAMIC_W4, INT8, Scheme
+from quantizers.scheme import DYNAMIC_INT8, DYNAMIC_W4, INT8, Scheme
 from quantizers.xnnpack_float import XNNPACK_FLOAT
 from quantizers.xnnpack_unsupported import XNNPACK_UNSUPPORTED
 
@@ -237,6 +237,7 @@ class XNNPACKQuantizer(RuleQuantizer):
     rewrites: Mapping[OpOverload, Rewrite] = XNNPACK_REWRITES
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
+    dynamic = DYNAMIC_INT8
     unsupported = XNNPACK_UNSUPPORTED
 
     def refuse_scheme(self, scheme: Scheme) -> str | None:

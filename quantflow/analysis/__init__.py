@@ -6,6 +6,7 @@ from quantflow.analysis.diagnosis import Diagnosis, LayerErrors
 from quantflow.analysis.probe import probe
 from quantflow.analysis.probe_result import Probed, ProbeResult
 from quantflow.analysis.sensitivity import LayerCost, Sensitivities, sensitivity
+from quantflow.analysis.sqnr_control import SqnrControl
 
 __all__ = [
     "AccuracyControl",
@@ -15,6 +16,7 @@ __all__ = [
     "ProbeResult",
     "Probed",
     "Sensitivities",
+    "SqnrControl",
     "diagnose",
     "probe",
     "sensitivity",

@@ -134,7 +134,7 @@ def keep_within(
     if not measure(()):
         costs = find_costs()
         order = [cost.layer for cost in costs.layers][:-1]  # with all of them, nothing would be quantized
-        chosen = _fewest(order, lambda names: _simulated(prepared, evaluator, names) <= max_drop)
+        chosen = fewest(order, lambda names: _simulated(prepared, evaluator, names) <= max_drop)
         # The runtime decides. Fewer layers may do there, since each float layer also removes roundings of its neighbours.
         if not _fewer(chosen, measure) and not measure(chosen):
             _grow(order, chosen, measure)
@@ -152,8 +152,8 @@ def keep_within(
     return Controlled(built, budget)
 
 
-def _fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
-    """The shortest prefix of ``order`` that is within the budget, by bisection, less the members that are not needed."""
+def fewest(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Return the shortest prefix of ``order`` that ``holds``, by bisection, less the members that are not needed."""
     low, high = 0, len(order)  # no layer is not enough; all layers are assumed to be
     while high - low > 1:
         middle = (low + high) // 2

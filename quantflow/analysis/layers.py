@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from quantflow.analysis.node_matching import computes, vanishes
-from quantflow.graph.aten import layer, node_argument
+from quantflow.graph.aten import layer, node_argument, op
 from quantflow.graph.parameters import is_constant
 from quantflow.observers.observation import observer_of
+from quantflow.upstream.operators import OpOverload
 
 
 def layer_name(node: Node) -> str:
@@ -21,12 +22,18 @@ def layer_name(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Within:
-    """A predicate on nodes for a quantizer's overrides: those of one layer, not those of the layers below it."""
+    """A predicate on nodes for a quantizer's overrides: those of one layer, not those of the layers below it.
+
+    Attributes:
+        name: The name of the layer.
+        operators: The operators of the nodes; none for all.
+    """
 
     name: str
+    operators: frozenset[OpOverload] = frozenset()
 
     def __call__(self, node: Node) -> bool:
-        return layer_name(node) == self.name
+        return layer_name(node) == self.name and (not self.operators or op(node) in self.operators)
 
     def __str__(self) -> str:
         return self.name

@@ -57,7 +57,7 @@ def ptq(
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model
     from quantflow.cli.result import Made
-    from quantflow.pipeline.quantize import default_quantizer
+    from quantflow.pipeline.default_quantizer import default_quantizer
     from quantflow.vision.images import count_of
 
     chosen = ChosenImages(**images)

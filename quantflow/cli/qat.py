@@ -58,7 +58,7 @@ def qat(
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model, loader_of
     from quantflow.cli.result import Made
-    from quantflow.pipeline.quantize import default_quantizer
+    from quantflow.pipeline.default_quantizer import default_quantizer
     from quantflow.vision.images import held_out
 
     start_time = time.perf_counter()

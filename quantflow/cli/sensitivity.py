@@ -47,7 +47,7 @@ def sensitivity(
     import quantflow as qf
     from quantflow.cli.chosen_images import ChosenImages
     from quantflow.cli.float_model import float_model
-    from quantflow.pipeline.quantize import default_quantizer
+    from quantflow.pipeline.default_quantizer import default_quantizer
 
     chosen = ChosenImages(**images)
     start = float_model(model, weights, trust, chosen, float_epochs=float_epochs, lr=lr, save_float=save_float)

@@ -45,6 +45,7 @@ class Delegate:
         """Fold constants, :meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""
         fold_constants(graph)
         self.rewrite(graph)
+        fold_constants(graph)
         if self.centers_norms:
             rewrite(graph, CENTERED_NORM_REWRITES)
 

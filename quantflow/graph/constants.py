@@ -25,16 +25,25 @@ _LIKE = frozenset(
 )
 
 
-def constant_calls(graph: Graph) -> set[Node]:
+_CALLS = (
+    1000  # the number of calls up to which one node is traced back, so that a pass over all nodes takes linear time
+)
+
+
+def constant_calls(graph: Graph, *, sizes_known: bool = False) -> set[Node]:
     """Return the calls whose values follow from constants alone. Memory that one of them writes in place is written by them
     only, and is complete before another node reads it.
+
+    Args:
+        graph: A captured graph.
+        sizes_known: Count sizes that vary as constants, which they are in a program of static shapes.
     """
     order, memory_of, names = memories(graph)
     barred = set[Node]()
     while True:
         found = set[Node]()
         for node in graph.nodes:
-            if memory_of[node] not in barred and _is_constant_call(node, found):
+            if memory_of[node] not in barred and _is_constant_call(node, found, sizes_known):
                 found.add(node)
         mixed = set[Node]()
         for node in graph.nodes:
@@ -47,15 +56,17 @@ def constant_calls(graph: Graph) -> set[Node]:
         barred |= mixed
 
 
-def _is_constant_call(node: Node, known: Collection[Node]) -> bool:
+def _is_constant_call(node: Node, known: Collection[Node], sizes_known: bool = False) -> bool:
     """Whether ``node`` calls a deterministic operator on constants and on calls that are ``known`` to be constant."""
     if node.op != "call_function" or not _is_deterministic(node.target):
         return False
-    if not _is_static(node.meta.get("val")) and node.target is not aten._assert_tensor_metadata.default:
+    if not _is_static(node.meta.get("val"), sizes_known) and node.target is not aten._assert_tensor_metadata.default:
         return False
     given = node.all_input_nodes
-    if node.target in _LIKE and given[:1] == [node.args[0]] and _is_static(given[0].meta.get("val")):
+    if node.target in _LIKE and given[:1] == [node.args[0]] and _is_static(given[0].meta.get("val"), sizes_known):
         given = given[1:]
+    if sizes_known:
+        given = [n for n in given if not isinstance(n.meta.get("val"), (int, torch.SymInt))]
     return all(n in known or is_constant(n) for n in given)
 
 
@@ -66,16 +77,18 @@ def _is_deterministic(target: object) -> bool:
     return isinstance(target, OpOverload) and target.namespace == "aten" and random not in target.tags
 
 
-def _is_static(val: object) -> bool:
-    """Whether ``val``, the trace's value of a node, is made of tensors whose shapes do not vary."""
+def _is_static(val: object, sizes_known: bool = False) -> bool:
+    """Whether ``val``, the trace's value of a node, is made of tensors whose shapes do not vary or are known."""
     leaves = pytree.tree_leaves(val)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return len(tensors) == len(leaves) > 0 and all(isinstance(size, int) for t in tensors for size in t.shape)
+    return len(tensors) == len(leaves) > 0 and (
+        sizes_known or all(isinstance(size, int) for t in tensors for size in t.shape)
+    )
 
 
 def follows_from_constants(node: object) -> TypeGuard[Node]:
-    """Whether ``node`` is a constant or follows from constants alone, with nothing on the way written in place. For one node of
-    many, :func:`constant_calls` is cheaper.
+    """Whether ``node`` is a constant or follows from constants alone, by a limited number of calls, none of which writes in
+    place. For all nodes of a graph, :func:`constant_calls` is cheaper.
     """
     if not isinstance(node, Node):
         return False
@@ -85,7 +98,7 @@ def follows_from_constants(node: object) -> TypeGuard[Node]:
         if inner in seen or is_constant(inner):
             continue
         given = inner.all_input_nodes
-        if not _is_constant_call(inner, given) or all_written_by(inner) or is_written(inner):
+        if not _is_constant_call(inner, given) or all_written_by(inner) or is_written(inner) or len(seen) >= _CALLS:
             return False
         seen.add(inner)
         ahead += given[1:] if inner.target in _LIKE else given

@@ -16,7 +16,8 @@ from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.mixed_precision.measure import Subject, measured
 from quantflow.mixed_precision.search_result import SearchResult
 from quantflow.mixed_precision.solve import frontier, solve
-from quantflow.pipeline.quantize import default_quantizer, quantize
+from quantflow.pipeline.default_quantizer import default_quantizer
+from quantflow.pipeline.quantize import quantize
 
 
 def search(

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantflow.metrics import decibels
 from quantflow.mixed_precision.choices import Choice, Table
 from quantflow.pictures import new_figure, save
-from quantflow.pipeline.quantize import Result
+from quantflow.pipeline.result import Result
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def prepare(
         norm_as_convolution(prepared)
     transformed = quantizer.transform_for_annotation(prepared)
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
+    if not qat:
+        fold_constants(prepared)  # weights that the quantizer's rewrites transpose
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
     check_annotated_writes(prepared.graph)

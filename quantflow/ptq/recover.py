@@ -9,25 +9,20 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch.fx import GraphModule
 
 from quantflow.data.batches import PickInputs
-from quantflow.data.sample import Inputs, Sample, cut_inputs
+from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.graph.state import is_written
-from quantflow.metrics import signal_to_noise
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import is_fake_quantizer, observers_of
 from quantflow.preparation.forms import make_trainable, ptq_form
-from quantflow.ptq.batch_interaction import examples_interact, examples_of
 from quantflow.ptq.equalization.prepared_equalization import equalize_prepared
+from quantflow.ptq.held_out import HeldOut, why_not_sampled
 from quantflow.ptq.range_optimization import optimize_ranges
 from quantflow.ptq.weight_reconstruction.weight_reconstruction import reconstruct_weights
-from quantflow.signature.signature import Signature
 from quantflow.simulation.float_weights import remember_teacher, with_float_weights
-from quantflow.simulation.network import outputs
 from quantflow.simulation.output_gradients import OutputGradients, output_gradients
 from quantflow.simulation.preconditions import check_calibrated, draw
 
@@ -83,6 +78,11 @@ class RecoveryResult:
 
     graph: TrainableGraphModule
     steps: tuple[Step, ...]
+
+    @property
+    def sqnr(self) -> float:
+        """The signal to noise of the outputs of the graph, dB, as the last step that it has measured it."""
+        return _last_kept(self.steps).sqnr
 
     def to_json(self) -> str:
         """Return the steps as a JSON object; a signal to noise that is not finite is null."""
@@ -148,21 +148,21 @@ def recover(
         remember_teacher(unchanged)
         return RecoveryResult(unchanged, (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
 
-    if any(is_written(node) for node in current.graph.find_nodes(op="get_attr")):
-        return as_calibrated("it keeps state")
+    if reason := why_not_sampled(current):
+        return as_calibrated(reason)
     drawn = draw(current, data, stage="recover", inputs=inputs)
-    if _interact(current, drawn):
-        return as_calibrated("the examples of a batch act on each other")
-    fit, held_out = _split(drawn)
-    reference = outputs(with_float_weights(current), held_out, integers=False)
-    steps = [Step("as calibrated", _sqnr(current, held_out, reference), kept=True)]
+    if reason := why_not_sampled(current, drawn):
+        return as_calibrated(reason)
+    held_out = HeldOut(current, drawn)
+    fit = held_out.fit
+    steps = [Step("as calibrated", held_out.sqnr(current), kept=True)]
     calibrated = current
 
     def attempt(name: str, make: Callable[[TrainableGraphModule], TrainableGraphModule]) -> None:
         nonlocal current
         start = time.perf_counter()
         candidate = make(current)
-        sqnr = _sqnr(candidate, held_out, reference)
+        sqnr = held_out.sqnr(candidate)
         kept = sqnr > _last_kept(steps).sqnr
         steps.append(Step(name, sqnr, kept, time.perf_counter() - start))
         if kept:
@@ -171,8 +171,8 @@ def recover(
     start = time.perf_counter()
     equal = equalize_prepared(current, fit, progress=progress)
     if equal is not None:
-        same = _sqnr(with_float_weights(equal), held_out, reference, integers=False) > _SAME
-        steps.append(Step("equalization", _sqnr(equal, held_out, reference), same, time.perf_counter() - start))
+        same = held_out.sqnr(with_float_weights(equal), integers=False) > _SAME
+        steps.append(Step("equalization", held_out.sqnr(equal), same, time.perf_counter() - start))
         current = equal if same else current
     gradients = _output_gradients(current, fit, progress)
     if gradients is not None:
@@ -182,7 +182,7 @@ def recover(
         current, steps = calibrated, [steps[0], *(replace(step, kept=False) for step in steps[1:])]
     best = _last_kept(steps).sqnr
     if best < _NOTHING:
-        size = max((float(t.abs().max()) for found in reference for t in found if t.numel()), default=0.0)
+        size = max((float(t.abs().max()) for found in held_out.reference for t in found if t.numel()), default=0.0)
         reason = f"integers keep nothing of the outputs, {best:.1f} dB; in float these reach {size:.2g}"
         remedy = (
             "trained weights and batch norm statistics, calibration data like the model's own; qf.diagnose names layers"
@@ -203,22 +203,6 @@ def _last_kept(steps: Sequence[Step]) -> Step:
     return [step for step in steps if step.kept][-1]
 
 
-def _interact(graph: GraphModule, drawn: Sequence[Inputs]) -> bool:
-    """Whether examples of a batch affect each other, tested on the largest batch."""
-    cut = cut_inputs(Signature.of_graph(graph))
-    most = max(drawn, key=lambda batch: examples_of(batch, cut))
-    return examples_interact(with_float_weights(graph), most, cut)
-
-
-def _split(drawn: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """The batches to fit on, and every eighth batch, held out; a single batch serves as both."""
-    if len(drawn) == 1:
-        return drawn, drawn
-    every = min(8, len(drawn))
-    fit = [b for i, b in enumerate(drawn) if i % every != every - 1]
-    return fit, drawn[every - 1 :: every]
-
-
 def _output_gradients(graph: GraphModule, sample: Sequence[Inputs], progress: bool) -> OutputGradients | None:
     try:
         return output_gradients(graph, sample, progress=progress)
@@ -227,15 +211,3 @@ def _output_gradients(graph: GraphModule, sample: Sequence[Inputs], progress: bo
         remedy = "ranges stay as calibrated; nothing else is lost"
         warnings.warn(QuantflowWarning("recover", reason, remedy=remedy), stacklevel=3)
         return None
-
-
-def _sqnr(
-    graph: GraphModule, held_out: Sequence[Inputs], reference: list[list[torch.Tensor]], *, integers: bool = True
-) -> float:
-    """The signal to noise of the outputs of the integer network (or of the float network), dB: the mean over outputs."""
-    found = outputs(graph, held_out, integers=integers)
-    ratios = []
-    for theirs, ours in zip(zip(*reference, strict=True), zip(*found, strict=True), strict=True):
-        ratios.append(signal_to_noise(torch.cat([t.flatten() for t in theirs]), torch.cat([t.flatten() for t in ours])))
-    finite = [r for r in ratios if math.isfinite(r)]
-    return sum(finite) / len(finite) if finite else math.inf

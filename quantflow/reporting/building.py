@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from quantflow.analysis import AccuracyControl
-from quantflow.pipeline.quantize import Report
+from quantflow.pipeline.result import Report
 from quantflow.reporting.charts import Bar, bars, curves
 from quantflow.reporting.markup import Markup, element, section, table
 from quantflow.training import History

@@ -11,7 +11,7 @@ from quantflow.errors import QuantflowError
 from quantflow.evaluation import Verification
 from quantflow.inspection.environment import Environment
 from quantflow.lowering.program import Program
-from quantflow.pipeline.quantize import Report, Result
+from quantflow.pipeline.result import Report, Result
 from quantflow.reporting.operator_plans import Plan
 from quantflow.training import History
 

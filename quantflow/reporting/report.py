@@ -15,7 +15,7 @@ from quantflow.evaluation import Verification
 from quantflow.files import write_atomically
 from quantflow.inspection.environment import examine
 from quantflow.lowering.program import Program
-from quantflow.pipeline.quantize import Result
+from quantflow.pipeline.result import Result
 from quantflow.reporting.operator_plans import Plan
 from quantflow.reporting.page import page
 from quantflow.reporting.parts import Parts, checked

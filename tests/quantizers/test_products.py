@@ -20,9 +20,20 @@ def test_a_plan_says_why_a_product_stays_whole(name):
     assert [REFUSED[name][2] in d.reason for d in whole] == [True], str(plan)
 
 
-def test_a_plan_says_what_to_do_with_a_constant_operand():
-    weight = torch.randn(8, 5)
-    plan = XNNPACKQuantizer().plan(qf.export(Layers(lambda a: a @ weight, 1), (tokens(3, 2),)).module())
+def test_a_product_with_a_constant_matrix_is_a_linear_layer():
+    weight, x = torch.randn(8, 5), tokens(3, 2)
+    model = Layers(lambda a: a @ weight, 1)
+    graph = qf.export(model, (x,)).module()
+    plan = XNNPACKQuantizer().plan(graph)
+    assert [decision.rule.name for decision in plan.integer] == ["linear", "linear"]
+    assert not plan.floating
+    converted = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
+    assert sqnr(model(x).detach(), converted(x)) > 30
+
+
+def test_a_plan_says_what_to_do_with_a_constant_first_operand():
+    weight = torch.randn(5, 6)
+    plan = XNNPACKQuantizer().plan(qf.export(Layers(lambda a: weight @ a, 1), (tokens(3, 2),)).module())
     assert "nn.Linear" in plan.floating[-1].reason
 
 

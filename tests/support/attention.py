@@ -45,7 +45,14 @@ def near(query):
     return distance(query) >= -2
 
 
+WEIGHT = torch.linspace(-1, 1, 40).reshape(8, 5)
+CONSTANT = {
+    "matmul by a constant": (lambda a, b: (a + b) @ WEIGHT, 4),
+    "mm by a constant": (lambda a, b: torch.mm((a + b).flatten(0, 1), WEIGHT), 3),
+    "addmm by a constant": (lambda a, b: torch.addmm(WEIGHT[0] * 2, (a + b).flatten(0, 1), WEIGHT), 3),
+}
 FUNCTIONS = {
+    **CONSTANT,
     "rank 3": (lambda a, b: a @ b.transpose(1, 2), 3),
     "rank 4": (lambda a, b: a @ b.transpose(-2, -1), 4),
     "rank 5": (lambda a, b: a.unsqueeze(2) @ b.mT.unsqueeze(2), 4),

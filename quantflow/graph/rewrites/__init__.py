@@ -60,6 +60,7 @@ CORE_REWRITES: dict[OpOverload, Rewrite] = {
 
 __all__ = [
     "ACTIVATION_REWRITES",
+    "BROADCAST_REWRITES",
     "CENTERED_NORM_REWRITES",
     "COMPOSITE_REWRITES",
     "CORE_REWRITES",

@@ -1,4 +1,4 @@
-"""Rewrites of matrix products of two activations and of attention into batched matrix products, exact in float."""
+"""Rewrites of matrix products into linear layers and batched products, and of attention into the latter, exact in float."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantflow.graph.aten import CONVOLUTIONS, LINEARS, TRANSPOSED_CONVOLUTIONS, argument, aten, op, tensor_value, value
+from quantflow.graph.aten import (
+    CONVOLUTIONS,
+    LINEARS,
+    TRANSPOSED_CONVOLUTIONS,
+    argument,
+    aten,
+    is_float_tensor,
+    op,
+    tensor_value,
+    value,
+)
 from quantflow.graph.constants import constant_values, follows_from_constants
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.rewrites import memory_layout
@@ -64,7 +74,9 @@ def _unmade(node: Node) -> str | None:
 
 
 def matmul(module: GraphModule, node: Node) -> Node | None:
-    """Write a product of two batches of matrices, of any rank, as ``bmm``."""
+    """Write a product with a constant matrix as a linear layer, and one of two batches of matrices, of any rank, as ``bmm``."""
+    if (layer := _linear(node, argument(node, "self"), argument(node, "other"))) is not None:
+        return layer
     if whole_product(node):
         return None
     first, second = argument(node, "self"), argument(node, "other")
@@ -110,6 +122,36 @@ def _added(node: Node) -> torch.Tensor:
         if kept.dtype != torch.bool:
             return kept
     return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill(~kept, -math.inf)
+
+
+def matrix_product(module: GraphModule, node: Node) -> Node | None:
+    """Write a product of a matrix and a constant matrix as a linear layer."""
+    return _linear(node, argument(node, "self"), argument(node, "mat2"))
+
+
+def added_product(module: GraphModule, node: Node) -> Node | None:
+    """Write a product of a matrix and a constant matrix, plus a constant vector, as a linear layer."""
+    bias = argument(node, "self")
+    if (
+        value(bias) is None
+        or not follows_from_constants(bias)
+        or argument(node, "beta") != 1
+        or argument(node, "alpha") != 1
+    ):
+        return None
+    mat2 = argument(node, "mat2")
+    if value(mat2) is None or tensor_value(bias).shape != tensor_value(mat2).shape[1:]:
+        return None
+    return _linear(node, argument(node, "mat1"), mat2, bias)
+
+
+def _linear(node: Node, x: Node, matrix: Node, bias: Node | None = None) -> Node | None:
+    """The linear layer that multiplies ``x`` by ``matrix``; None if ``matrix`` is not constant."""
+    if value(x) is None or value(matrix) is None or not is_float_tensor(node) or not follows_from_constants(matrix):
+        return None
+    if tensor_value(x).ndim < 2 or tensor_value(matrix).ndim != 2 or follows_from_constants(x):
+        return None
+    return call_before(node, aten.linear.default, x, call_before(node, aten.transpose.int, matrix, 0, 1), bias)
 
 
 def attention(module: GraphModule, node: Node) -> Node | None:
@@ -198,5 +240,7 @@ def _unfolded(node: Node, product: Node) -> Node:
 
 PRODUCT_REWRITES: dict[OpOverload, Rewrite] = {
     aten.matmul.default: matmul,
+    aten.mm.default: matrix_product,
+    aten.addmm.default: added_product,
     aten.scaled_dot_product_attention.default: attention,
 }

@@ -101,6 +101,11 @@ def smooth(
     return smoothed.train(training)
 
 
+def smooths_norms(graph: GraphModule) -> bool:
+    """Return whether :func:`smooth` divides the outputs of a layer norm or an RMS norm in ``graph``."""
+    return any(op(place.source) in _NORMS and op(place.source) is not BATCH_NORM for place in _smoothable(graph))
+
+
 def _smoothable(module: GraphModule) -> list[_Smoothable]:
     reads = reads_of(module.graph)
     found = []
