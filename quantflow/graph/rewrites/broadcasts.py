@@ -23,7 +23,10 @@ def expand(module: GraphModule, node: Node) -> Node | None:
     source = node_argument(node)
     if value(source) is None or value(node) is None:
         return None
-    return source if _alike(source, node) or all(_broadcasts(user, node) for user in node.users) else None
+    if _alike(source, node):
+        return source
+    # A tensor without dimensions would not determine the dtype of the result.
+    return source if tensor_value(source).ndim and all(_broadcasts(user, node) for user in node.users) else None
 
 
 def _broadcasts(user: Node, expanded: Node) -> bool:

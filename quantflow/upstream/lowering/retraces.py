@@ -1,7 +1,8 @@
 """A pass that would retrace a graph without changing it copies the graph instead.
 
-Names: ``call`` of ``executorch.exir.pass_base._ExportPassBase`` and of
-``torch._export.pass_base._ExportPassBaseDeprecatedDoNotUse``, which are replaced; ``torch.fx.Graph._target_to_str``.
+Names: ``NodeSource`` and ``NodeSourceAction`` of ``torch.fx.traceback``; ``call`` of
+``executorch.exir.pass_base._ExportPassBase`` and of ``torch._export.pass_base._ExportPassBaseDeprecatedDoNotUse``, which are
+replaced; ``torch.fx.Graph._target_to_str``.
 Checked with torch 2.14.1, torchao 0.18.0, executorch 1.5.1.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from quantflow.upstream import pytree
 from quantflow.upstream.fake_tensors import FakeTensor, enable_python_dispatcher
@@ -100,5 +102,7 @@ def _copy(module: fx.GraphModule, rename: Callable | None, memory: OperatorResul
             copy.meta = {**node.meta, "val": value}
             if node.op != "placeholder":
                 copy.meta["tensor_meta"] = pytree.tree_map(lambda _: None, value)
+                # Functionalization makes nodes without provenance, which a retrace would give them.
+                copy.meta.setdefault("from_node", [NodeSource(node, "", NodeSourceAction.CREATE)])
             nodes[node], values[node] = copy, value
     return fx.GraphModule(torch.nn.Module(), graph)
