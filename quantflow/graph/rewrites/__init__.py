@@ -19,6 +19,7 @@ from quantflow.graph.rewrites.padding import PADDING_REWRITES
 from quantflow.graph.rewrites.pads import PAD_REWRITES
 from quantflow.graph.rewrites.pools import POOL_REWRITES
 from quantflow.graph.rewrites.products import PRODUCT_REWRITES
+from quantflow.graph.rewrites.recurrent import RECURRENT_REWRITES
 from quantflow.graph.rewrites.reductions import REDUCTION_REWRITES
 from quantflow.graph.rewrites.resizing import RESIZE_REWRITES
 from quantflow.graph.rewrites.rewriting import Rewrite, rewrite
@@ -49,7 +50,12 @@ REWRITES: dict[OpOverload, Rewrite] = {
 }
 
 # Rewrites for XNNPACK, of float programs and of programs to quantize alike.
-XNNPACK_REWRITES: dict[OpOverload, Rewrite] = {**REWRITES, **VOLUME_REWRITES, **PRODUCT_REWRITES}
+XNNPACK_REWRITES: dict[OpOverload, Rewrite] = {
+    **REWRITES,
+    **VOLUME_REWRITES,
+    **PRODUCT_REWRITES,
+    **RECURRENT_REWRITES,
+}
 
 # Rewrites of operators that are not in core ATen and have no decomposition into it.
 CORE_REWRITES: dict[OpOverload, Rewrite] = {
@@ -75,6 +81,7 @@ __all__ = [
     "PATCH_REWRITES",
     "POOL_REWRITES",
     "PRODUCT_REWRITES",
+    "RECURRENT_REWRITES",
     "REWRITES",
     "ROUNDING_REWRITES",
     "ROW_NORM_REWRITES",

@@ -18,8 +18,13 @@ def reshape(module: GraphModule, node: Node) -> Node | None:
 def select(module: GraphModule, node: Node) -> Node | None:
     """Write a select as a slice and a view."""
     sizes, dim, index = open_shape(node), argument(node, "dim"), argument(node, "index")
-    if sizes is None or not isinstance(index, int) or index < 0:
+    if sizes is None or not isinstance(index, int):
         return None
+    if index < 0:
+        size = tensor_value(node_argument(node)).shape[dim]
+        if not isinstance(size, int):
+            return None
+        index += size
     picked = call_before(node, aten.slice.Tensor, node.args[0], dim, index, index + 1)
     return call_before(node, aten.reshape.default, picked, sizes)
 
