@@ -215,6 +215,9 @@ def _rewritten(graph: Graph, rewrites: Mapping[OpOverload, Rewrite]) -> dict[Nod
         return applied
 
     rewrite(module, {target: recorded(apply) for target, apply in rewrites.items()})
+    for node in module.graph.nodes:
+        if node not in planned:  # a copy that a rewrite needs
+            planned[node] = planned[node.all_input_nodes[0]]
     return {node: planned[node] for node in module.graph.nodes}
 
 

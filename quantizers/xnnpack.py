@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
+from quantflow.graph.constants import constant_values, follows_from_constants
 from quantflow.graph.rewrites import XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantflow.upstream.operators import OpOverload
@@ -110,6 +112,15 @@ def _scores(node: Node) -> str | None:
     )
 
 
+def _infinite(node: Node) -> str | None:
+    """An operand such as a mask of attention, which is infinite where nothing may be read."""
+    module = node.graph.owning_module
+    constants = [given for given in node.all_input_nodes if follows_from_constants(given)] if module is not None else []
+    values = constant_values(cast(GraphModule, module), constants).values()
+    finite = all(bool(tensor.isfinite().all()) for tensor in values if tensor.is_floating_point())
+    return None if finite else "an operand is infinite, which no integer is"
+
+
 def _weights(node: Node) -> str | None:
     """As :func:`_scores`: most attention weights are far below the largest one, which determines the scale."""
     reads = near_softmax(node, lambda n: n.all_input_nodes)
@@ -149,7 +160,7 @@ XNNPACK_RULES = (
         frozenset({aten.add.Tensor}),
         inputs=("self", "other"),
         clamps=CLAMPS,
-        refusals=(_scaled_addend,),
+        refusals=(_scaled_addend, _infinite),
         soft_refusals=(_scores,),
     ),
     Rule(
@@ -157,10 +168,17 @@ XNNPACK_RULES = (
         frozenset({aten.sub.Tensor}),
         inputs=("self", "other"),
         clamps=CLAMPS,
-        refusals=(_scaled_addend,),
+        refusals=(_scaled_addend, _infinite),
         soft_refusals=(_scores,),
     ),
-    Rule("multiply", frozenset({aten.mul.Tensor}), ("self", "other"), clamps=CLAMPS, soft_refusals=(_scores,)),
+    Rule(
+        "multiply",
+        frozenset({aten.mul.Tensor}),
+        ("self", "other"),
+        clamps=CLAMPS,
+        refusals=(_infinite,),
+        soft_refusals=(_scores,),
+    ),
     Rule(
         "product of batches",
         frozenset({aten.bmm.default}),

@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 
 from quantflow.conversion.convert import convert
 from quantflow.errors import QuantflowError
-from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
+from quantflow.graph.batch_norm import norm_as_convolution
+from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers.observation import is_converted, observers_of
 from quantflow.simulation.interpreter import Interpreter, Values, float_tensors, returned
@@ -27,7 +28,7 @@ def reference_graph(graph: object, stage: str) -> TrainableGraphModule:
         remedy = "pass qf.export(model, args).module(), as it was before qf.prepare"
         raise QuantflowError(stage, f"{kind} is no float graph", node="float_graph", remedy=remedy)
     copied = adopt(graph).eval()
-    fold_batch_norm(copied)
+    fold_for_inference(copied)
     norm_as_convolution(copied)
     copied.recompile()
     return copied

@@ -24,7 +24,7 @@ def with_dynamic_batch(
         args: The example inputs.
         kwargs: The keyword inputs.
         bound: The largest batch, or True for none.
-        given: The dynamic shapes of other dimensions, as in ``torch.export``. Where they tell dimension 0, they win.
+        given: The dynamic shapes of other dimensions, as in ``torch.export``. Where they give dimension 0 a size, they win.
 
     Raises:
         QuantflowError: at stage ``"export"``.
@@ -36,14 +36,16 @@ def with_dynamic_batch(
     if bound is not True and int(bound) < 2:
         reason, remedy = f"a batch of at most {bound} does not vary", "drop dynamic_batch, or give the largest batch"
         raise QuantflowError("export", reason, node="dynamic_batch", remedy=remedy)
-    dim = Dim("batch", min=1) if bound is True else Dim("batch", min=1, max=int(bound))
     try:
         named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise QuantflowError("export", f"forward does not take these inputs: {error}", node="args") from error
     told: dict[int, Any] = {}  # what is given for each tensor, by the order of tensors
     if given is not None:
-        _tell(named, given if isinstance(given, Mapping) else dict(zip(named, given, strict=False)), told)
+        _tell(named if isinstance(given, Mapping) else list(named.values()), given, told)
+    taken = {getattr(size, "__name__", "") for own in told.values() for size in own.values()}
+    name = "rows" if "batch" in taken else "batch"
+    dim = Dim(name, min=1) if bound is True else Dim(name, min=1, max=int(bound))
     order = {id(leaf): index for index, leaf in enumerate(pytree.tree_leaves(named))}
 
     def shape(leaf: object) -> dict[int, Any] | None:
@@ -79,7 +81,7 @@ def _tell(inputs: Any, given: Any, told: dict[int, Any], start: int = 0) -> int:
         sizes = given.items() if isinstance(given, Mapping) else enumerate(given)
         told[start] = {position: size for position, size in sizes if size is not None}
         return start + 1
-    if isinstance(inputs, Mapping) and isinstance(given, Mapping):
+    if isinstance(inputs, Mapping) and isinstance(given, Mapping) and given.keys() <= inputs.keys():
         for name, value in inputs.items():
             start = _tell(value, given.get(name), told, start)
         return start
@@ -87,8 +89,12 @@ def _tell(inputs: Any, given: Any, told: dict[int, Any], start: int = 0) -> int:
         for value, shapes in zip(inputs, given, strict=True):
             start = _tell(value, shapes, told, start)
         return start
-    reason, remedy = (
-        "dynamic_shapes have another structure than the inputs",
-        "one entry for each input, None for static",
-    )
+    reason = f"dynamic_shapes have another structure than the inputs: {given!r} for {_kind(inputs)}"
+    remedy = "one entry for each input, None for static"
     raise QuantflowError("export", reason, node="dynamic_shapes", remedy=remedy)
+
+
+def _kind(inputs: Any) -> str:
+    if isinstance(inputs, Mapping):
+        return f"inputs named {', '.join(inputs)}"
+    return f"{len(inputs)} inputs" if isinstance(inputs, (list, tuple)) else type(inputs).__name__

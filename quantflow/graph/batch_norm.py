@@ -137,6 +137,8 @@ def fold_batch_norm(module: GraphModule) -> list[str]:
     reads = reads_of(module.graph)
     made: dict[tuple, tuple[str, str]] = {}  # two calls of one layer with one norm share the folded weights
     for pair in normed_layers(module.graph):
+        if not all(is_constant(read) for read in (pair.weight, argument(pair.layer, "bias")) if read is not None):
+            continue  # it is computed in each call
         bias = getattr(argument(pair.layer, "bias"), "target", None)
         key = (str(pair.layer.target), str(pair.layer.args[3:]), str(pair.weight.target), str(bias), *pair.statistics)
         if key not in made:

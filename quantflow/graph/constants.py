@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
 
@@ -10,7 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantflow.graph.aten import INFERENCE_IDENTITIES, aten, op
+from quantflow.graph.aten import INFERENCE_IDENTITIES, argument, aten, has_argument, op
+from quantflow.graph.modes import BATCH_NORM, SWITCHED, is_training
 from quantflow.graph.parameters import device_of, is_constant, tensor_of
 from quantflow.graph.state import all_written_by, is_written, memories
 from quantflow.upstream import pytree
@@ -23,8 +25,6 @@ _LIKE = frozenset(
         *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
     }
 )
-
-
 _CALLS = (
     1000  # the number of calls up to which one node is traced back, so that a pass over all nodes takes linear time
 )
@@ -38,27 +38,41 @@ def constant_calls(graph: Graph, *, sizes_known: bool = False) -> set[Node]:
         graph: A captured graph.
         sizes_known: Count sizes that vary as constants, which they are in a program of static shapes.
     """
+    found = set[Node]()
+    for node in graph.nodes:
+        if _is_constant_call(node, found, sizes_known):
+            found.add(node)
     order, memory_of, names = memories(graph)
-    barred = set[Node]()
-    while True:
-        found = set[Node]()
-        for node in graph.nodes:
-            if memory_of[node] not in barred and _is_constant_call(node, found, sizes_known):
-                found.add(node)
-        mixed = set[Node]()
-        for node in graph.nodes:
-            for memory in {memory_of[base] for base in all_written_by(node)}:
-                readers = {user for name in names[memory] for user in name.users} - found
-                if node not in found or any(order[reader] < order[node] for reader in readers):
-                    mixed.add(memory)
-        if mixed <= barred:
-            return found
-        barred |= mixed
+    writes = defaultdict[Node, list[Node]](list)
+    for node in graph.nodes:
+        for memory in {memory_of[base] for base in all_written_by(node)}:
+            writes[memory].append(node)
+
+    def is_mixed(memory: Node) -> bool:
+        last = order[writes[memory][-1]]
+        readers = {user for name in names[memory] for user in name.users} - found
+        return not found.issuperset(writes[memory]) or any(order[reader] < last for reader in readers)
+
+    left, pending = set[Node](), list(writes)
+    while pending:
+        memory = pending.pop()
+        if memory in left or not is_mixed(memory):
+            continue
+        left.add(memory)
+        ahead = [name for name in names[memory] if name in found]
+        while ahead:
+            node = ahead.pop()
+            if node in found:
+                found.discard(node)
+                ahead += [user for user in node.users if user in found]
+                touched = (memory_of[n] for n in (node, *node.all_input_nodes))
+                pending += [other for other in touched if other in writes]
+    return found
 
 
 def _is_constant_call(node: Node, known: Collection[Node], sizes_known: bool = False) -> bool:
     """Whether ``node`` calls a deterministic operator on constants and on calls that are ``known`` to be constant."""
-    if node.op != "call_function" or not _is_deterministic(node.target):
+    if node.op != "call_function" or not _is_deterministic(node):
         return False
     if not _is_static(node.meta.get("val"), sizes_known) and node.target is not aten._assert_tensor_metadata.default:
         return False
@@ -70,11 +84,16 @@ def _is_constant_call(node: Node, known: Collection[Node], sizes_known: bool = F
     return all(n in known or is_constant(n) for n in given)
 
 
-def _is_deterministic(target: object) -> bool:
-    if target is operator.getitem or target in INFERENCE_IDENTITIES:
-        return True
+def _is_deterministic(node: Node) -> bool:
+    """Whether ``node`` computes the same in each call and changes nothing that its schema does not tell."""
+    if op(node) in INFERENCE_IDENTITIES:
+        return not has_argument(node, "train") or not argument(node, "train") or SWITCHED in node.meta
+    if op(node) is BATCH_NORM and argument(node, "running_mean") is not None and is_training(node):
+        return False  # it updates the statistics
     random = torch.Tag.nondeterministic_seeded
-    return isinstance(target, OpOverload) and target.namespace == "aten" and random not in target.tags
+    target = node.target
+    known = isinstance(target, OpOverload) and target.namespace == "aten" and random not in target.tags
+    return target is operator.getitem or known
 
 
 def _is_static(val: object, sizes_known: bool = False) -> bool:
@@ -118,11 +137,13 @@ def _cone(nodes: Iterable[Node]) -> list[Node]:
 
 
 @torch.no_grad()
-def constant_values(module: GraphModule, nodes: Collection[Node]) -> dict[Node, torch.Tensor]:
-    """Return the values of ``nodes``, which follow from constants alone, as tensors of their own."""
+def constant_values(
+    module: GraphModule, nodes: Collection[Node], writes: Collection[Node] = ()
+) -> dict[Node, torch.Tensor]:
+    """Return the values of ``nodes``, which follow from constants alone, as tensors of their own, after all ``writes``."""
     values: dict[Node, Any] = {}
     device = device_of(module)
-    for node in _cone(nodes):
+    for node in _cone([*nodes, *writes]):
         values[node] = tensor_of(module, node).detach() if node.op == "get_attr" else _called(node, values, device)
     return {node: values[node].detach().clone() for node in nodes}
 
@@ -132,7 +153,7 @@ def _called(node: Node, values: dict[Node, Any], device: torch.device | None) ->
         if argument in values:
             return values[argument]
         val = argument.meta["val"]  # its values are not read
-        return torch.empty((), dtype=val.dtype, device=device).expand(val.shape)
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=device)
 
     if op(node) in INFERENCE_IDENTITIES:
         return values[node.all_input_nodes[0]]

@@ -30,7 +30,7 @@ _FLOAT_STEP, _INTEGER_STEP = 1e-6, 0.5 / 128
 _MARGIN = 10.0  # the allowed ratio of squared errors to those of a perturbation
 _DRAWS = 4  # the number of perturbations
 _STATEFUL_CALLS = 3
-_LARGEST = 2**25  # the number of elements of inputs up to which a program is called in its greatest size
+_LARGEST = 16  # the greatest size in which a program is called, in elements of the example inputs
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,10 @@ class _Reference:
             return found
         for end in ("min", "max"):
             sized = [_resized(leaf, i.shape, end) for leaf, i in zip(flat, self.signature.inputs, strict=True)]
-            elements = sum(leaf.numel() for leaf in sized if isinstance(leaf, torch.Tensor))
-            if any(a is not b for a, b in zip(sized, flat, strict=True)) and elements <= _LARGEST:
+            elements, example_elements = (
+                sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)) for leaves in (sized, flat)
+            )
+            if any(a is not b for a, b in zip(sized, flat, strict=True)) and elements <= _LARGEST * example_elements:
                 found.append(pytree.tree_unflatten(sized, self.signature.in_spec))
         return found
 

@@ -102,7 +102,8 @@ def search(
         remedy = "lower the float model: qf.export(model, args).to_core_aten().to_edge(delegate).to_executorch()"
         raise QuantflowError("search", "the float program keeps the limit", node="limit", remedy=remedy)
     common: dict[str, Any] = {"delegate": delegate, "inputs": inputs, "recover": recover, "progress": progress}
-    result = quantize(model, args, data, kwargs, quantizer=mixed, **common)
+    # The precisions are chosen: none is to be fallen back from.
+    result = quantize(model, args, data, kwargs, quantizer=mixed, min_sqnr=None, **common)
     size = len(result.program.buffer)
     if max_bytes is not None and size > max_bytes:
         reason = f"the program has {size:,} bytes; {table.total(chosen)[1]:,} were predicted and {max_bytes:,} allowed"

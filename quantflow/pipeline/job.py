@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -33,7 +34,6 @@ class Quantized:
         graph: The prepared graph, after recovery where it was asked for.
         recovered: What recovery tried; None where it was not asked for.
         sample: The examples drawn from the data.
-        sqnr: Signal to noise of the outputs on held-out examples, dB, simulated; not a number where it can't be measured.
     """
 
     quantizer: Quantizer
@@ -42,7 +42,13 @@ class Quantized:
     graph: TrainableGraphModule
     recovered: RecoveryResult | None
     sample: Sample
-    sqnr: float
+
+    @cached_property
+    def sqnr(self) -> float:
+        """Signal to noise of the outputs on held-out examples, dB, simulated; not a number where it can't be measured."""
+        if self.recovered is not None:
+            return self.recovered.sqnr
+        return held_out_sqnr(self.graph, self.sample, stage="quantize")
 
 
 @dataclass
@@ -70,11 +76,10 @@ class Job:
             sample = Sample()
             calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=self.progress)
         if not self.recover:
-            sqnr = held_out_sqnr(prepared, sample, stage="quantize")
-            return Quantized(quantizer, plan, prepared, prepared, None, sample, sqnr)
+            return Quantized(quantizer, plan, prepared, prepared, None, sample)
         with timed("recover", self.seconds):
             recovered = ptq.recover(prepared, sample, progress=self.progress)
-        return Quantized(quantizer, plan, prepared, recovered.graph, recovered, sample, recovered.sqnr)
+        return Quantized(quantizer, plan, prepared, recovered.graph, recovered, sample)
 
     def lowered(self, quantized: Quantized) -> Result:
         """Convert the graph and lower it to a program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ def quantize(
             the quantizer has overrides by layer, :func:`quantflow.ptq.smooth` is tried, then dynamic activations for the linear
             layers to blame, then float for single layers. The first that holds is kept, and the report tells it; where none
             does, the best comes with a warning that names layers. ``"auto"`` is 20 dB for weights of 8 bits and none for fewer;
-            None for none. With ``max_drop`` it has no effect.
+            None for none. With ``max_drop`` it has no effect. Each attempt goes through ``data`` again.
         max_drop: The share of examples that a classifier may lose, 0 to 1, measured on the runtime. The fewest layers found
             with which the program keeps it are left in float, and the report names them. Where none is found, the best
             program comes with a warning. None for no limit.
@@ -92,6 +93,9 @@ def quantize(
     """
     if recover not in ("auto", True, False):
         raise QuantflowError("recover", f"{recover!r} is no way to recover", node="recover", remedy='"auto" or False')
+    if min_sqnr not in ("auto", None) and (not isinstance(min_sqnr, (int, float)) or math.isnan(min_sqnr)):
+        reason, remedy = f"{min_sqnr!r} is no signal to noise", 'a number of dB, "auto" or None'
+        raise QuantflowError("quantize", reason, node="min_sqnr", remedy=remedy)
     if not isinstance(dynamic_batch, bool):
         reason = f"{dynamic_batch!r} is not a bool: it is for calibration, and the program takes the example's batch"
         remedy = "dynamic_shapes=..., or the stages one by one with qf.export(converted, (x,), dynamic_batch=N)"

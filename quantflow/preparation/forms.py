@@ -13,6 +13,7 @@ from torchao.quantization.pt2e import observer as pt2e_observer
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import argument, set_argument
 from quantflow.graph.batch_norm import fold_batch_norm, normed_layers
+from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.graph.parameters import is_constant, read_attribute, tensor_of
@@ -101,6 +102,7 @@ def _check_trains(name: str, observer: nn.Module) -> None:
 
 def _fold_observed_weights(graph: TrainableGraphModule) -> None:
     """Fold batch norm into the observed weights of ``graph``, in place. Their observers then observe the folded weights."""
+    fold_constants(graph)
     observers: dict[Node, tuple[str, nn.Module]] = {}
     for pair in normed_layers(graph.graph):
         call = argument(pair.layer, "weight")

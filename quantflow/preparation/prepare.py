@@ -13,13 +13,14 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from quantflow.capture.exported import Exported
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import argument, label
-from quantflow.graph.batch_norm import NormedLayer, fold_batch_norm, norm_as_convolution, normed_layers
+from quantflow.graph.batch_norm import NormedLayer, norm_as_convolution, normed_layers
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.constants import constant_calls, constant_values
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
+from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.graph.parameters import is_constant, tensor_of
+from quantflow.graph.parameters import drop_unused, is_constant, tensor_of
 from quantflow.lowering.core_aten import CoreAten
 from quantflow.observers import Observer
 from quantflow.observers.fake_quantize import BatchNormScaledFakeQuantize, FakeQuantize
@@ -72,15 +73,16 @@ def prepare(
     training = graph.training
     prepared = adopt(graph).eval()
     drop_dead_code(prepared.graph, trains=qat)
-    flatten_before_linear(prepared)
-    if not qat:
-        fold_constants(prepared)
-        fold_batch_norm(prepared)
+    if qat:
+        flatten_before_linear(prepared)
+    else:
+        fold_for_inference(prepared)
         norm_as_convolution(prepared)
     transformed = quantizer.transform_for_annotation(prepared)
     prepared = transformed if isinstance(transformed, TrainableGraphModule) else adopt(transformed)
     if not qat:
         fold_constants(prepared)  # weights that the quantizer's rewrites transpose
+        drop_unused(prepared)
     quantizer.annotate(prepared)
     quantizer.validate(prepared)
     check_annotated_writes(prepared.graph)

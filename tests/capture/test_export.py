@@ -146,6 +146,8 @@ class DataDependent(nn.Module):
         (lambda: qf.export(ConvNet(), (X, X), dynamic_batch=True), "args"),
         (lambda: qf.export(ConvNet(), (X,), XNNPACKQuantizer()), "kwargs"),
         (lambda: qf.export(ConvNet(), (X,), dynamic_shapes=("b",), dynamic_batch=True), "dynamic_shapes"),
+        (lambda: qf.export(ConvNet(), (X,), dynamic_shapes=(None, None), dynamic_batch=True), "dynamic_shapes"),
+        (lambda: qf.export(ConvNet(), (X,), dynamic_shapes={"picture": None}, dynamic_batch=True), "dynamic_shapes"),
     ],
 )
 def test_what_can_not_be_exported_is_an_error_of_export(call, node):

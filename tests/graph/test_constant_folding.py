@@ -1,6 +1,7 @@
 """Folding computes once what follows from constants alone, and changes no result."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
+from quantflow.analysis.reference import reference_graph
 from quantflow.graph.aten import op
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.constants import constant_calls, follows_from_constants
 from quantflow.metrics import signal_to_noise
+from quantflow.ptq import equalize
 from quantizers import XNNPACKQuantizer
 
 
@@ -252,6 +255,69 @@ def test_a_batch_norm_behind_a_computed_weight_is_folded():
             assert signal_to_noise(prepared.eval()(x), converted(x)) > 45  # the bias is rounded
 
 
+def test_what_a_large_value_reads_is_not_yet_written():
+    class Writes(nn.Module):
+        def forward(self, x):
+            z = torch.zeros(1)
+            big = z + torch.zeros(1, 2**19)
+            z.add_(5)
+            return x + big + z
+
+    model, x, graph = _captured(Writes, (2, 2**19))
+    fold_constants(graph)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_dropout_that_is_always_on_is_left():
+    class Always(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16, 8))
+
+        def forward(self, x):
+            return F.linear(x, F.dropout(self.weight, 0.5, training=True))
+
+    _, x, graph = _captured(Always, ROWS)
+    fold_constants(graph)
+    assert not torch.equal(graph(x), graph(x))
+
+
+def test_a_buffer_that_is_stored_is_stored_when_folded():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("frequencies", torch.randn(8))
+
+        def forward(self, x):
+            return self.linear(x * (self.frequencies * 6.28).sin())
+
+    first, x, graph = _captured(Fourier, ROWS)
+    torch.manual_seed(1)
+    second = qf.export(Fourier().eval(), (x,), dynamic_batch=True).module().eval()
+    fold_constants(graph)
+    fold_constants(second)
+    second.load_state_dict(graph.state_dict())
+    assert torch.equal(second(x), first(x))
+
+
+def test_the_state_grows_by_a_tenth_at_most_however_often_it_is_folded():
+    class Rolls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Parameter(torch.randn(2**18))
+
+        def forward(self, x):
+            return sum(x * self.row.roll(places) for places in range(1, 21))
+
+    model, x, graph = _captured(Rolls, (2, 2**18))
+    before = sum(p.nbytes for p in graph.parameters())
+    for _ in range(3):
+        fold_constants(graph)
+    assert sum(p.nbytes for p in graph.parameters()) <= before + 2**21
+    assert torch.equal(graph(x), model(x))
+
+
 def test_a_dynamic_weight_does_not_follow_from_constants():
     class Dynamic(nn.Module):
         def __init__(self):
@@ -265,3 +331,57 @@ def test_a_dynamic_weight_does_not_follow_from_constants():
     (linear,) = (n for n in graph.graph.nodes if op(n) is torch.ops.aten.linear.default)
     assert not follows_from_constants(linear.args[1])
     assert XNNPACKQuantizer().plan(graph).decisions[-1].reason == "its weight is computed, not constant"
+
+
+def test_a_computed_weight_before_a_norm_is_equalized_referenced_and_recovered():
+    class Normed(nn.Sequential):
+        def __init__(self):
+            super().__init__(StandardizedConv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    model, x, graph = _captured(Normed, IMAGE)
+    assert torch.allclose(equalize(graph)(x), model(x), atol=1e-5)
+    assert torch.allclose(reference_graph(graph, "test")(x), model(x), atol=1e-5)
+    prepared = qf.calibrate(qf.prepare(graph, XNNPACKQuantizer(), qat=True), [x], progress=False)
+    recovered = qf.recover(prepared, [x], progress=False).graph
+    recovered.train()(x).square().sum().backward()
+    assert signal_to_noise(model(x), qf.convert(recovered.eval())(x)) > 25
+
+
+def test_what_a_quantizer_transposes_is_one_parameter():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x):
+            return x @ self.matrix
+
+    _, _, graph = _captured(Product, ROWS)
+    assert len(list(qf.prepare(graph, XNNPACKQuantizer()).parameters())) == 1
+
+
+def test_a_chain_of_written_buffers_takes_linear_time():
+    class Chain(nn.Module):
+        def forward(self, x):
+            for _ in range(300):
+                y = torch.zeros(2)
+                y.add_(x)
+                x = y
+            return x
+
+    graph = qf.export(Chain(), (torch.randn(2),)).module()
+    start = time.perf_counter()
+    assert not constant_calls(graph.graph)
+    assert time.perf_counter() - start < 1
+
+
+def test_a_stand_in_has_the_layout_of_what_it_stands_for():
+    class Like(nn.Module):
+        def forward(self, x):
+            zeros = torch.zeros_like(x.permute(0, 2, 3, 1))
+            return x.flatten(1) + zeros.permute(0, 3, 1, 2).view(x.shape[0], -1)
+
+    model, x = Like(), torch.randn(IMAGE)
+    graph = qf.export(model, (x,)).module()
+    fold_constants(graph)
+    assert torch.equal(graph(x), model(x))

@@ -8,7 +8,7 @@ from networks import sqnr
 from torch import nn
 
 import quantflow as qf
-from quantizers import XNNPACKQuantizer
+from quantizers import INT8, XNNPACKQuantizer
 
 
 class Outliers(nn.Module):
@@ -130,3 +130,27 @@ def test_few_bits_are_the_choice_of_who_asks_for_them():
     torch.manual_seed(0)
     result, _ = _quantized(Outliers(), quantizer=XNNPACKQuantizer("w4a8"), recover=False)
     assert result.report.sqnr_control is None
+
+
+def test_data_that_can_be_gone_through_once_are_not_gone_through_again():
+    torch.manual_seed(0)
+    model, x = Outliers(blocks=1).eval(), torch.randn(4, 32)
+    with pytest.warns(qf.QuantflowWarning, match="200 were asked for"):
+        result = qf.quantize(model, (x,), (torch.randn(8, 32) for _ in range(4)), min_sqnr=200.0, progress=False)
+    assert len(result.report.sqnr_control.tried) == 1
+
+
+@pytest.mark.parametrize("given", ["high", float("nan")])
+def test_what_is_no_signal_to_noise_is_refused(given):
+    with pytest.raises(qf.QuantflowError, match="no signal to noise") as raised:
+        qf.quantize(nn.Linear(4, 4), (torch.randn(1, 4),), [torch.randn(2, 4)], min_sqnr=given, progress=False)
+    assert raised.value.node == "min_sqnr"
+
+
+def test_layers_that_an_override_gives_are_not_changed():
+    torch.manual_seed(0)
+    model, data, x = Sharp().eval(), [torch.randn(4, 3, 8, 8) for _ in range(8)], torch.randn(2, 3, 8, 8)
+    quantizer = XNNPACKQuantizer(overrides={"sharp": INT8})
+    with pytest.warns(qf.QuantflowWarning, match="asked for"):
+        result = qf.quantize(model, (x,), data, quantizer=quantizer, recover=False, progress=False)
+    assert "sharp" not in result.report.sqnr_control.floating

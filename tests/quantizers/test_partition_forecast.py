@@ -241,3 +241,10 @@ def test_norms_over_their_own_statistics_are_forecast_as_they_are_lowered(name):
     result = qf.quantize(model, (x,), [x], recover=False, progress=False)
     found = result.program.delegation
     assert (plan.calls, plan.forecast.portable.total()) == (found.calls, found.portable.total())
+
+
+@pytest.mark.parametrize("change", [lambda n: n.clamp_(min=1e-6), lambda n: n.add_(1e-6)])
+def test_a_norm_that_is_written_in_place_is_planned(change):
+    model = Around(lambda y: y / change(torch.linalg.vector_norm(y, dim=1, keepdim=True)))
+    plan = XNNPACKQuantizer().plan(qf.export(model, (IMAGE,)).module())
+    assert plan.calls == 1

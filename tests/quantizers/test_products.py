@@ -89,3 +89,13 @@ def test_attention_trains_and_converts():
     qf.train(prepared, [(x, torch.zeros(2, 3, 6, 8))] * 3, loss=F.mse_loss, epochs=1, lr=1e-3, progress=False)
     converted = qf.convert(prepared)
     assert sqnr(prepared(x).detach(), converted(x).detach()) > 25
+
+
+def test_an_infinite_mask_stays_float_even_if_integers_are_asked_for():
+    torch.manual_seed(0)
+    model, x = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)), tokens(4, 2)
+    quantizer = XNNPACKQuantizer(overrides={"core": INT8})
+    graph = qf.export(model, (x,)).module()
+    assert any("infinite" in decision.reason for decision in quantizer.plan(graph).floating)
+    converted = qf.convert(qf.calibrate(qf.prepare(graph, quantizer), [x], progress=False))
+    assert sqnr(model(x).detach(), converted(x)) > 20

@@ -9,8 +9,8 @@ from torch.fx import GraphModule
 from quantflow.delegates.delegate import Delegate
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph import modes
-from quantflow.graph.batch_norm import fold_batch_norm, norm_as_arithmetic, norm_as_convolution
-from quantflow.graph.flattened_norm import flatten_before_linear
+from quantflow.graph.batch_norm import norm_as_arithmetic, norm_as_convolution
+from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.rewrites import COMPOSITE_REWRITES, ROW_NORM_REWRITES, ROW_REWRITES, XNNPACK_REWRITES, rewrite
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class Xnnpack(Delegate):
         """
         rewrite(graph, COMPOSITE_REWRITES)
         modes.mark_switched(graph.graph.nodes)
-        flatten_before_linear(graph)
-        fold_batch_norm(graph)
+        fold_for_inference(graph)
         norm_as_convolution(graph)
         norm_as_arithmetic(graph)
         rewrite(graph, XNNPACK_REWRITES)

@@ -16,6 +16,8 @@ _FEW = 8  # a pad is written as up to this many slices for each side
 def stack(module: GraphModule, node: Node) -> Node | None:
     """Write a stack as a concatenation of views."""
     tensors = argument(node, "tensors")
+    if value(node) is None:
+        return None
     rank = tensor_value(node).ndim
     dim = argument(node, "dim") % rank
     shapes = [open_shape(tensor) for tensor in tensors]
@@ -41,7 +43,7 @@ def roll(module: GraphModule, node: Node) -> Node | None:
     for shift, dim in zip(shifts, dims, strict=True):
         size = val.shape[dim]
         if start := -shift % size:
-            x = _joined(node, x, dim, [(start, size), (0, start)])
+            x = joined(node, x, dim, [(start, size), (0, start)])
     return x
 
 
@@ -62,7 +64,7 @@ def pad(module: GraphModule, node: Node) -> Node | None:
         size = val.shape[dim]
         places = [_SOURCES[mode](place, size) for place in range(-before, size + after)]
         if before or after:
-            x = _joined(node, x, dim, _runs(places))
+            x = joined(node, x, dim, runs_of(places))
     return x
 
 
@@ -74,8 +76,8 @@ _SOURCES = {
 }
 
 
-def _runs(places: list[int]) -> list[tuple[int, int]]:
-    """``places`` as ranges of rising numbers."""
+def runs_of(places: list[int]) -> list[tuple[int, int]]:
+    """Return ``places`` as ranges of rising numbers."""
     runs = [(places[0], places[0] + 1)]
     for place in places[1:]:
         if place == runs[-1][1]:
@@ -85,7 +87,8 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _joined(node: Node, x: Node, dim: int, ranges: list[tuple[int, int]]) -> Node:
+def joined(node: Node, x: Node, dim: int, ranges: list[tuple[int, int]]) -> Node:
+    """Insert the slices of ``x`` in ``ranges`` of dimension ``dim``, joined, before ``node``."""
     parts = [call_before(node, aten.slice.Tensor, x, dim, start, end) for start, end in ranges]
     return call_before(node, aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
 

@@ -92,6 +92,8 @@ def _unfit_mask(node: Node) -> str | None:
         return _VARIES
     if argument(node, "is_causal"):
         return None if all(isinstance(side, int) for side in sides) else "its causal mask varies in size"
+    if value(mask) is not None and tensor_value(mask).dtype not in (torch.bool, tensor_value(node).dtype):
+        return "its mask has another dtype"
     if value(mask) is None or not follows_from_constants(mask):
         return "its mask varies; a constant one would be added to the scores"
     # Attention returns zeros in a row that is masked completely. A softmax returns no numbers there.

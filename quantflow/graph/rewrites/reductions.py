@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, tensor_value
@@ -46,6 +47,8 @@ def reduced_dimensions(node: Node) -> list[int] | None:
     x, dims = node_argument(node), argument(node, "dim")
     if not is_float_tensor(x) or argument(node, "dtype") is not None or dims is None or open_shape(node) is None:
         return None
+    if tensor_value(x).dtype in (torch.float16, torch.bfloat16):
+        return None  # ATen sums in float32
     val = tensor_value(x)
     dims = sorted(dim % val.ndim for dim in ([dims] if isinstance(dims, int) else dims)) if val.ndim else []
     sizes = [val.shape[dim] for dim in dims]

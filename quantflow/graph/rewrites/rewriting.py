@@ -39,6 +39,9 @@ _SAVED_BY_AUTOGRAD = frozenset(
 )
 
 
+_PERMUTES = frozenset({_aten.permute.default, _aten.transpose.int})
+
+
 def rewrite(module: GraphModule, rewrites: Mapping[OpOverload, Rewrite]) -> GraphModule:
     """Apply ``rewrites``, a table by operator, to every node of ``module``, in place.
 
@@ -110,9 +113,10 @@ def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> No
         if old.users:
             new = replacement if isinstance(replacement, Node) else replacement[cast(int, old.args[1])]
             shares = memory_of(new) not in inserted and aliased_by(node) is None
-            shown = shares and (seen_as_one(old, new) or _viewed_in_other_order(old, new))
-            if shown or (op(new) in _SAVED_BY_AUTOGRAD and is_written(old)):
+            if (shares and seen_as_one(old, new)) or (op(new) in _SAVED_BY_AUTOGRAD and is_written(old)):
                 new = call_before(node, _aten.clone.default, new)
+            if _viewed_in_other_order(old, new):
+                new = call_before(node, _aten.contiguous.default, new)
             old.replace_all_uses_with(new)
         if old is not node:
             node.graph.erase_node(old)
@@ -120,10 +124,17 @@ def _replace(node: Node, replacement: Node | Results, inserted: set[Node]) -> No
 
 
 def _viewed_in_other_order(old: Node, new: Node) -> bool:
-    """Whether ``old`` has a ``view`` user that may fail on ``new``, which may have other strides."""
+    """Whether a ``view`` reads ``old``, itself or permuted, that may fail on ``new``, which may have other strides."""
     given, wanted = value(new), value(old)
-    known = given is not None and wanted is not None and given.stride() == wanted.stride()
-    return not known and any(user.target is _aten.view.default for user in old.users)
+    if given is not None and wanted is not None and given.stride() == wanted.stride():
+        return False
+    ahead = [old]
+    while ahead:
+        users = list(ahead.pop().users)
+        if any(user.target is _aten.view.default for user in users):
+            return True
+        ahead += [user for user in users if user.target in _PERMUTES]
+    return False
 
 
 def call_before(node: Node, target: Callable, *args: Argument) -> Node:
@@ -203,4 +214,4 @@ def open_sizes(shape: Sequence[int | torch.SymInt], batch: int | None = 0) -> li
     sizes = [s if isinstance(s, int) else -1 for s in shape]
     if batch is not None and batch < len(sizes) and -1 not in sizes and 0 not in sizes:
         sizes[batch] = -1
-    return sizes if sizes.count(-1) <= 1 else None
+    return sizes if sizes.count(-1) <= 1 and not (-1 in sizes and 0 in sizes) else None

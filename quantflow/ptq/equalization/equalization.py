@@ -12,7 +12,7 @@ from quantflow.data.batches import PickInputs
 from quantflow.data.sample import Inputs, Sample
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.aten import clamp_limits, node_argument, only_user
-from quantflow.graph.batch_norm import fold_batch_norm
+from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.ptq.channel_ranges import channel_ranges
 from quantflow.ptq.channel_scaling import divide_outputs, magnitudes, multiply_inputs
@@ -72,7 +72,7 @@ def equalize(
     equal = adopt(graph)
     training = equal.training
     equal.eval()
-    fold_batch_norm(equal)
+    fold_for_inference(equal)
     groups = channel_groups(equal)
     if not groups:
         reason = "no two layers with only what a scale of channels passes between them: the graph stays as it is"

@@ -56,6 +56,12 @@ FUNCTIONS = {
     "vector norm": lambda x: F.normalize(x, dim=1),
     "vector norm of the last": lambda x: torch.linalg.vector_norm(x, dim=-1),
     "softmax over channels": lambda x: x.softmax(1),
+    "softmax over channels, then a view": lambda x: x.softmax(1).view(x.shape[0], -1),
+    "resized, then a view": lambda x: F.interpolate(x, (9, 4)).permute(0, 2, 3, 1).permute(0, 3, 1, 2).view(-1, 8 * 36),
+    "cubic, then a view": lambda x: F.interpolate(x, (8, 5), mode="bicubic").view(x.shape[0], -1),
+    "nearest of an infinite image": lambda x: F.interpolate(x.masked_fill(x > 1, -torch.inf), (3, 3)).clamp_min(-9.0),
+    "cubic of integers": lambda x: x * F.interpolate((x.detach() * 9).to(torch.uint8), (6, 6), mode="bicubic").float(),
+    "a scalar expanded for a product": lambda x: x.half() * torch.ones(()).expand(6),
     "stack": lambda x: torch.stack([x, x * 2], 1).flatten(1, 2),
     "stack at the end": lambda x: torch.stack([x, x * 2, x - 1], -1),
     "roll": lambda x: x.roll((1, -2), (2, 3)),
@@ -184,3 +190,15 @@ def test_no_level_goes_to_what_the_activation_ignores(act, low, high):
     assert observer.min_val >= low
     assert high is None or observer.max_val <= high
     assert sqnr(model(x).detach(), qf.convert(prepared)(x).detach()) > 20
+
+
+def test_an_image_without_a_batch_is_left():
+    class Resized(nn.Module):
+        def forward(self, x):
+            return F.interpolate(x.unsqueeze(0), scale_factor=2.0).squeeze(0)
+
+    graph = qf.export(
+        Resized(), (torch.randn(2, 4, 4),), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},)
+    ).module()
+    x = torch.randn(3, 4, 4)
+    assert torch.equal(rewrite(copy.deepcopy(graph), REWRITES)(x), graph(x))
