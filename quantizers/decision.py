@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from quantflow.graph.aten import argument, has_argument, is_float_tensor, label, only_user, op, value
 from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantizers.override import Override
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
@@ -122,6 +123,8 @@ def _chain(node: Node, rule: Rule) -> tuple[Node, ...]:
 def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node], constants: Set[Node]) -> str:
     if scheme.activation.dynamic and not rule.dynamic:
         return f"{rule.name} has no dynamic form"
+    if scheme.activation.dynamic and EQUAL_WEIGHTS in decision.node.meta:
+        return "it sums with equal weights, which gains nothing from integers"
     if rule.weight is not None and (weight := argument(decision.node, rule.weight)) not in constants:
         return "its weight is computed, not constant"
     if rule.weight is not None and (odd := _ungrouped(weight, scheme.weight.group)):

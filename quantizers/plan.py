@@ -22,6 +22,7 @@ from quantflow.graph.constants import constant_calls
 from quantflow.graph.parameters import is_constant
 from quantflow.graph.state import written_tensors
 from quantflow.text_table import aligned
+from quantflow.upstream.operators import OpOverload
 from quantizers.decision import Decision, decide
 from quantizers.kernels import FloatKernels
 from quantizers.operator_plan import OperatorPlan
@@ -199,11 +200,16 @@ def make_plan(
                 remedy="check the name: print(quantizer.plan(graph)) lists the layers",
             )
     decisions = tuple(dict.fromkeys(decided.values()))
-    if kernels is None or any("val" not in n.meta for n in graph.nodes if n.op == "call_function" and n.users):
+    if kernels is None or any("val" not in n.meta for n in graph.nodes if n.op == "call_function" and _is_read(n)):
         return Plan(decisions)
     integer = {n: d.scheme for d in decisions if d.scheme is not None for n in d.nodes}
     dynamic = {n for n, s in integer.items() if s.activation.dynamic}
     return Plan(decisions, forecast(graph, integer.keys(), dynamic, kernels))
+
+
+def _is_read(node: Node) -> bool:
+    """Whether an operator or the caller reads the value of ``node``: no setting of a mode, which only ends it."""
+    return any(user.op != "call_function" or isinstance(user.target, OpOverload) for user in node.users)
 
 
 def _computes(node: Node) -> bool:

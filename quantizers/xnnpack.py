@@ -16,6 +16,7 @@ from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_arg
 from quantflow.graph.constants import constant_values, follows_from_constants
 from quantflow.graph.rewrites import XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
+from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
@@ -112,6 +113,18 @@ def _scores(node: Node) -> str | None:
     )
 
 
+def _squares(node: Node) -> str | None:
+    """A sum of squares, as norms that are written out have it."""
+    if EQUAL_WEIGHTS not in node.meta:
+        return None
+    given = node_argument(node)
+    while op(given) in _MOVES:
+        given = node_argument(given)
+    power = op(given) is aten.pow.Tensor_Scalar or op(given) is aten.square.default
+    square = power or (op(given) is aten.mul.Tensor and given.args[0] is given.args[1])
+    return "it sums squares, whose range is too wide for eight bits" if square else None
+
+
 def _infinite(node: Node) -> str | None:
     """An operand such as a mask of attention, which is infinite where nothing may be read."""
     module = node.graph.owning_module
@@ -133,6 +146,7 @@ _PERMUTATIONS = frozenset(
         *(aten.swapaxes.default, aten.swapdims.default, aten.movedim.int, aten.movedim.intlist),
     }
 )
+_MOVES = _PERMUTATIONS | {aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.to.dtype}
 _OVER_VOLUMES = frozenset({aten.conv3d.default, aten.conv3d.padding})
 
 XNNPACK_RULES = (
@@ -154,7 +168,15 @@ XNNPACK_RULES = (
         clamps=CLAMPS,
         refusals=(_unbatched, _grouped),
     ),
-    Rule("linear", LINEARS, weight="weight", batch_norm=True, clamps=CLAMPS, dynamic=True),
+    Rule(
+        "linear",
+        LINEARS,
+        weight="weight",
+        batch_norm=True,
+        clamps=CLAMPS,
+        refusals=(_squares,),
+        dynamic=True,
+    ),
     Rule(
         "add",
         frozenset({aten.add.Tensor}),

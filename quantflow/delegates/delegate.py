@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.graph.constant_folding import fold_constants
+from quantflow.graph.regions import inline_for_inference
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Delegate:
             rewrite(graph, PORTABLE_REWRITES)
 
     def rewrite_for_lowering(self, graph: GraphModule) -> None:
-        """Fold constants, :meth:`rewrite` ``graph``, and center what its norms normalize if this delegate does."""
+        """Inline regions, fold constants, :meth:`rewrite` ``graph``, and center norms if this delegate does."""
+        inline_for_inference(graph)
         fold_constants(graph)
         self.rewrite(graph)
         fold_constants(graph)

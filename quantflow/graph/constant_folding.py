@@ -15,6 +15,7 @@ from quantflow.graph.constants import constant_calls, constant_values, constants
 from quantflow.graph.parameters import is_constant, read_attribute, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.rewriting import call_before, tensor_before
 from quantflow.graph.state import all_written_by, memories
+from quantflow.upstream.operators import OpOverload
 
 # Folded values may need this much more memory than what they follow from: a share of the state's elements, in bytes, and
 # at least the second number. A bias table that is read out for every pair of positions can exceed the quantized network.
@@ -29,8 +30,8 @@ def fold_constants(module: GraphModule) -> None:
 
     Weights that a layer computes (standardised, normalised, concatenated), tables of positions, and masks of a fixed shape are
     such values. A value that is written in place is folded with its writes. Random values are not folded, and neither are
-    values so large that the state would grow by more than a tenth of a byte per element. Parameters that no node reads any more
-    are still there.
+    values so large that the state would grow by more than a tenth of a byte per element, or of a quantized graph by more than a
+    megabyte. Parameters that no node reads any more are still there.
     """
     constants = _Constants(module)
     folded = constants.affordable()
@@ -84,6 +85,10 @@ def _is_weight(node: Node, user: Node) -> bool:
     return op(user) in WEIGHTED and argument(user, "weight") is node
 
 
+def _is_quantized(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "quantized_decomposed"
+
+
 class _Constants:
     """The calls of a graph that follow from constants alone.
 
@@ -107,7 +112,8 @@ class _Constants:
         are removed from :attr:`nodes`.
         """
         state = {t.data_ptr(): t.numel() for t in (*self.module.parameters(), *self.module.buffers())}
-        allowed = max(_LEAST_GROWTH, _GROWTH * sum(state.values()))
+        share = 0.0 if any(map(_is_quantized, self.module.graph.nodes)) else _GROWTH
+        allowed = max(_LEAST_GROWTH, share * sum(state.values()))
         found, computed = set[Node](), set[Node]()
         while ends := [node for node in self.nodes - found - computed if self._is_read(node, computed)]:
             growth = {node: self._growth(node, set()) for node in ends}

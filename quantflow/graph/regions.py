@@ -78,21 +78,28 @@ def inline_regions(module: GraphModule) -> frozenset[str]:
     return frozenset(found)
 
 
+def inline_for_inference(module: GraphModule) -> None:
+    """Inline the regions of ``torch.no_grad``, ``enable_grad`` and a disabled autocast that no other region encloses, in place.
+
+    No call sets the mode: gradients are not computed, and autocast is off already.
+    """
+    while inlined := [node for node in module.graph.nodes if is_inlined(node) and bodies_of(node, module)]:
+        for node in inlined:
+            for body in bodies_of(node, module).values():
+                _inline(node, body, module, sets=False)
+
+
 def inputs_of(node: Node) -> tuple:
     """Return the inputs of the body that ``node``, a call of a grad mode or autocast region, passes to it."""
     return node.args[2:] if node.target is GRAD_MODE else node.args[5:]
 
 
-def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
-    """Replace ``node`` of ``module`` by the nodes of ``body``, which it calls."""
+def _inline(node: Node, body: GraphModule, module: GraphModule, *, sets: bool = True) -> None:
+    """Replace ``node`` of ``module`` by the nodes of ``body``, which it calls, between calls that set its mode if ``sets``."""
     graph = module.graph
     env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs_of(node), strict=True))
     with graph.inserting_before(node):
-        if node.target is GRAD_MODE:
-            before, leave = graph.call_function(torch.is_grad_enabled), set_grad_enabled
-            graph.call_function(set_grad_enabled, (node.args[0],))
-        else:
-            before, leave = graph.call_function(enter_autocast, node.args[:4]), exit_autocast
+        ended = _begun(node) if sets else None
         for inner in body.graph.nodes:
             if inner.op in ("placeholder", "output"):
                 continue
@@ -100,7 +107,8 @@ def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
             if inner.op in ("get_attr", "call_module"):
                 held = operator.attrgetter(str(inner.target))(body)
                 env[inner].target = _taken_over(module, f"{node.name}_{inner.name}", held)
-        graph.call_function(leave, (before,))
+        if ended is not None:
+            graph.call_function(*ended)
     results = body.graph.output_node().args[0]
     results = results if isinstance(results, (tuple, list)) else (results,)
     for user in list(node.users):  # a region always returns a tuple, read by getitem
@@ -111,6 +119,16 @@ def _inline(node: Node, body: GraphModule, module: GraphModule) -> None:
     for ref in body_refs:
         if ref.op == "get_attr" and not ref.users and operator.attrgetter(str(ref.target))(module) is body:
             graph.erase_node(ref)
+
+
+def _begun(node: Node) -> tuple[Callable, tuple[Node]]:
+    """Insert the call that sets the mode of the region ``node``; return the call that ends it."""
+    graph = node.graph
+    if node.target is not GRAD_MODE:
+        return exit_autocast, (graph.call_function(enter_autocast, node.args[:4]),)
+    before = graph.call_function(torch.is_grad_enabled)
+    graph.call_function(set_grad_enabled, (node.args[0],))
+    return set_grad_enabled, (before,)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
+from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantizers import DYNAMIC_INT8, INT8, Scheme, TensorScheme, XNNPACKQuantizer
 
 pytestmark = pytest.mark.slow
@@ -261,3 +262,25 @@ def test_small_constants_keep_guarding(name):
     graph = qf.export(model, (x,)).module()
     converted = qf.convert(qf.calibrate(qf.prepare(graph, XNNPACKQuantizer()), [x], progress=False))
     assert torch.isfinite(converted(x)).all()
+
+
+class WrittenOut(nn.Module):
+    """A norm by the root mean square, written out, between linear layers, as T5 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.weight = nn.Linear(32, 32), nn.Linear(32, 8), nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "dynamic-w8a8"])
+def test_sums_of_squares_stay_float(scheme):
+    torch.manual_seed(0)
+    model, x = WrittenOut().eval(), torch.randn(4, 32)
+    graph = qf.export(model, (x,)).module()
+    plan = XNNPACKQuantizer(scheme).plan(graph)
+    assert [d.scheme for d in plan.decisions if EQUAL_WEIGHTS in d.node.meta] == [None]
+    assert plan.calls == 1

@@ -18,6 +18,7 @@ from quantflow.graph.rewrites.pools import mean as mean_of_images
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
 from quantflow.upstream.operators import OpOverload
 
+EQUAL_WEIGHTS = "quantflow_equal_weights"  # node.meta: a linear layer that sums its inputs
 _FEW = 4  # up to this many slices are added one by one
 
 
@@ -75,6 +76,7 @@ def weighted_sum(module: GraphModule, node: Node, dims: list[int], weight: float
         x = call_before(node, aten.reshape.default, x, [*(sizes[dim] for dim in kept), count])
     weights = constant_before(module, node, weight, (1, count))
     summed = call_before(node, aten.linear.default, x, weights)
+    summed.meta[EQUAL_WEIGHTS] = True
     in_place = dims == [rank - 1] and argument(node, "keepdim")
     return summed if in_place else call_before(node, aten.reshape.default, summed, open_shape(node))
 
