@@ -8,7 +8,7 @@ from networks import Classifier
 from torch import nn
 
 import quantflow as qf
-from quantflow.analysis.accuracy_control import _fewest, keep_within
+from quantflow.analysis.accuracy_control import fewest, keep_within
 from quantflow.analysis.evaluator import Evaluator
 from quantizers import XNNPACKQuantizer
 
@@ -58,7 +58,7 @@ def test_a_budget_out_of_reach_gives_the_best_found_and_says_so(planted):
 def test_the_fewest_that_hold():
     order = list("abcdefgh")
     for needed in ({"a"}, {"c"}, {"b", "f"}, {"a", "d", "g"}):
-        assert set(_fewest(order, lambda names, needed=needed: needed <= set(names))) == needed
+        assert set(fewest(order, lambda names, needed=needed: needed <= set(names))) == needed
 
 
 def test_the_drop_is_the_same_in_any_order_of_the_data(planted):
