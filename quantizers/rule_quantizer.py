@@ -108,6 +108,23 @@ class RuleQuantizer(Quantizer):
         other.overrides = (*self.overrides, *more)
         return other
 
+    def with_scheme(self, scheme: Scheme | str | None) -> Self:
+        """Return a copy of this quantizer with another scheme where no override says otherwise.
+
+        Args:
+            scheme: As for the class.
+
+        Returns:
+            The copy.
+
+        Raises:
+            QuantflowError: at stage ``"plan"``, when the scheme is none or one that the backend refuses.
+        """
+        other = copy.copy(self)
+        other.scheme = named_scheme(scheme) if isinstance(scheme, str) else scheme
+        self._check(other.scheme)
+        return other
+
     def plan(self, graph: GraphModule, *, qat: bool = False) -> Plan:
         """Decide what becomes of each node, and why not integers; the graph stays as it is.
 

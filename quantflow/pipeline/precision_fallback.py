@@ -17,6 +17,7 @@ from quantflow.analysis.sqnr_control import SqnrControl
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import LINEARS, op
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantflow.pipeline.job import Job, Quantized
 from quantflow.ptq import smooth
 from quantflow.ptq.smoothquant.smoothquant import smooths_norms
@@ -74,8 +75,9 @@ def hold_sqnr(
 
 
 def _is_static_linear(decision: Any) -> bool:
-    scheme = decision.scheme
-    return op(decision.node) in LINEARS and scheme is not None and not scheme.activation.dynamic
+    scheme, node = decision.scheme, decision.node
+    linear = op(node) in LINEARS and EQUAL_WEIGHTS not in node.meta
+    return linear and scheme is not None and not scheme.activation.dynamic
 
 
 class _Search:
@@ -112,12 +114,11 @@ class _Search:
         self._try_dynamic()
         if self.holds:
             return
-        dynamic = self.best.dynamic
-        overrides = [(Within(name, LINEARS), quantizer.dynamic) for name in dynamic]
-        for floating in self._growing_sets(dynamic):
+        start: Any = self.best
+        for floating in self._growing_sets():
             names = [(Within(name), None) for name in floating]
             what = f"{len(floating)} layers in float" if len(floating) > 1 else f"{floating[0]} in float"
-            self._try(what, quantizer.overriding([*overrides, *names]), dynamic, floating)
+            self._try(what, start.made.quantizer.overriding(names), start.dynamic, floating)
             if self.holds:
                 return
 
@@ -128,22 +129,27 @@ class _Search:
         return [cost for cost in self.costs.layers if cost.layer not in given]
 
     def _try_dynamic(self) -> None:
-        """Try dynamic activations for the linear layers to blame, then for all."""
+        """Try dynamic activations for the linear layers to blame, then for all, with float between them."""
         quantizer: Any = self.first.quantizer
         if getattr(quantizer, "dynamic", None) is None:
             return
         able = {layer_name(d.node) for d in self.first.plan.decisions if _is_static_linear(d)}
         ranked = [cost for cost in self._choosable() if cost.layer in able] if able else []
         blamed = tuple(cost.layer for cost in ranked if cost.to_integers < self.min_sqnr + _NEAR)
-        for names in dict.fromkeys((blamed, tuple(cost.layer for cost in ranked))):
-            if names and not self.holds:
-                overrides = [(Within(name, LINEARS), quantizer.dynamic) for name in names]
-                what = f"dynamic activations in {len(names)} linear layers"
-                self._try(what, quantizer.overriding(overrides), names)
+        if blamed:
+            overrides = [(Within(name, LINEARS), quantizer.dynamic) for name in blamed]
+            self._try(f"dynamic activations in {len(blamed)} linear layers", quantizer.overriding(overrides), blamed)
+        if ranked and not self.holds and not quantizer.overrides:
+            every = tuple(cost.layer for cost in ranked)
+            self._try(
+                "dynamic activations, and float between linear layers", quantizer.with_scheme(quantizer.dynamic), every
+            )
 
-    def _growing_sets(self, dynamic: Sequence[str]) -> list[tuple[str, ...]]:
+    def _growing_sets(self) -> list[tuple[str, ...]]:
         """Sets of layers to leave in float, doubling, among them the fewest that hold in simulation without recovery."""
-        order = [cost.layer for cost in self._choosable() if cost.layer not in dynamic][:-1]
+        decisions = getattr(self.best.made.plan, "decisions", ())
+        quantized = {layer_name(d.node) for d in decisions if d.scheme is not None}
+        order = [cost.layer for cost in self._choosable() if cost.layer in quantized][:-1]
         if not order:
             return []
         calibrated = self.best.made.calibrated

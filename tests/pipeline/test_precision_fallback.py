@@ -87,6 +87,36 @@ def test_linear_layers_to_blame_become_dynamic():
     assert "with dynamic activations: first" in str(result.report)
 
 
+class Residual(nn.Module):
+    """Linear layers between sums that a large feature leaves without resolution, as the stream of a transformer has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(3))
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x):
+        large = torch.ones(32)
+        large[0] = 3000.0
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x)) * large
+        return self.last(x / large)
+
+
+def test_linear_layers_are_dynamic_with_float_between_them():
+    torch.manual_seed(0)
+    model, data, x = Residual().eval(), [torch.randn(16, 32) for _ in range(8)], torch.randn(4, 32)
+    result = qf.quantize(model, (x,), data, recover=False, progress=False)
+    control = result.report.sqnr_control
+    assert control.tried[0][1] < 20
+    assert control.holds
+    assert control.kept == "dynamic activations, and float between linear layers"
+    assert set(control.dynamic) <= {"layers.0", "layers.1", "layers.2", "last"}
+    assert result.program.delegation.calls == 1
+    assert sqnr(model(x).detach(), result.program(x)) > 20
+
+
 class Sharp(nn.Module):
     """A convolution whose outputs differ by a factor of thousands, beside one that does not mind."""
 
