@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from quantflow.graph.aten import argument, has_argument, is_float_tensor, label, only_user, op, value
 from quantflow.graph.batch_norm import normed_layer
+from quantflow.graph.constants import constant_values
 from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantizers.override import Override
 from quantizers.rule import Refusal, Rule
@@ -136,12 +137,20 @@ def _refusal(decision: Decision, rule: Rule, scheme: Scheme, integers: set[Node]
     for given in decision.activations():
         if not isinstance(given, Node) or (not is_float_tensor(given) and value(given) is not None):
             return f"its operand {given if not isinstance(given, Node) else label(given)} is no float tensor"
+        if given in constants and _is_infinite(given):
+            return f"its operand {label(given)} is infinite, which no integer is"
         if (val := value(given)) is not None and val.ndim == 0 and given not in constants:
             return f"its operand {label(given)} has no dimension"
         if rule.output == "shared" and given not in integers:
             return "its input stays in float"
     refusals = rule.refusals if decision.override is not None else rule.refusals + rule.soft_refusals
     return next((said for refuse in refusals if (said := refuse(decision.node))), "")
+
+
+def _is_infinite(constant: Node) -> bool:
+    """Whether some value of ``constant`` is not finite, as in a mask of attention."""
+    module = constant.graph.owning_module
+    return module is not None and not bool(constant_values(module, [constant])[constant].isfinite().all())
 
 
 def _ungrouped(weight: Node, group: int) -> str:

@@ -56,16 +56,19 @@ class Forecast:
     outside: frozenset[Node] = frozenset()
 
 
-def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: FloatKernels) -> Forecast:
+def forecast(
+    graph: Graph, integer: Set[Node], dynamic: Set[Node], constants: Set[Node], kernels: FloatKernels
+) -> Forecast:
     """Lower ``graph`` to core ATen, and assign its operators to the delegate or to portable kernels.
 
     Args:
         graph: The planned graph.
         integer: The nodes that are quantized.
         dynamic: Those of them that are dynamically quantized, so that they read and write float.
+        constants: The calls that follow from constants alone, which were left to be computed at each call.
         kernels: The operators that the backend runs in float.
     """
-    lowered = _Lowered(graph, integer, kernels)
+    lowered = _Lowered(graph, integer, constants, kernels)
     parts, static = Counter(lowered.origins.values()), integer - dynamic
     delegated: set[Node] = set()
     floating, portable, outside = Counter[str](), Counter[str](), set()
@@ -95,13 +98,13 @@ def forecast(graph: Graph, integer: Set[Node], dynamic: Set[Node], kernels: Floa
 class _Lowered:
     """``graph`` in core ATen, except quantized nodes; each ``val`` is a fake tensor of static shape."""
 
-    def __init__(self, graph: Graph, integer: Set[Node], kernels: FloatKernels) -> None:
+    def __init__(self, graph: Graph, integer: Set[Node], constants: Set[Node], kernels: FloatKernels) -> None:
         self.graph, self.integer, self.kernels = Graph(), integer, kernels
         self.origins: dict[Node, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._values: dict[Node, Any] = {}  # by node of the rewritten graph: a lowered node, or a number
         self._decomposed: dict[tuple, Graph] = {}
-        self._folded = constant_calls(graph, sizes_known=True) - constant_calls(graph)  # by lowering, in static shapes
+        self._folded = constant_calls(graph, sizes_known=True) - constants  # by lowering, in static shapes
         self._planned = _rewritten(graph, kernels.rewrites)  # by node of the rewritten graph: the node of ``graph``
         for node in self._planned:
             if node.op != "output":

@@ -204,7 +204,7 @@ def make_plan(
         return Plan(decisions)
     integer = {n: d.scheme for d in decisions if d.scheme is not None for n in d.nodes}
     dynamic = {n for n, s in integer.items() if s.activation.dynamic}
-    return Plan(decisions, forecast(graph, integer.keys(), dynamic, kernels))
+    return Plan(decisions, forecast(graph, integer.keys(), dynamic, calls, kernels))
 
 
 def _is_read(node: Node) -> bool:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
-from quantflow.graph.constants import constant_values, follows_from_constants
 from quantflow.graph.rewrites import XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
@@ -125,15 +123,6 @@ def _squares(node: Node) -> str | None:
     return "it sums squares, whose range is too wide for eight bits" if square else None
 
 
-def _infinite(node: Node) -> str | None:
-    """An operand such as a mask of attention, which is infinite where nothing may be read."""
-    module = node.graph.owning_module
-    constants = [given for given in node.all_input_nodes if follows_from_constants(given)] if module is not None else []
-    values = constant_values(cast(GraphModule, module), constants).values()
-    finite = all(bool(tensor.isfinite().all()) for tensor in values if tensor.is_floating_point())
-    return None if finite else "an operand is infinite, which no integer is"
-
-
 def _weights(node: Node) -> str | None:
     """As :func:`_scores`: most attention weights are far below the largest one, which determines the scale."""
     reads = near_softmax(node, lambda n: n.all_input_nodes)
@@ -182,7 +171,7 @@ XNNPACK_RULES = (
         frozenset({aten.add.Tensor}),
         inputs=("self", "other"),
         clamps=CLAMPS,
-        refusals=(_scaled_addend, _infinite),
+        refusals=(_scaled_addend,),
         soft_refusals=(_scores,),
     ),
     Rule(
@@ -190,17 +179,10 @@ XNNPACK_RULES = (
         frozenset({aten.sub.Tensor}),
         inputs=("self", "other"),
         clamps=CLAMPS,
-        refusals=(_scaled_addend, _infinite),
+        refusals=(_scaled_addend,),
         soft_refusals=(_scores,),
     ),
-    Rule(
-        "multiply",
-        frozenset({aten.mul.Tensor}),
-        ("self", "other"),
-        clamps=CLAMPS,
-        refusals=(_infinite,),
-        soft_refusals=(_scores,),
-    ),
+    Rule("multiply", frozenset({aten.mul.Tensor}), ("self", "other"), clamps=CLAMPS, soft_refusals=(_scores,)),
     Rule(
         "product of batches",
         frozenset({aten.bmm.default}),

@@ -177,6 +177,12 @@ def is_float_tensor(node: Node) -> bool:
     return val is not None and val.dtype.is_floating_point
 
 
+def is_half(node: Node) -> bool:
+    """Whether the value of ``node`` is a tensor in half precision, of which ATen computes sums in float32."""
+    val = value(node)
+    return val is not None and val.dtype in (torch.float16, torch.bfloat16)
+
+
 def only_user(node: Node) -> Node | None:
     """Return the only user of ``node``, or None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -154,12 +154,12 @@ class _Search:
             return []
         calibrated = self.best.made.calibrated
         drawn = draw(calibrated, self.best.made.sample, stage="quantize")[:2]
+        networks = [PartialNetwork(calibrated, batch, ()) for batch in drawn]
 
         def simulated(floating: Sequence[str]) -> bool:
             noise, active = OutputNoise(), still_quantized(calibrated, floating)
-            for batch in drawn:
-                exact, found = (PartialNetwork(calibrated, batch, quantized).returned for quantized in ((), active))
-                noise.add(exact, found)
+            for network in networks:
+                noise.add(network.returned, network.outputs(active))
             return noise.sqnr >= self.min_sqnr
 
         # Fewer may do, since each float layer also removes roundings of its neighbours.

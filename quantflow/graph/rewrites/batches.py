@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import cast
 
 import torch
@@ -27,6 +27,11 @@ def batch_dimension(node: Node) -> int | None:
     for moved, source in reversed(passed):
         dim = None if dim is None else _carried(moved, source, dim)
     return dim
+
+
+def includes_batch(node: Node, dims: Collection[int]) -> bool:
+    """Whether the batch dimension of the value of ``node``, whose size may differ from the example's, is among ``dims``."""
+    return all(isinstance(size, int) for size in tensor_value(node).shape) and batch_dimension(node) in dims
 
 
 def _source(node: Node) -> Node | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, node_argument, tensor_value, value
-from quantflow.graph.rewrites.batches import batch_dimension
+from quantflow.graph.rewrites.batches import includes_batch
 from quantflow.graph.rewrites.pads import negative_pad
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
 from quantflow.upstream.operators import OpOverload
@@ -38,7 +38,7 @@ def roll(module: GraphModule, node: Node) -> Node | None:
     if val is None or not dims or not all(isinstance(shift, int) for shift in shifts):
         return None
     dims = [dim % val.ndim for dim in dims]
-    if not all(isinstance(val.shape[dim], int) and val.shape[dim] for dim in dims) or _moves_batch(x, dims):
+    if not all(isinstance(val.shape[dim], int) and val.shape[dim] for dim in dims) or includes_batch(x, dims):
         return None
     for shift, dim in zip(shifts, dims, strict=True):
         size = val.shape[dim]
@@ -58,7 +58,7 @@ def pad(module: GraphModule, node: Node) -> Node | None:
     if val is None or mode not in _SOURCES or not all(isinstance(size, int) and 0 <= size <= _FEW for size in pads):
         return None
     dims = [val.ndim - 1 - index // 2 for index in range(0, len(pads), 2)]
-    if not all(isinstance(val.shape[dim], int) for dim in dims) or _moves_batch(x, dims):
+    if not all(isinstance(val.shape[dim], int) for dim in dims) or includes_batch(x, dims):
         return None
     for dim, before, after in zip(dims, pads[::2], pads[1::2], strict=True):
         size = val.shape[dim]
@@ -91,11 +91,6 @@ def joined(node: Node, x: Node, dim: int, ranges: list[tuple[int, int]]) -> Node
     """Insert the slices of ``x`` in ``ranges`` of dimension ``dim``, joined, before ``node``."""
     parts = [call_before(node, aten.slice.Tensor, x, dim, start, end) for start, end in ranges]
     return call_before(node, aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
-
-
-def _moves_batch(x: Node, dims: list[int]) -> bool:
-    """Whether the batch, whose size may differ from the example's, is among ``dims``."""
-    return all(isinstance(size, int) for size in tensor_value(x).shape) and batch_dimension(x) in dims
 
 
 JOIN_REWRITES: dict[OpOverload, Rewrite] = {

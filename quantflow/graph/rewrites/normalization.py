@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, op, tensor_value, value
+from quantflow.graph.aten import argument, aten, is_half, op, tensor_value, value
 from quantflow.graph.parameters import tensor_of
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, tensor_before
 from quantflow.upstream.operators import OpOverload
@@ -46,8 +46,7 @@ def group_norm(module: GraphModule, node: Node) -> Node | None:
 def _widened(node: Node) -> Node:
     """The input of the norm ``node``, in float32 if it is in half precision: ATen computes the statistics so."""
     x = argument(node, "input")
-    half = tensor_value(x).dtype in (torch.float16, torch.bfloat16)
-    return call_before(node, aten.to.dtype, x, torch.float32) if half else x
+    return call_before(node, aten.to.dtype, x, torch.float32) if is_half(x) else x
 
 
 def _normalized(module: GraphModule, node: Node, x: Node, dims: list[int]) -> Node:

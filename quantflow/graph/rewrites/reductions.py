@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, tensor_value
-from quantflow.graph.rewrites.batches import batch_dimension
+from quantflow.graph.aten import argument, aten, is_float_tensor, is_half, node_argument, tensor_value
+from quantflow.graph.rewrites.batches import includes_batch
 from quantflow.graph.rewrites.pools import mean as mean_of_images
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
 from quantflow.upstream.operators import OpOverload
@@ -48,15 +47,15 @@ def reduced_dimensions(node: Node) -> list[int] | None:
     x, dims = node_argument(node), argument(node, "dim")
     if not is_float_tensor(x) or argument(node, "dtype") is not None or dims is None or open_shape(node) is None:
         return None
-    if tensor_value(x).dtype in (torch.float16, torch.bfloat16):
-        return None  # ATen sums in float32
+    if is_half(x):
+        return None
     val = tensor_value(x)
     dims = sorted(dim % val.ndim for dim in ([dims] if isinstance(dims, int) else dims)) if val.ndim else []
     sizes = [val.shape[dim] for dim in dims]
     static = all(isinstance(size, int) and size > 0 for size in sizes) and val.ndim > 1
     if not dims or not static or open_shape(x) is None or len(dims) == val.ndim:
         return None
-    return None if all(isinstance(size, int) for size in val.shape) and batch_dimension(x) in dims else dims
+    return None if includes_batch(x, dims) else dims
 
 
 def _count(node: Node, dims: Sequence[int]) -> int:

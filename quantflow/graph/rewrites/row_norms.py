@@ -11,7 +11,7 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from quantflow.graph.aten import argument, aten, node_argument, tensor_value, value
+from quantflow.graph.aten import argument, aten, is_half, node_argument, tensor_value, value
 from quantflow.graph.rewrites.reductions import reduced_dimensions, weighted_sum
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
 from quantflow.upstream.operators import OpOverload
@@ -41,7 +41,7 @@ def rms_norm(module: GraphModule, node: Node) -> Node | None:
 def vector_norm(module: GraphModule, node: Node) -> Node | None:
     """Write a Euclidean norm as the square root of a sum of squares."""
     dims = reduced_dimensions(node)
-    if dims is None or argument(node, "ord") != 2 or _is_half(node_argument(node)):
+    if dims is None or argument(node, "ord") != 2 or is_half(node_argument(node)):
         return None
     squares = call_before(node, aten.pow.Tensor_Scalar, node_argument(node), 2)
     return call_before(node, aten.sqrt.default, weighted_sum(module, node, dims, 1.0, squares))
@@ -51,18 +51,13 @@ def _rows(node: Node) -> Node | None:
     """The input of the norm ``node``, as rows that are normalized each; None if the norm can't be rewritten."""
     x = argument(node, "input")
     count = len(argument(node, "normalized_shape"))
-    if value(x) is None or _is_half(x) or not all(isinstance(size, int) for size in argument(node, "normalized_shape")):
+    if value(x) is None or is_half(x) or not all(isinstance(size, int) for size in argument(node, "normalized_shape")):
         return None
     sizes = open_shape(x)
     if sizes is None or not tensor_value(x).ndim > count or 0 in tensor_value(x).shape:
         return None
     lead, features = sizes[:-count], math.prod(argument(node, "normalized_shape"))
     return x if count == 1 else call_before(node, aten.reshape.default, x, [*lead, features])
-
-
-def _is_half(node: Node) -> bool:
-    """Whether ``node`` is in half precision, of which ATen computes statistics in float32."""
-    return tensor_value(node).dtype in (torch.float16, torch.bfloat16)
 
 
 def _mean(module: GraphModule, node: Node, rows: Node) -> Node:
