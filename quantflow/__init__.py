@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantflow.capture.export import export
     from quantflow.capture.exported import Exported
     from quantflow.conversion.convert import convert
+    from quantflow.data.call_sequence import CallSequence
     from quantflow.data.sample import Sample
     from quantflow.errors import QuantflowError, QuantflowWarning
     from quantflow.evaluation.figures import Verification
@@ -59,6 +60,7 @@ _HOMES = {
     "lowering.program": ("Program", "load"),
     "pipeline.quantize": ("quantize",),
     "pipeline.result": ("Result",),
+    "data.call_sequence": ("CallSequence",),
     "data.sample": ("Sample",),
     "ptq": ("RecoveryResult", "recover"),
     "reporting": ("report",),
@@ -71,6 +73,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Accuracy",
     "AccuracyControl",
+    "CallSequence",
     "Checkpoints",
     "CoreAten",
     "Diagnosis",

@@ -14,6 +14,7 @@ from quantflow.analysis.reference import converted_form, reference_graph
 from quantflow.data.batches import PickInputs, batches, count_of
 from quantflow.graph.parameters import device_of
 from quantflow.signature.signature import Signature
+from quantflow.simulation.stateful_calls import stateful_calls
 
 
 def diagnose(
@@ -69,6 +70,7 @@ def diagnose(
     device = device_of(reference)
     feed = itertools.islice(batches(data, float_graph, stage="diagnose", inputs=inputs, device=device), max_batches)
     signature = Signature.of_graph(float_graph)
-    for batch in tqdm(feed, desc="diagnose", total=total, unit="batch", disable=not progress, leave=False):
-        comparison.add(signature.flatten(batch.args, batch.kwargs, stage="diagnose"))
+    calls = stateful_calls(reference, feed, signature, stage="diagnose")
+    for flat in tqdm(calls, desc="diagnose", total=total, unit="batch", disable=not progress, leave=False):
+        comparison.add(flat)
     return comparison.diagnosis()

@@ -84,7 +84,7 @@ class Evaluator:
             return _classes(self.graph(*args, **kwargs))
 
     def _flat(self) -> Iterator[tuple[Flat, Any]]:
-        for args, kwargs, target in batches(self.data, self.graph, stage="accuracy-control", inputs=self.inputs):
+        for args, kwargs, target, _ in batches(self.data, self.graph, stage="accuracy-control", inputs=self.inputs):
             yield self.signature.flatten(args, kwargs, stage="accuracy-control"), target
 
     def _batch_of(self, program: Program) -> int | None:

@@ -27,7 +27,7 @@ from quantflow.graph.aten import (
     value,
 )
 from quantflow.graph.parameters import is_constant
-from quantflow.graph.state import overwritten, written_by
+from quantflow.graph.state import overwritten, state_reads, written_by
 from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.interpreter import Interpreter, Values, evaluate
 from quantflow.upstream.operators import packet_name
@@ -111,7 +111,7 @@ class LayerComparison:
         self.outputs = sum(y[0].numel() if y.ndim else 1 for y in returned)
         running = Values()  # the quantized network's own
         Interpreter(self.converted).outputs(flat, values=running, keep=True)
-        exact, local, floors = self._locally(floats, running)
+        exact, local, floors = self._locally(floats, running, flat)
         ranges = self._ranges(exact)
         for layer_output in self.layer_outputs:
             y = exact.get(layer_output.node)
@@ -129,14 +129,16 @@ class LayerComparison:
             if layer_output.grid is not None and layer_output.grid.scale is not None:
                 layer_output.sums.place(y, layer_output.grid.ends, layer_output.grid.scale)
 
-    def _locally(self, floats: Values, running: Values) -> tuple[Values, Values, Values]:
+    def _locally(self, floats: Values, running: Values, flat: Sequence[object]) -> tuple[Values, Values, Values]:
         """By node: its float value; its quantized value computed from float inputs; and its value from float inputs and weights
         rounded to as many levels over their extremes, before its own rounding.
         """
         exact, local, floors = Values(), Values(), Values()
+        states = state_reads(self.converted.graph)
+        exact |= zip(states, flat[len(flat) - len(states) :], strict=True)
         for node in self.converted.graph.nodes:
             if node.op == "get_attr":
-                exact[node] = local[node] = attribute(self.converted, node)
+                exact[node] = local[node] = exact[node] if node in exact else attribute(self.converted, node)
                 continue
             if node in self.constants or node.op in ("call_module", "output"):
                 exact[node] = local[node] = running.get(node)

@@ -13,7 +13,7 @@ from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
 from quantflow.observers.observation import is_converted, observers_of
-from quantflow.simulation.interpreter import Interpreter, Values, float_tensors, returned
+from quantflow.simulation.interpreter import Interpreter, Values, float_tensors
 from quantflow.simulation.output_gradients import random_signs
 
 
@@ -59,7 +59,7 @@ def reference_values(graph: GraphModule, flat: Sequence[object]) -> tuple[Values
     with torch.enable_grad():
         for node, _ in Interpreter(graph, gradients=True).run(flat, values=values, keep=True):
             if node.op == "output":
-                returned_floats = float_tensors(returned(node, values))
+                returned_floats = float_tensors(values[node])
             elif node.op != "get_attr" and isinstance(values[node], torch.Tensor) and values[node].requires_grad:
                 # A new tensor: an operator that returns its input would give two nodes one gradient.
                 values[node] = values[node].view_as(values[node])

@@ -23,6 +23,7 @@ from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import affine, observers_of, watching
 from quantflow.observers.synchronization import begin_together, check_synchronizable, synchronize
 from quantflow.signature.signature import Signature
+from quantflow.simulation.stateful_calls import state_of
 
 G = TypeVar("G", bound=GraphModule)
 _SETTLED = 0.01  # relative growth of a range below which it counts as converged
@@ -41,8 +42,8 @@ def calibrate(
 ) -> G:
     """Run ``data`` through the prepared ``graph`` in inference mode, without gradients, and let its observers record ranges.
 
-    State that the graph writes (a counter, a cache) goes on from batch to batch, and is given back as it was at the end; inputs
-    that it writes are copied first.
+    State that the graph writes (a counter, a cache) goes on from batch to batch, begins anew with each
+    :class:`quantflow.CallSequence`, and is given back as it was at the end; inputs that it writes are copied first.
 
     Under ``torchrun`` each process takes its own share of the data, of any number of batches; at the end all hold the same
     statistics, with the extremes of all data to the bit. A process that fails, is killed or hangs ends the others in an
@@ -93,6 +94,9 @@ def calibrate(
         with _calibrating(graph), state_kept(graph), torch.no_grad():
             begin_together(graph, peers)
             for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
+                if sample is not None:
+                    flat = signature.flatten(batch.args, batch.kwargs, stage="calibrate")
+                    sample.add((*flat, *state_of(graph)), signature)
                 try:
                     args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
                     graph(*args, **kwargs)
@@ -102,8 +106,6 @@ def calibrate(
                     reason = f"the graph does not run on it: {type(error).__name__}: {str(error)[:400]}"
                     remedy = "check what the batch holds (token numbers beyond the vocabulary, for one)"
                     raise QuantflowError("calibrate", reason, node=f"batch {seen}", remedy=remedy) from error
-                if sample is not None:
-                    sample.add(signature.flatten(batch.args, batch.kwargs, stage="calibrate"), signature)
                 seen += 1
                 if converged():
                     break

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import GraphModule
 
+from quantflow.data.call_sequence import CallSequence
 from quantflow.errors import QuantflowError
+from quantflow.graph.own_state import OwnState
 from quantflow.signature.signature import Signature
 from quantflow.upstream import pytree
 
@@ -18,11 +20,14 @@ PickInputs = Callable[[Any], Any]
 
 
 class Batch(NamedTuple):
-    """One batch: the positional and keyword inputs of the model, and the target if there is one."""
+    """One batch: the positional and keyword inputs of the model, the target if there is one, and whether it is the first of a
+    :class:`CallSequence`.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     target: Any
+    begins: bool = False
 
 
 def batches(
@@ -35,8 +40,10 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of ``data``, checked against the signature of ``graph`` and moved to ``device``.
 
+    Before the first batch of a :class:`CallSequence`, the state of ``graph`` becomes what it was at first.
+
     Args:
-        data: An iterable of batches: a tensor, a tuple or dict of inputs, or ``(inputs, target)``.
+        data: An iterable of batches: a tensor, a tuple or dict of inputs, ``(inputs, target)``, or a sequence of these.
         graph: The captured graph that receives the inputs.
         stage: The stage to name in errors.
         inputs: Extracts the inputs of a batch if its structure is ambiguous.
@@ -45,13 +52,15 @@ def batches(
     Raises:
         QuantflowError: at ``stage``, naming the batch that does not fit the graph.
     """
-    signature = Signature.of_graph(graph)
+    signature, first = Signature.of_graph(graph), OwnState(graph)
     for index, batch in enumerate(taken_apart(data, signature, stage=stage, inputs=inputs)):
         try:
             signature.flatten(batch.args, batch.kwargs, stage=stage)
         except QuantflowError as error:
             where = f"batch {index}" + (f", input {error.node}" if error.node else "")
             raise QuantflowError(stage, error.reason, node=where, remedy=error.remedy) from None
+        if batch.begins:
+            first.put_back()
         if device is not None:
             batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
         yield batch
@@ -69,6 +78,8 @@ def count_of(data: Iterable[object], most: int | None = None, *, stage: str) -> 
         )
     try:
         count = len(cast(Sized, data))
+        if isinstance(data, (list, tuple)):
+            count = sum(len(item) if isinstance(item, CallSequence) else 1 for item in data)
     except TypeError:  # len of a DataLoader over an IterableDataset without a length raises
         return most
     return count if most is None else min(most, count)
@@ -81,8 +92,12 @@ def taken_apart(
     if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
         remedy = "pass a DataLoader or a list of batches, as [x]"
         raise QuantflowError(stage, f"{type(data).__name__} is no iterable of batches", node="data", remedy=remedy)
-    for index, raw in enumerate(data):
-        yield _take_apart(raw, signature, inputs, stage, index)
+    index = 0
+    for item in data:
+        for place, raw in enumerate(item if isinstance(item, CallSequence) else (item,)):
+            begins = isinstance(item, CallSequence) and not place
+            yield _take_apart(raw, signature, inputs, stage, index)._replace(begins=begins)
+            index += 1
 
 
 def _take_apart(raw: Any, signature: Signature, inputs: PickInputs | None, stage: str, index: int) -> Batch:

@@ -13,7 +13,7 @@ from quantflow.errors import QuantflowError
 from quantflow.observers.sampled import drawn_together
 from quantflow.signature.signature import DynamicDim, Signature
 
-Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph
+Inputs = tuple[Any, ...]  # the flat inputs of one call of a graph, and the state before it if the graph keeps any
 
 _BATCH = 8  # bounds the memory of a backward pass
 
@@ -51,10 +51,11 @@ class Sample:
         """Draw from a batch.
 
         Args:
-            flat: The flat inputs of one call of a graph.
+            flat: The flat inputs of one call of a graph and, if it keeps state, the state before the call.
             signature: The signature of that graph, which says which inputs have a batch dimension.
         """
-        self._cut = cut_inputs(signature)
+        cut = cut_inputs(signature)
+        self._cut = [*cut, *[False] * (len(flat) - len(cut))]
         paired = list(zip(flat, self._cut, strict=True))
         for place, example in self._draw(next((t.shape[0] for t, by_example in paired if by_example), 1)):
             columns = enumerate(paired)
@@ -147,7 +148,7 @@ class Sample:
             most: The most examples to take; None for all.
 
         Returns:
-            The batches; each is a tuple of the flat inputs of one call.
+            The batches; each is a tuple of the flat inputs of one call, and of the state before it if the graph keeps any.
         """
         order = torch.randperm(len(self._kept), generator=torch.Generator().manual_seed(0)).tolist()
         alike: dict[tuple, list[Inputs]] = {}

@@ -56,6 +56,7 @@ class Stage:
         bytes: Size of the file, or of parameters and buffers; None for a prepared graph, which is not deployed.
         contents: The contents of a ``.pte`` file.
         module: The module that runs, if the stage is one.
+        reset: Lets the next call of ``run`` begin in the first state; None where the state is that of ``module``.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage:
     bytes: int | None
     contents: pte.Contents | None = None
     module: nn.Module | None = None
+    reset: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, name: str, subject: object) -> Stage:
@@ -105,7 +107,8 @@ class Stage:
                 return program(*pytree.tree_leaves((args, kwargs)))
             return program(*args, **kwargs)
 
-        return cls(name, PTE, run, program.signature, len(program.buffer), pte.read(program.buffer))
+        contents = pte.read(program.buffer)
+        return cls(name, PTE, run, program.signature, len(program.buffer), contents, reset=program.reset)
 
     @classmethod
     def _of_graph(cls, name: str, graph: GraphModule) -> Stage:
@@ -130,7 +133,7 @@ class Stage:
                 simulation.append(Simulation(graph))
             return signature.unflatten(simulation[0](*signature.flatten(args, kwargs, stage="verify")))
 
-        return cls(name, kind, run, signature, None, module=graph)
+        return cls(name, kind, run, signature, None, module=graph, reset=simulation.clear)
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the stage on any number of rows, without gradients, on its device.

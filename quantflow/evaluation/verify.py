@@ -44,7 +44,8 @@ def verify(
         stages: By name: an ``nn.Module`` (eager, captured, prepared or converted, by any tool), an ``Exported``, a
             ``CoreAten``, a ``torch.export.ExportedProgram``, a ``Program``, or the path of a ``.pte`` from anywhere, which is
             first run in a process of its own.
-        data: Batches, as for :func:`quantflow.calibrate`, on CPU or where the stages are.
+        data: Batches, as for :func:`quantflow.calibrate`, on CPU or where the stages are. State goes on from batch to batch and
+            begins anew, in each stage, with each :class:`quantflow.CallSequence`.
         metric: ``metric(outputs, targets)`` of all outputs, in the model's own structure, and all targets (both
             concatenated, and kept for it until the end); by default top-1 accuracy of each output, where there are targets.
         inputs: Picks the inputs out of a batch, where that is ambiguous.
@@ -84,11 +85,14 @@ def verify(
         for stage in running:
             modes.enter_context(stage.mode())
         states = _states(running)
+        begins = [_to_first_state(stage) for stage in running]
         feed = itertools.islice(_batches(data, running, inputs), max_batches)
         for batch in tqdm(feed, desc="verify", total=total, unit="batch", disable=not progress, leave=False):
             found = []
-            for stage, state in zip(running, states, strict=True):
+            for stage, state, begin in zip(running, states, begins, strict=True):
                 with state():
+                    if batch.begins:
+                        begin()
                     found.append(_copied(stage(batch.args, batch.kwargs)))
             target = _copied(batch.target)
             for index, (stage, output) in enumerate(zip(running, found, strict=True)):
@@ -147,6 +151,14 @@ def _states(stages: list[Stage]) -> list[Callable[[], contextlib.AbstractContext
         state.present if state is not None and any(map(state.shares, theirs)) else contextlib.nullcontext
         for state, theirs in zip(states, others, strict=True)
     ]
+
+
+def _to_first_state(stage: Stage) -> Callable[[], None]:
+    """A function that gives ``stage`` the state that it has now."""
+    if stage.reset is not None:
+        return stage.reset
+    assert stage.module is not None
+    return OwnState(stage.module).put_back
 
 
 def _copied(tree: Any) -> Any:

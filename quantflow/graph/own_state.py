@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from quantflow.graph.state import is_written
+from quantflow.graph.state import state_reads
 from quantflow.upstream.modules import own_buffers, own_parameters
 
 
@@ -23,7 +23,7 @@ class OwnState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         graph = module.graph if isinstance(module, GraphModule) else None
-        read = None if graph is None else {str(n.target) for n in graph.find_nodes(op="get_attr") if is_written(n)}
+        read = None if graph is None else {str(n.target) for n in state_reads(graph)}
         self._held: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
         for path, owner in module.named_modules(remove_duplicate=False):
             for store in (own_buffers(owner),) if read is None else (own_buffers(owner), own_parameters(owner)):
@@ -69,10 +69,10 @@ class OwnState:
 
 
 @contextlib.contextmanager
-def state_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the state of ``module`` at the end of the context."""
+def state_kept(module: nn.Module) -> Iterator[OwnState]:
+    """Restore the state of ``module`` at the end of the context, which yields it."""
     kept = OwnState(module)
     try:
-        yield
+        yield kept
     finally:
         kept.put_back()

@@ -84,6 +84,11 @@ def is_written(read: Node) -> bool:
     return any(read in all_written_by(user) for user in read.users) or any(map(is_written, _names(read)))
 
 
+def state_reads(graph: Graph) -> list[Node]:
+    """Return the ``get_attr`` nodes of the state that ``graph`` writes, in the order of its names."""
+    return sorted((n for n in graph.find_nodes(op="get_attr") if is_written(n)), key=lambda read: str(read.target))
+
+
 def writes_for_others(node: Node) -> bool:
     """Whether another node, the caller or the next call may see an in-place write of ``node``."""
     return any(map(_is_seen, all_written_by(node)))

@@ -89,6 +89,12 @@ class Program:
         """
         _ = self._forward
 
+    def reset(self) -> None:
+        """Let the next call begin in the first state: what the network writes (a cache, for one) is as it was lowered."""
+        # The methods that a loaded program gives share its memory.
+        for loaded in ("_forward", "_program"):
+            self.__dict__.pop(loaded, None)
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of its methods, without the one that carries the signature."""
@@ -97,7 +103,8 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward`` on the runtime.
 
-        Inputs that the model writes to are changed as the model changes them. State goes on from call to call.
+        Inputs that the model writes to are changed as the model changes them. State goes on from call to call, until
+        :meth:`reset`.
 
         Args:
             args: Positional inputs, of the dtypes and shapes of the signature.

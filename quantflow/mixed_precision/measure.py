@@ -28,6 +28,7 @@ from quantflow.preparation.prepare import prepare
 from quantflow.signature.signature import Signature
 from quantflow.simulation.partial import PartialNetwork
 from quantflow.simulation.preconditions import draw
+from quantflow.simulation.stateful_calls import stateful_calls
 
 _BATCHES = 4  # batches of at most 8 examples to measure noise on
 _FEW = 16  # examples to calibrate programs whose accuracy does not matter
@@ -55,8 +56,9 @@ class Subject:
     def few(self) -> Sample:
         """A sample of examples of the first batch."""
         sample, signature = Sample(_FEW), Signature.of_graph(self.graph)
-        for batch in itertools.islice(batches(self.data, self.graph, stage="search", inputs=self.inputs), 1):
-            sample.add(signature.flatten(batch.args, batch.kwargs, stage="search"), signature)
+        feed = itertools.islice(batches(self.data, self.graph, stage="search", inputs=self.inputs), 1)
+        for flat in stateful_calls(self.graph, feed, signature, stage="search"):
+            sample.add(flat, signature)
         return sample
 
     def program(self, quantizer: Any) -> Program:
@@ -69,9 +71,10 @@ class Subject:
         converted = self.graph
         if quantizer.plan(self.graph).integer:
             prepared = prepare(self.graph, quantizer)
+            signature = Signature.of_graph(prepared)
             with torch.no_grad():
                 for flat in draw(prepared, self.few, stage="search"):
-                    args, kwargs = Signature.of_graph(prepared).call(flat)
+                    args, kwargs = signature.call(flat[: len(signature.inputs)])
                     prepared(*args, **kwargs)
             converted = convert(prepared)
         return straight_to_edge(export(converted, self.args, self.kwargs).program, self.delegate).to_executorch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ _SQNR = 40.0  # dB: float outputs differ by the order of sums
 
 def examples_of(batch: tuple, cut: Sequence[bool]) -> int:
     """The number of examples in the flat inputs ``batch``; 1 if no input is ``cut`` by example."""
-    return next((int(given.shape[0]) for given, by_example in zip(batch, cut, strict=True) if by_example), 1)
+    return next((int(given.shape[0]) for given, by_example in zip(batch, cut, strict=False) if by_example), 1)
 
 
 def examples_interact(graph: GraphModule, batch: tuple, cut: Sequence[bool]) -> bool:
@@ -34,7 +35,8 @@ def examples_interact(graph: GraphModule, batch: tuple, cut: Sequence[bool]) -> 
         return False
 
     def rows(start: int, end: int) -> tuple[object, ...]:
-        return tuple(given[start:end] if by_example else given for given, by_example in zip(batch, cut, strict=True))
+        paired = itertools.zip_longest(batch, cut)  # behind the inputs, the state
+        return tuple(given[start:end] if by_example else given for given, by_example in paired)
 
     try:
         together, *alone = outputs(graph, [batch, rows(0, 1), rows(1, size)], integers=False)

@@ -10,13 +10,14 @@ from torch.fx import GraphModule
 
 from quantflow.data.batches import PickInputs
 from quantflow.data.sample import Inputs, Sample, cut_inputs
-from quantflow.graph.state import is_written
+from quantflow.graph.state import state_reads
 from quantflow.metrics import signal_to_noise
 from quantflow.ptq.batch_interaction import examples_interact, examples_of
 from quantflow.signature.signature import Signature
 from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.network import outputs
 from quantflow.simulation.preconditions import draw
+from quantflow.simulation.stateful_calls import holds_state, state_of
 
 
 class HeldOut:
@@ -37,28 +38,33 @@ class HeldOut:
         self.fit = drawn if alone else [b for i, b in enumerate(drawn) if i % every != every - 1]
         self._batches = drawn if alone else drawn[every - 1 :: every]
         self.reference = outputs(with_float_weights(graph), self._batches, integers=False)
+        states = state_of(graph) if holds_state(graph, drawn[0]) else ()
+        self._states = sum(state.is_floating_point() for state in states)
 
     def sqnr(self, graph: GraphModule, *, integers: bool = True) -> float:
         """Return the signal to noise of the outputs of the integer network of ``graph`` (or of its float network), dB: the mean
-        over outputs.
+        over outputs or, where it is lower, over the changes of the state.
         """
         found = outputs(graph, self._batches, integers=integers)
         ratios = []
         for theirs, ours in zip(zip(*self.reference, strict=True), zip(*found, strict=True), strict=True):
             flat = (torch.cat([t.flatten() for t in given]) for given in (theirs, ours))
             ratios.append(signal_to_noise(*flat))
-        finite = [ratio for ratio in ratios if math.isfinite(ratio)]
-        return sum(finite) / len(finite) if finite else math.inf
+        returned = len(ratios) - self._states
+        return min(_mean_of_finite(ratios[:returned]), _mean_of_finite(ratios[returned:]))
 
 
-def why_not_sampled(graph: GraphModule, drawn: Sequence[Inputs] | None = None) -> str | None:
-    """Return why a sample of examples says nothing of ``graph``: it keeps state or, if ``drawn`` is given, its examples act on
-    each other; else None.
+def _mean_of_finite(ratios: Sequence[float]) -> float:
+    finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
+def why_not_sampled(graph: GraphModule, drawn: Sequence[Inputs]) -> str | None:
+    """Return why the sample ``drawn`` says nothing of ``graph``: it was drawn without the state that the graph keeps, or its
+    examples act on each other; else None.
     """
-    if any(is_written(node) for node in graph.graph.find_nodes(op="get_attr")):
-        return "it keeps state"
-    if drawn is None:
-        return None
+    if state_reads(graph.graph) and not holds_state(graph, drawn[0]):
+        return "it keeps state, which the sample does not hold"
     cut = cut_inputs(Signature.of_graph(graph))
     most = max(drawn, key=lambda batch: examples_of(batch, cut))
     interact = examples_interact(with_float_weights(graph), most, cut)
@@ -71,7 +77,5 @@ def held_out_sqnr(
     """Return the signal to noise of the outputs of a prepared ``graph`` on the examples of ``data`` that recovery holds out,
     dB. It is not a number where a sample says nothing of the graph.
     """
-    if why_not_sampled(graph):
-        return math.nan
     drawn = draw(graph, data, stage=stage, inputs=inputs)
     return math.nan if why_not_sampled(graph, drawn) else HeldOut(graph, drawn).sqnr(graph)

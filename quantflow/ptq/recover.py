@@ -107,9 +107,9 @@ def recover(
     is tried where it lowers the predicted rounding noise, is what the later steps build on: it is kept where the float network
     stays, and dropped with them if all together do not improve the outputs.
 
-    Two kinds of graph stay as calibrated: one that keeps state, since a sample of calls says nothing of the state over many
-    calls, and one in which the examples of a batch act on each other, since the batches of a sample hold other examples
-    together.
+    A graph that keeps state is recovered on single calls, each from the state that the float network had before it in
+    ``data``; what is measured then is the outputs and the change of the state. A graph in which the examples of a batch act on
+    each other stays as calibrated, since the batches of a sample hold other examples together.
 
     Args:
         graph: A prepared and calibrated graph, by :func:`quantflow.prepare` or stock ``prepare_pt2e``; it is left as it was. Of
@@ -148,8 +148,6 @@ def recover(
         remember_teacher(unchanged)
         return RecoveryResult(unchanged, (Step(f"as calibrated, since {reason}", math.nan, kept=True),))
 
-    if reason := why_not_sampled(current):
-        return as_calibrated(reason)
     drawn = draw(current, data, stage="recover", inputs=inputs)
     if reason := why_not_sampled(current, drawn):
         return as_calibrated(reason)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.graph.aten import op
-from quantflow.graph.state import aliased_by, is_written, writes_for_others
+from quantflow.graph.state import aliased_by, is_written, overwritten, state_reads, writes_for_others
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute, float_weight, given_input
@@ -63,25 +63,35 @@ class Interpreter:
     ) -> Iterator[tuple[Node, Values]]:
         """Compute each node in turn, and yield it with the values that are alive, its own among them.
 
-        The caller may replace the value of a node when it is yielded. ``output`` comes last and has no value.
+        The caller may replace the value of a node when it is yielded. ``output`` comes last. Its value is the flat list of what
+        the graph returns and, where the batch holds the state, of how each state changes.
 
         Args:
-            inputs: The flat inputs of one batch.
+            inputs: The flat inputs of one batch, with or without the state before the call behind them, as in a
+                :class:`quantflow.Sample`. Without it, the call begins in the state that the graph has.
             nodes: What to compute; by default the whole graph.
             values: Where the values are held, with those that ``nodes`` read from before them.
             known: Values that need not be computed.
             keep: Hold all values; otherwise a value is dropped behind its last reader.
         """
-        values, feed = {} if values is None else values, iter(inputs)
+        values, given = {} if values is None else values, list(inputs)
+        before = dict(zip(self._states, given[self._inputs :], strict=False))
+        feed = iter(given[: self._inputs])
         lookup = known if callable(known) else lambda node, _: (known or {}).get(node, UNKNOWN)
         for node in self.graph.graph.nodes if nodes is None else nodes:
-            if node.op != "output":
+            if node.op == "output":
+                changes = [now - before[n] if (now := values[n]).is_floating_point() else now for n in before]
+                values[node] = returned(node, values) + changes
+            elif node in before:
+                values[node] = self._given(node, before[node])
+            else:
                 held = lookup(node, values)
                 values[node] = self.value(node, values, feed) if held is UNKNOWN else held
             yield node, values
             if not keep:
                 for read in self._last_reads.get(node, ()):
-                    values.pop(read, None)
+                    if read not in before:
+                        values.pop(read, None)
 
     def outputs(
         self,
@@ -91,11 +101,11 @@ class Interpreter:
         known: Known | None = None,
         keep: bool = False,
     ) -> list[Any]:
-        """What the graph returns for one batch, flat; the arguments are those of :meth:`run`."""
+        """The value of the output for one batch; the arguments are those of :meth:`run`."""
         result: list[Any] = []
         for node, alive in self.run(inputs, values=values, known=known, keep=keep):
             if node.op == "output":
-                result = returned(node, alive)
+                result = alive[node]
         return result
 
     def value(self, node: Node, values: Values, inputs: Iterator[Any] = iter(())) -> Any:  # noqa: B008  it is empty
@@ -107,13 +117,14 @@ class Interpreter:
             inputs: The flat inputs that are left; a placeholder takes the next one.
         """
         if node.op == "placeholder":
-            x = next(inputs)
-            if self.gradients and isinstance(x, torch.Tensor) and x.is_floating_point():
-                x = x.detach().clone().requires_grad_()  # a leaf can't be written: given_input copies it
-            return given_input(node, x)
+            return self._given(node, next(inputs))
         if node.op == "get_attr":
             now = attribute(self.graph, node)
             return float_weight(node, now) if self.float_weights else now
+        if self.gradients and aliased_by(node) is None:
+            # A later write would change what autograd saves for the backward pass.
+            copies = {n: values[n].clone() for n in node.all_input_nodes if n in self._overwritten}
+            values = values | copies if copies else values
         if node.op == "call_function":
             x = evaluate(node, values)
             return _with_gradient(node, x) if self.gradients else x
@@ -122,6 +133,23 @@ class Interpreter:
         if observer is None:
             return self.graph.get_submodule(str(node.target))(*args)
         return fake_quantized(observer, args[0], node.users) if self._quantizes(node) else args[0]
+
+    def _given(self, node: Node, x: Any) -> Any:
+        if self.gradients and isinstance(x, torch.Tensor) and x.is_floating_point():
+            x = x.detach().clone().requires_grad_()  # a leaf can't be written: given_input copies it
+        return given_input(node, x)
+
+    @functools.cached_property
+    def _inputs(self) -> int:
+        return len(self.graph.graph.find_nodes(op="placeholder"))
+
+    @functools.cached_property
+    def _states(self) -> list[Node]:
+        return state_reads(self.graph.graph)
+
+    @functools.cached_property
+    def _overwritten(self) -> frozenset[Node]:
+        return overwritten(self.graph.graph)
 
     def _quantizes(self, node: Node) -> bool:
         return self._quantize if isinstance(self._quantize, bool) else node in self._quantize

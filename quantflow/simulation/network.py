@@ -10,30 +10,36 @@ from torch.fx import GraphModule, Node
 
 from quantflow.conversion.biases import as_converted
 from quantflow.graph.parameters import is_constant, tensor_of
-from quantflow.graph.state import is_written
+from quantflow.graph.state import state_reads
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.fake_quantized import fake_quantized
 from quantflow.simulation.float_weights import attribute
-from quantflow.simulation.interpreter import Interpreter, float_tensors
+from quantflow.simulation.interpreter import Interpreter, Values, float_tensors
 
 
 class Simulation:
     """``graph`` in float, or with what its observers quantize quantized; callable on the flat inputs of a batch.
 
     Observers learn nothing from a call. State is the simulation's own, and goes on from call to call. A call returns all that
-    the graph returns, flat.
+    the graph returns, flat, and how each state changes where the batch holds the state before the call.
     """
 
     @torch.no_grad()
     def __init__(self, graph: GraphModule, *, integers: bool = True) -> None:
         self.interpreter, nodes = Interpreter(graph, quantize=bool(integers)), graph.graph.nodes
-        self.known = {node: attribute(graph, node) for node in nodes if node.op == "get_attr" and is_written(node)}
+        self.known: Values = {}
+        self.reset()
         if integers:
             for node in nodes:
                 observer = observer_of(node, graph)
                 if observer is not None and is_constant(node.args[0]):
                     self.known[node] = fake_quantized(observer, tensor_of(graph, node.args[0]))
             self.known |= as_converted(graph)
+
+    def reset(self) -> None:
+        """Let the next call begin in the state that the graph has."""
+        graph = self.interpreter.graph
+        self.known |= {node: attribute(graph, node) for node in state_reads(graph.graph)}
 
     @torch.no_grad()
     def __call__(self, *batch: object) -> list[Any]:

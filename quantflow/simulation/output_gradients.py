@@ -18,7 +18,7 @@ from tqdm import tqdm
 from quantflow.data.sample import Inputs
 from quantflow.observers.observation import affine, observer_of
 from quantflow.simulation.fake_quantized import is_affine
-from quantflow.simulation.interpreter import Interpreter, float_tensors, returned
+from quantflow.simulation.interpreter import Interpreter, float_tensors
 from quantflow.simulation.quantized_layers import Layer, quantized_layers
 
 BINS = 1024
@@ -133,7 +133,7 @@ def _one_batch(
     with torch.enable_grad():
         for node, values in Interpreter(graph, float_weights=True, gradients=True).run(batch):
             if node.op == "output":
-                returned_floats = float_tensors(returned(node, values))
+                returned_floats = float_tensors(values[node])
                 break
             x, observer = values[node], observer_of(node, graph)
             if isinstance(x, torch.Tensor) and x.requires_grad and (node in layers or observer is not None):
@@ -150,9 +150,13 @@ def _one_batch(
 
 
 def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Random signs for a gradient of the output ``y``, of which every output gets its share whatever its unit."""
+    """Random signs for a gradient of the output ``y``, of which every output gets its share whatever its unit.
+
+    The unit is the root mean square of what is not zero: of a cache, most values do not change.
+    """
     signs = torch.randint(0, 2, y.shape, generator=random).to(y) * 2 - 1
-    return signs / y.detach().square().mean().sqrt().clamp(min=1e-12)
+    power = y.detach().square()
+    return signs / (power.sum() / power.count_nonzero().clamp(min=1)).sqrt().clamp(min=1e-12)
 
 
 def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: OutputGradients) -> None:

@@ -12,6 +12,7 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.parameters import device_of
 from quantflow.observers.observation import has_seen_data, is_fake_quantizer, observers_of
 from quantflow.signature.signature import Signature
+from quantflow.simulation.stateful_calls import stateful_calls
 
 
 def check_float(graph: object, stage: str) -> None:
@@ -50,9 +51,9 @@ def draw(
     sample = data if isinstance(data, Sample) else Sample()
     if not isinstance(data, Sample):
         signature = Signature.of_graph(graph)
-        device = device_of(graph)
-        for batch in batches(data, graph, stage=stage, inputs=inputs, device=device):
-            sample.add(signature.flatten(batch.args, batch.kwargs, stage=stage), signature)
+        feed = batches(data, graph, stage=stage, inputs=inputs, device=device_of(graph))
+        for flat in stateful_calls(graph, feed, signature, stage=stage):
+            sample.add(flat, signature)
     if not len(sample):
         remedy = "pass at least one batch; a Sample is filled by qf.calibrate(graph, data, sample=sample)"
         raise QuantflowError(stage, "there is no data", node="data", remedy=remedy)
