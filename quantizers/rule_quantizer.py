@@ -17,6 +17,7 @@ from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
+from quantflow.graph.half_precision import compute_in_float32
 from quantflow.graph.rewrites import Rewrite, rewrite
 from quantflow.upstream.annotations import mark_annotated
 from quantflow.upstream.operators import OpOverload
@@ -145,6 +146,7 @@ class RuleQuantizer(Quantizer):
             raise QuantflowError("plan", f"{type(graph).__name__} is no captured graph", node="graph", remedy=remedy)
         copied = GraphModule(graph, copy.deepcopy(graph.graph))  # shares the parameters
         drop_dead_code(copied.graph, trains=qat)
+        compute_in_float32(copied)
         flatten_before_linear(copied)
         fold_constants(copied)
         if not qat:

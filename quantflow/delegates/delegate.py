@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import GraphModule
 
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
+from quantflow.errors import QuantflowWarning
 from quantflow.graph.constant_folding import fold_constants
+from quantflow.graph.half_precision import compute_in_float32
 from quantflow.graph.regions import inline_for_inference
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
@@ -22,6 +26,7 @@ class Delegate:
     """A backend given by partitioners that claim edge nodes for it. The base class holds any executorch partitioners."""
 
     centers_norms = False
+    lacks: frozenset[torch.dtype] = frozenset()  # the dtypes of half precision in which the backend has no kernels
 
     def __init__(self, partitioners: Sequence[Partitioner] = ()) -> None:
         self._partitioners = list(partitioners)
@@ -45,11 +50,21 @@ class Delegate:
     def rewrite_for_lowering(self, graph: GraphModule) -> None:
         """Inline regions, fold constants, :meth:`rewrite` ``graph``, and center norms if this delegate does."""
         inline_for_inference(graph)
+        self._compute_in_float32(graph)
         fold_constants(graph)
         self.rewrite(graph)
         fold_constants(graph)
         if self.centers_norms:
             rewrite(graph, CENTERED_NORM_REWRITES)
+
+    def _compute_in_float32(self, graph: GraphModule) -> None:
+        if half := compute_in_float32(graph, self.lacks):
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+            reason, remedy = (
+                f"{names} has no kernels here, and becomes float32",
+                "none, or float16 where the backend has it",
+            )
+            warnings.warn(QuantflowWarning("edge", reason, node="graph", remedy=remedy), stacklevel=2)
 
     def centering_norms(self) -> Delegate:
         """A copy of the delegate that subtracts the mean before each layer norm."""

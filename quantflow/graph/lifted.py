@@ -167,7 +167,7 @@ def _declared(name: str, tensor: torch.Tensor, known: InputSpec | None) -> Input
 def _give_value(node: Node, tensor: torch.Tensor, inputs: Iterable[Node | str]) -> None:
     """Set the fake tensor of new state, whose ``get_attr`` may have none."""
     val = node.meta.get("val")
-    if val is not None and val.shape == tensor.shape:
+    if val is not None and val.shape == tensor.shape and val.dtype == tensor.dtype:
         return
     mode = detect_fake_mode([n.meta.get("val") for n in inputs if isinstance(n, Node)])
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode is not None else tensor

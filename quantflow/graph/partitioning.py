@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Set
 
 from torch.fx import Graph, Node
@@ -25,7 +26,21 @@ def delegate_calls(
         stage = max((found[given] for given in node.all_input_nodes), default=0)
         # Stages are even inside the delegate and odd outside.
         found[node] = stage + (stage % 2 == (node in delegated)) if node.op == "call_function" else stage
+    _delay(found, delegated)
     for node in reversed(graph.nodes):
         if node in delegated and copied(node):
             found[node] = min((found[user] for user in node.users if user in delegated), default=found[node])
     return found
+
+
+def _delay(found: dict[Node, int], delegated: Set[Node]) -> None:
+    """Move the nodes of a stage to the next stage of the delegate, if no other kernel before that one reads them."""
+    by_stage: dict[int, list[Node]] = {}
+    for node, stage in found.items():
+        if node in delegated and node.op == "call_function":
+            by_stage.setdefault(stage, []).append(node)
+    for stage, following in itertools.pairwise(sorted(by_stage)):
+        readers = [user for node in by_stage[stage] for user in node.users if user.op == "call_function"]
+        if all(found[user] > following for user in readers if user not in delegated):
+            found.update(dict.fromkeys(by_stage[stage], following))
+            by_stage[following] += by_stage[stage]

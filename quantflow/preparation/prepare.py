@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from quantflow.capture.exported import Exported
-from quantflow.errors import QuantflowError
+from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import argument, label
 from quantflow.graph.batch_norm import NormedLayer, norm_as_convolution, normed_layers
 from quantflow.graph.constant_folding import fold_constants
@@ -20,6 +21,7 @@ from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.half_precision import compute_in_float32
 from quantflow.graph.parameters import drop_unused, is_constant, tensor_of
 from quantflow.lowering.core_aten import CoreAten
 from quantflow.observers import Observer
@@ -39,9 +41,10 @@ def prepare(
 ) -> TrainableGraphModule:
     """Annotate ``graph`` with ``quantizer`` and insert the observers or fake quantizers that the annotations ask for.
 
-    For PTQ, constants are folded, batch norm is folded into the layer before it, and observers are inserted; calibrate the
-    result. For QAT, batch norm stays, fused with the weights' fake quantization, weights that a layer computes stay computed,
-    and fake quantizers are inserted; train the result. Both end in :func:`quantflow.convert`.
+    Half precision becomes float32, which integers need beside them. For PTQ, constants are folded, batch norm is folded into
+    the layer before it, and observers are inserted; calibrate the result. For QAT, batch norm stays, fused with the weights'
+    fake quantization, weights that a layer computes stay computed, and fake quantizers are inserted; train the result. Both
+    end in :func:`quantflow.convert`.
 
     Args:
         graph: What ``Exported.module()`` returned, or any pre-dispatch ATen ``GraphModule``. It is left as it was.
@@ -73,6 +76,7 @@ def prepare(
     training = graph.training
     prepared = adopt(graph).eval()
     drop_dead_code(prepared.graph, trains=qat)
+    _compute_in_float32(prepared)
     if qat:
         flatten_before_linear(prepared)
     else:
@@ -105,6 +109,14 @@ def prepare(
     drop_uncalled_observers(prepared)
     prepared.recompile()
     return prepared.train(training and qat)
+
+
+def _compute_in_float32(prepared: GraphModule) -> None:
+    if half := compute_in_float32(prepared):
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        reason = f"the graph computes in {names}; what stays in float computes in float32, as integers need beside them"
+        remedy = "nothing: inputs and outputs keep their dtype"
+        warnings.warn(QuantflowWarning("prepare", reason, node="graph", remedy=remedy), stacklevel=3)
 
 
 def observe_constants(module: GraphModule) -> None:

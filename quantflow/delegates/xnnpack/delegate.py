@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import GraphModule
 
 from quantflow.delegates.delegate import Delegate
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 class Xnnpack(Delegate):
     """The delegate for XNNPACK, which runs operators in float, static int8 or dynamic int8."""
+
+    lacks = frozenset({torch.bfloat16})
 
     def partitioners(self, refused: frozenset[str] = frozenset()) -> list[Partitioner]:
         """Return the partitioner, which leaves out the edge nodes named in ``refused``."""
