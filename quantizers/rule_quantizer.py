@@ -13,12 +13,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 
 from quantflow.errors import QuantflowError
 from quantflow.graph.aten import argument
-from quantflow.graph.batch_norm import norm_as_convolution
+from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.half_precision import compute_in_float32
 from quantflow.graph.rewrites import Rewrite, rewrite
+from quantflow.graph.rewrites.rewriting import Replacement
 from quantflow.upstream.annotations import mark_annotated
 from quantflow.upstream.operators import OpOverload
 from quantizers.annotation_edges import Edges, quantized_edges
@@ -47,6 +48,7 @@ class RuleQuantizer(Quantizer):
     Attributes:
         rules: The table of rules; a subclass sets it.
         rewrites: Rewrites of operators that the backend lacks, exact in float; they are done before the rules apply.
+        dynamic_rewrites: Further rewrites, of nodes that are asked for with dynamic activations.
         float_kernels: The float operators of the backend; with None, plans do not tell delegate calls.
         precisions: The schemes that :func:`quantflow.search` chooses from, by name.
         dynamic: The scheme with dynamic activations that linear layers fall back to; None where the backend has none.
@@ -69,6 +71,7 @@ class RuleQuantizer(Quantizer):
 
     rules: Sequence[Rule] = ()
     rewrites: Mapping[OpOverload, Rewrite] = {}
+    dynamic_rewrites: Mapping[OpOverload, Rewrite] = {}
     float_kernels: FloatKernels | None = None
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8}  # defaults of quantflow.search
     dynamic: Scheme | None = None
@@ -150,8 +153,10 @@ class RuleQuantizer(Quantizer):
         flatten_before_linear(copied)
         fold_constants(copied)
         if not qat:
+            if any(s is not None and s.activation.dynamic for s in (self.scheme, *(o.scheme for o in self.overrides))):
+                fold_batch_norm(copied)  # the rewrites of these change what batch norm stands behind
             norm_as_convolution(copied)
-        rewrite(copied, self.rewrites)
+        self.transform_for_annotation(copied)
         fold_constants(copied)
         return self._plan(copied)
 
@@ -164,7 +169,17 @@ class RuleQuantizer(Quantizer):
         Returns:
             The graph.
         """
-        return rewrite(model, self.rewrites)
+        rewrite(model, self.rewrites)
+        return rewrite(model, {target: self._where_dynamic(apply) for target, apply in self.dynamic_rewrites.items()})
+
+    def _where_dynamic(self, apply: Rewrite) -> Rewrite:
+        """The rewrite ``apply`` of those nodes that are asked for with dynamic activations."""
+
+        def applied(module: GraphModule, node: Node) -> Replacement:
+            scheme = next((o.scheme for o in reversed(self.overrides) if o.matches(node)), self.scheme)
+            return apply(module, node) if scheme is not None and scheme.activation.dynamic else None
+
+        return applied
 
     def _check(self, *schemes: Scheme | None) -> None:
         for given in schemes:

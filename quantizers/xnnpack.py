@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
-from quantflow.graph.rewrites import XNNPACK_REWRITES, Rewrite
+from quantflow.graph.rewrites import PATCH_PRODUCT_REWRITES, XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
 from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
@@ -240,8 +240,8 @@ XNNPACK_RULES = (
 class XNNPACKQuantizer(RuleQuantizer):
     """Quantizes for XNNPACK: int8 activations per tensor, affine; int8 weights per channel, symmetric.
 
-    Linear layers also run with dynamic activations, and then with 4-bit weights in groups. The arguments are those of
-    :class:`RuleQuantizer`.
+    Linear layers, and convolutions written as such, also run with dynamic activations, and then with 4-bit weights in groups.
+    The arguments are those of :class:`RuleQuantizer`.
 
     Example:
         >>> import torch
@@ -257,6 +257,7 @@ class XNNPACKQuantizer(RuleQuantizer):
 
     rules = XNNPACK_RULES
     rewrites: Mapping[OpOverload, Rewrite] = XNNPACK_REWRITES
+    dynamic_rewrites: Mapping[OpOverload, Rewrite] = PATCH_PRODUCT_REWRITES
     float_kernels = XNNPACK_FLOAT
     precisions: Mapping[str, Scheme | None] = {"float": None, "int8": INT8, "4-bit weights": DYNAMIC_W4}
     dynamic = DYNAMIC_INT8

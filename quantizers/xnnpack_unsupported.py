@@ -21,7 +21,7 @@ _RECURRENT = "it is unrolled into its time steps, in float"
 XNNPACK_UNSUPPORTED: Mapping[object, str] = {
     operator.getitem: "part of a result that stays in float",
     aten.upsample_bilinear2d.vec: "XNNPACK resizes bilinearly in float only",
-    aten.avg_pool2d.default: "int8 averages are over images, with padding counted and without a ceiling",
+    aten.avg_pool2d.default: "int8 averages are over images, of known size where windows reach over the edge",
     aten.pow.Tensor_Scalar: "XNNPACK has squares in float only, and no other powers",
     aten.selu.default: "XNNPACK's elu has no scales",
     aten.einsum.default: "no rule for einsum; a matmul would have one",

@@ -17,6 +17,7 @@ from quantflow.graph.rewrites.normalization import CENTERED_NORM_REWRITES, NORMA
 from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
 from quantflow.graph.rewrites.pads import PAD_REWRITES
+from quantflow.graph.rewrites.patch_products import PATCH_PRODUCT_REWRITES
 from quantflow.graph.rewrites.pools import POOL_REWRITES
 from quantflow.graph.rewrites.products import PRODUCT_REWRITES
 from quantflow.graph.rewrites.recurrent import RECURRENT_REWRITES
@@ -28,6 +29,7 @@ from quantflow.graph.rewrites.row_norms import ROW_NORM_REWRITES
 from quantflow.graph.rewrites.rows import ROW_REWRITES
 from quantflow.graph.rewrites.scalars import NUMBER_REWRITES
 from quantflow.graph.rewrites.shapes import SHAPE_REWRITES
+from quantflow.graph.rewrites.slices import SLICE_REWRITES
 from quantflow.graph.rewrites.softmaxes import SOFTMAX_REWRITES
 from quantflow.graph.rewrites.volumes import VOLUME_INFERENCE_REWRITES, VOLUME_REWRITES
 from quantflow.graph.rewrites.windows import WINDOW_REWRITES
@@ -46,6 +48,7 @@ REWRITES: dict[OpOverload, Rewrite] = {
     **JOIN_REWRITES,
     **REDUCTION_REWRITES,
     **RESIZE_REWRITES,
+    **SLICE_REWRITES,
     **SOFTMAX_REWRITES,
 }
 
@@ -60,7 +63,13 @@ XNNPACK_REWRITES: dict[OpOverload, Rewrite] = {
 # Rewrites of operators that are not in core ATen and have no decomposition into it.
 CORE_REWRITES: dict[OpOverload, Rewrite] = {
     target: apply
-    for target, apply in {**EMPTY_REWRITES, **ORDER_REWRITES, **ROUNDING_REWRITES, **WINDOW_REWRITES}.items()
+    for target, apply in {
+        **EMPTY_REWRITES,
+        **ORDER_REWRITES,
+        **ROUNDING_REWRITES,
+        **SLICE_REWRITES,
+        **WINDOW_REWRITES,
+    }.items()
     if torch.Tag.core not in target.tags
 }
 
@@ -78,6 +87,7 @@ __all__ = [
     "ORDER_REWRITES",
     "PADDING_REWRITES",
     "PAD_REWRITES",
+    "PATCH_PRODUCT_REWRITES",
     "PATCH_REWRITES",
     "POOL_REWRITES",
     "PRODUCT_REWRITES",

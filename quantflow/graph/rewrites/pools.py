@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, pair, tensor_value, value
-from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
+from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, tensor_before
 from quantflow.upstream.operators import OpOverload
 
 
@@ -21,22 +22,52 @@ def mean(module: GraphModule, node: Node) -> Node | None:
 
 
 def average_pool(module: GraphModule, node: Node) -> Node | None:
-    """Write an average pool as a depthwise convolution, whose equal weights are exact in int8."""
-    x = node_argument(node)
+    """Write an average pool as a depthwise convolution, whose equal weights are exact in int8.
+
+    Where its windows count different numbers of pixels, at the edges, the means are multiplied by what each window lacks.
+    """
+    x, out = node_argument(node), value(node)
     val = value(x)
     kernel, padding = pair(argument(node, "kernel_size")), pair(argument(node, "padding"))
     stride = pair(argument(node, "stride") or kernel)
-    whole = argument(node, "count_include_pad") or padding == [0, 0]
-    if val is None or val.ndim != 4 or not isinstance(val.shape[1], int) or not is_float_tensor(node):
+    if val is None or out is None or val.ndim != 4 or not isinstance(val.shape[1], int) or not is_float_tensor(node):
         return None
-    if not whole or argument(node, "divisor_override"):
-        return None
-    steps = zip(val.shape[2:], kernel, padding, stride, strict=True)
-    if argument(node, "ceil_mode") and any(not isinstance(n, int) or (n + 2 * p - k) % s for n, k, p, s in steps):
-        return None  # a window extends beyond the image
-    channels = val.shape[1]
+    channels, sizes, counts = val.shape[1], val.shape[2:], out.shape[2:]
+    whole = (argument(node, "count_include_pad") or padding == [0, 0]) and not argument(node, "divisor_override")
+    if not whole or argument(node, "ceil_mode"):
+        if not all(isinstance(size, int) for size in (*sizes, *counts)):
+            return None
+        # The rows and columns behind the image that the last windows reach.
+        behind = [
+            (n - 1) * s + k - size - p for n, s, k, size, p in zip(counts, stride, kernel, sizes, padding, strict=True)
+        ]
+        if any(more > p for more, p in zip(behind, padding, strict=True)):
+            pads = [padding[1], max(behind[1], 0), padding[0], max(behind[0], 0)]
+            x, padding = call_before(node, aten.constant_pad_nd.default, x, pads, 0.0), [0, 0]
     weight = constant_before(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
-    return call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
+    means = call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
+    if whole and not argument(node, "ceil_mode"):
+        return means
+    factors = _of_each_window(node, kernel, stride)
+    if bool((factors == 1).all()):
+        return means
+    return call_before(node, aten.mul.Tensor, means, tensor_before(module, node, factors))
+
+
+def _of_each_window(node: Node, kernel: list[int], stride: list[int]) -> torch.Tensor:
+    """What the mean over a window of ``kernel`` pixels, zeros outside the image, is multiplied by in the pool ``node``."""
+    val, settings = tensor_value(node_argument(node)), [argument(node, name) for name in _SETTINGS]
+    ones = torch.ones(1, 1, *val.shape[2:], dtype=torch.float64)
+    pooled = aten.avg_pool2d.default(ones, kernel, stride, *settings)
+    padding = pair(argument(node, "padding"))
+    ends = [(n - 1) * s + k for n, s, k in zip(pooled.shape[2:], stride, kernel, strict=True)]
+    image = torch.zeros(1, 1, *(max(e, p + size) for e, p, size in zip(ends, padding, val.shape[2:], strict=True)))
+    image[..., padding[0] : padding[0] + val.shape[2], padding[1] : padding[1] + val.shape[3]] = 1
+    means = aten.avg_pool2d.default(image.double(), kernel, stride)[..., : pooled.shape[2], : pooled.shape[3]]
+    return torch.where(means > 0, pooled / means, 1.0).to(val.dtype)
+
+
+_SETTINGS = ("padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:

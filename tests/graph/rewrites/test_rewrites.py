@@ -32,6 +32,13 @@ FUNCTIONS = {
     "pad that cuts off": lambda x: F.pad(x, (-1, 2, 0, -2), value=0.5),
     "unfold": lambda x: F.unfold(x, (2, 3), dilation=(1, 2), padding=1, stride=2),
     "fold": lambda x: F.fold(F.unfold(x, 2, stride=(1, 2)), (6, 6), 2, stride=(1, 2)),
+    "avg_pool2d with a ceiling, padded": lambda x: F.avg_pool2d(x, (3, 2), (2, 3), (1, 1), ceil_mode=True),
+    "avg_pool2d with a ceiling, padding not counted": lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
+    "avg_pool2d with a divisor": lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5),
+    "windows": lambda x: x.unfold(2, 3, 2).unfold(3, 2, 1).sum((4, 5)),
+    "windows of channels": lambda x: x.unfold(1, 4, 4).flatten(1, 2),
+    "every second": lambda x: x[:, 1::2, ::2, ::3],
+    "every fourth": lambda x: x[:, :, 1:6:4, 2::4],
     "avg_pool2d without padding in the mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
     "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
     "adaptive pool of single pixels": lambda x: F.adaptive_avg_pool2d(x, 6) * 2,
@@ -116,6 +123,8 @@ def test_function_and_gradients_stay(name, dynamic):
         "mean",
         "avg_pool2d",
         "avg_pool2d whose ceiling adds no window",
+        "avg_pool2d with a divisor",
+        "windows of channels",
         "split",
         "squeeze",
         "fold",
@@ -133,7 +142,7 @@ def test_what_the_backend_lacks_is_gone(name):
     graph = qf.export(Function(FUNCTIONS[name]), (IMAGE,)).module()
     before = {op(n) for n in graph.graph.nodes}
     rewritten = rewrite(copy.deepcopy(graph), REWRITES)
-    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze", "im2col", "col2im")
+    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze", "im2col", "col2im", "unfold")
     lacking += ("stack", "roll", "pad", "upsample", "norm", "sum", "expand")
     assert not any(word in str(op(n)) for n in rewritten.graph.nodes for word in lacking)
     assert {op(n) for n in rewritten.graph.nodes} != before
