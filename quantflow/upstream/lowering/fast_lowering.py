@@ -10,6 +10,7 @@ with less work. Each file of this folder has one such patch:
 - ``verification.py``: the verifier takes the operators' results from the graph instead of running it again;
 - ``retraces.py``: a pass that would retrace a graph without changing it copies the graph instead, and operators run on fake
   tensors only for new inputs (23 of the 25 retraces of MobileNetV2 change nothing);
+- ``topological_order.py``: a graph is sorted by moving its nodes;
 - ``delegates.py``: the outputs of a delegate are read from its graph, not traced through the whole graph.
 
 Nothing is replaced for versions that were not measured, if a name is missing, or if the environment variable
@@ -36,6 +37,7 @@ from quantflow.upstream.lowering.code_generation import code_when_called
 from quantflow.upstream.lowering.decomposition import decompose_once
 from quantflow.upstream.lowering.delegates import delegates_by_values
 from quantflow.upstream.lowering.retraces import copied_retraces
+from quantflow.upstream.lowering.topological_order import sort_in_place
 from quantflow.upstream.lowering.verification import verify_by_values
 from quantflow.upstream.replaced import exclusively
 from quantflow.upstream.versions import obstacle
@@ -51,6 +53,7 @@ _PATCHES = (
     decompose_once,
     verify_by_values,
     copied_retraces,
+    sort_in_place,
     delegates_by_values,
 )
 _FOLDER = os.path.dirname(__file__) + os.sep
