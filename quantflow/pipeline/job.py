@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,7 @@ class Quantized:
         plan: What it decided, where it plans.
         calibrated: The prepared graph, before recovery.
         graph: The prepared graph, after recovery where it was asked for.
-        recovered: What recovery tried; None where it was not asked for.
+        recovered: What recovery tried; None where it was not tried.
         sample: The examples drawn from the data.
     """
 
@@ -66,8 +66,12 @@ class Job:
     progress: bool
     seconds: dict[str, float]
 
-    def quantized(self, quantizer: Quantizer, graph: TrainableGraphModule | None = None) -> Quantized:
-        """Prepare, calibrate and recover the captured graph, or another ``graph`` of the same model."""
+    def quantized(self, quantizer: Quantizer) -> Quantized:
+        """Prepare, calibrate and recover the captured graph."""
+        return self.recovered(self.calibrated(quantizer))
+
+    def calibrated(self, quantizer: Quantizer, graph: TrainableGraphModule | None = None) -> Quantized:
+        """Prepare and calibrate the captured graph, or another ``graph`` of the same model."""
         graph = self.graph if graph is None else graph
         with timed("prepare", self.seconds):
             plan = quantizer.plan(graph) if hasattr(quantizer, "plan") else None
@@ -75,11 +79,15 @@ class Job:
         with timed("calibrate", self.seconds):
             sample = Sample()
             calibrate(prepared, self.data, inputs=self.inputs, sample=sample, progress=self.progress)
-        if not self.recover:
-            return Quantized(quantizer, plan, prepared, prepared, None, sample)
+        return Quantized(quantizer, plan, prepared, prepared, None, sample)
+
+    def recovered(self, quantized: Quantized) -> Quantized:
+        """Recover a calibrated graph, if recovery is asked for."""
+        if not self.recover or quantized.recovered is not None:
+            return quantized
         with timed("recover", self.seconds):
-            recovered = ptq.recover(prepared, sample, progress=self.progress)
-        return Quantized(quantizer, plan, prepared, recovered.graph, recovered, sample)
+            recovered = ptq.recover(quantized.calibrated, quantized.sample, progress=self.progress)
+        return replace(quantized, graph=recovered.graph, recovered=recovered)
 
     def lowered(self, quantized: Quantized) -> Result:
         """Convert the graph and lower it to a program."""

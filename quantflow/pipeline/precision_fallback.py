@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
+
+from torchao.quantization.pt2e.quantizer import Quantizer
 
 from quantflow.analysis import LayerCost, Sensitivities, sensitivity
 from quantflow.analysis.accuracy_control import fewest
@@ -25,6 +27,7 @@ from quantflow.simulation.partial import PartialNetwork
 from quantflow.simulation.preconditions import draw
 
 _LEAST = 20.0  # dB: classes of a classifier then agree with float in about 19 of 20 examples
+_RECOVERED = 10.0  # dB: recovery is tried where it may give as many and reach the least signal to noise
 _NEAR = 10.0  # dB: a layer is to blame if it alone comes as near to the least signal to noise
 _NAMED = 5  # the number of layers that a warning names
 
@@ -41,29 +44,35 @@ class _Attempt:
 
 
 def hold_sqnr(
-    job: Job, first: Quantized, min_sqnr: float | Literal["auto"] | None
+    job: Job, quantizer: Quantizer, min_sqnr: float | Literal["auto"] | None
 ) -> tuple[Quantized, SqnrControl | None]:
-    """Return ``first``, or the cheapest that :func:`quantflow.quantize` falls back to whose outputs have ``min_sqnr``.
+    """Return the model as ``quantizer`` plans it, or the cheapest that :func:`quantflow.quantize` falls back to whose outputs
+    have ``min_sqnr``.
+
+    Recovery, which takes most of the time, is for attempts that hold or may hold with it, and for what is kept.
 
     Args:
         job: The captured model and the data.
-        first: The model as the quantizer planned it.
+        quantizer: The quantizer.
         min_sqnr: The least signal to noise, dB, or ``"auto"`` or None.
 
     Returns:
         What to lower, and what was measured; None where nothing was asked for or can be measured.
     """
-    bits = getattr(getattr(getattr(first.quantizer, "scheme", None), "weight", None), "bits", 8)
+    bits = getattr(getattr(getattr(quantizer, "scheme", None), "weight", None), "bits", 8)
     if min_sqnr == "auto":
         min_sqnr = _LEAST if bits >= 8 else None
-    if min_sqnr is None or math.isnan(first.sqnr):
-        return first, None
+    if min_sqnr is None:
+        return job.quantized(quantizer), None
+    first = job.calibrated(quantizer)
+    if math.isnan(first.sqnr):
+        return job.recovered(first), None
     search = _Search(job, first, min_sqnr)
     if not search.holds:
         search.run()
-    best = search.best
+    best = replace(search.best, made=job.recovered(search.best.made))
     blamed: tuple[str, ...] = ()
-    if not search.holds:
+    if best.made.sqnr < min_sqnr:
         blamed = tuple(cost.layer for cost in search.costs.layers[:_NAMED])
         reason = (
             f"the outputs have {best.made.sqnr:.1f} dB of signal to noise, {best.name}; {min_sqnr:g} were asked for"
@@ -90,12 +99,16 @@ class _Search:
 
     def __init__(self, job: Job, first: Quantized, min_sqnr: float) -> None:
         self.job, self.first, self.min_sqnr = job, first, min_sqnr
-        self.best = _Attempt("as planned", job.graph, first)
-        self.tried = [(self.best.name, first.sqnr)]
+        self.best = _Attempt("as planned", job.graph, self._recovered(first))
+        self.tried = [(self.best.name, self.best.made.sqnr)]
 
     @property
     def holds(self) -> bool:
         return self.best.made.sqnr >= self.min_sqnr
+
+    def _recovered(self, calibrated: Quantized) -> Quantized:
+        """``calibrated`` after recovery, if it may hold then."""
+        return self.job.recovered(calibrated) if calibrated.sqnr >= self.min_sqnr - _RECOVERED else calibrated
 
     @cached_property
     def costs(self) -> Sensitivities:
@@ -179,7 +192,8 @@ class _Search:
     ) -> None:
         graph = self.best.graph if graph is None else graph
         try:
-            attempt = _Attempt(name, graph, self.job.quantized(quantizer, graph), tuple(dynamic), tuple(floating))
+            made = self._recovered(self.job.calibrated(quantizer, graph))
+            attempt = _Attempt(name, graph, made, tuple(dynamic), tuple(floating))
         except QuantflowError as error:
             if error.stage not in ("plan", "prepare"):
                 raise

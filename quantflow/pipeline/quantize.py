@@ -109,7 +109,7 @@ def quantize(
     if max_drop is not None:
         result = _within_max_drop(job, quantizer, max_drop, data if validation is None else validation)
     else:
-        quantized, control = hold_sqnr(job, job.quantized(quantizer), min_sqnr)
+        quantized, control = hold_sqnr(job, quantizer, min_sqnr)
         result = job.lowered(quantized)
         result = replace(result, report=replace(result.report, sqnr_control=control))
     delegation = result.program.delegation

@@ -8,6 +8,7 @@ from networks import sqnr
 from torch import nn
 
 import quantflow as qf
+from quantflow import ptq
 from quantizers import INT8, XNNPACKQuantizer
 
 
@@ -115,6 +116,24 @@ def test_linear_layers_are_dynamic_with_float_between_them():
     assert set(control.dynamic) <= {"layers.0", "layers.1", "layers.2", "last"}
     assert result.program.delegation.calls == 1
     assert sqnr(model(x).detach(), result.program(x)) > 20
+
+
+def test_recovery_is_for_what_may_hold_and_what_is_kept(monkeypatch):
+    torch.manual_seed(0)
+    recovered, recover = [], ptq.recover
+
+    def counted(graph, *given, **how):
+        recovered.append(recover(graph, *given, **how))
+        return recovered[-1]
+
+    monkeypatch.setattr(ptq, "recover", counted)
+    data, x = [torch.randn(16, 32) for _ in range(8)], torch.randn(4, 32)
+    result = qf.quantize(Residual().eval(), (x,), data, progress=False)
+    control = result.report.sqnr_control
+    assert len(control.tried) > 1
+    assert control.tried[0][1] < 10
+    assert len(recovered) == 1
+    assert recovered[0].sqnr == control.sqnr
 
 
 class Sharp(nn.Module):
