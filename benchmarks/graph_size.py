@@ -107,7 +107,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     measured("warm-up", Chain(1), torch.randn(1, 8))
-    cases = [(f"chain of {n}", Chain(n), torch.randn(1, 8)) for n in options.layers]
+    cases: list[tuple[str, nn.Module, torch.Tensor]] = [
+        (f"chain of {n}", Chain(n), torch.randn(1, 8)) for n in options.layers
+    ]
     for steps in options.steps:
         x = torch.randn(1, steps, 32)
         cases += [(f"LSTM, {steps} steps", Recurrent(), x), (f"linear layers, {steps} steps", Products(), x)]
