@@ -10,7 +10,7 @@ from torch.fx import Node
 from quantflow.graph.aten import argument, has_argument, is_float_tensor, label, only_user, op, value
 from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.constants import constant_values
-from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantizers.override import Override
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -53,6 +53,21 @@ class Override:
 
     def __str__(self) -> str:
         return getattr(self.where, "__name__", str(self.where))
+
+
+_GIVEN = "quantflow_override"  # in node.meta: the override of the node that this one replaced, None for none
+
+
+def remember_override(node: Node, override: Override | None) -> None:
+    """Let ``override``, that of a node that ``node`` replaces, hold for it as well."""
+    node.meta[_GIVEN] = override
+
+
+def override_for(node: Node, overrides: Sequence[Override]) -> Override | None:
+    """Return the last of ``overrides`` that matches ``node`` or the node that it replaced; None for none."""
+    if _GIVEN in node.meta:
+        return node.meta[_GIVEN]
+    return next((override for override in reversed(overrides) if override.matches(node)), None)
 
 
 def overrides_from(given: Overrides) -> tuple[Override, ...]:

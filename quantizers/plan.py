@@ -26,7 +26,7 @@ from quantflow.upstream.operators import OpOverload
 from quantizers.decision import Decision, decide
 from quantizers.kernels import FloatKernels
 from quantizers.operator_plan import OperatorPlan
-from quantizers.override import Override
+from quantizers.override import Override, override_for
 from quantizers.partition_forecast import Forecast, forecast
 from quantizers.rule import Refusal, Rule
 from quantizers.scheme import Scheme
@@ -217,6 +217,7 @@ def _computes(node: Node) -> bool:
 
 
 def _override_for(node: Node, overrides: Sequence[Override], matched: set[Override]) -> Override | None:
-    found = [override for override in overrides if override.matches(node)]
-    matched.update(found)
-    return found[-1] if found else None
+    matched.update(override for override in overrides if override.matches(node))
+    if (found := override_for(node, overrides)) is not None:
+        matched.add(found)
+    return found

@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotati
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.errors import QuantflowError
-from quantflow.graph.aten import argument
+from quantflow.graph.aten import argument, value
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
@@ -25,7 +25,7 @@ from quantflow.upstream.operators import OpOverload
 from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.decision import Decision
 from quantizers.kernels import FloatKernels
-from quantizers.override import Overrides, Where, overrides_from
+from quantizers.override import Overrides, Where, overrides_from, remember_override
 from quantizers.plan import Plan, make_plan
 from quantizers.plan_warnings import warn_of_unmet_requests
 from quantizers.rule import Rule
@@ -176,8 +176,15 @@ class RuleQuantizer(Quantizer):
         """The rewrite ``apply`` of those nodes that are asked for with dynamic activations."""
 
         def applied(module: GraphModule, node: Node) -> Replacement:
-            scheme = next((o.scheme for o in reversed(self.overrides) if o.matches(node)), self.scheme)
-            return apply(module, node) if scheme is not None and scheme.activation.dynamic else None
+            override = next((o for o in reversed(self.overrides) if o.matches(node)), None)
+            scheme = self.scheme if override is None else override.scheme
+            if scheme is None or not scheme.activation.dynamic or _ungrouped(node, scheme.weight.group):
+                return None
+            before = node.prev
+            replacement = apply(module, node)
+            while (before := before.next) is not node:
+                remember_override(before, override)  # a predicate on the node may not match what replaces it
+            return replacement
 
         return applied
 
@@ -241,6 +248,12 @@ class RuleQuantizer(Quantizer):
         Args:
             model: The annotated graph.
         """
+
+
+def _ungrouped(node: Node, group: int) -> bool:
+    """Whether the features of the weight of ``node`` make no groups of ``group``."""
+    weight = value(argument(node, "weight"))
+    return bool(group) and weight is not None and weight[0].numel() % group != 0
 
 
 def _annotate(

@@ -14,7 +14,7 @@ from torch.fx import Node
 from quantflow.graph.aten import CONVOLUTIONS, LINEARS, argument, aten, node_argument, op, pair, tensor_value, value
 from quantflow.graph.rewrites import PATCH_PRODUCT_REWRITES, XNNPACK_REWRITES, Rewrite
 from quantflow.graph.rewrites.products import near_softmax, whole_attention, whole_product
-from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer

@@ -12,9 +12,10 @@ from quantflow.data.batches import PickInputs, batches
 from quantflow.data.sample import cut_inputs
 from quantflow.errors import QuantflowError
 from quantflow.graph.own_state import state_kept
-from quantflow.graph.state import inputs_kept
+from quantflow.graph.state import inputs_kept, state_reads
 from quantflow.lowering.program import Program
 from quantflow.signature.signature import Signature
+from quantflow.simulation.stateful_calls import state_of
 from quantflow.upstream import pytree
 
 Flat = list[Any]
@@ -46,46 +47,55 @@ class Evaluator:
         self.graph, self.data, self.inputs = graph, data, inputs
         self.signature = Signature.of_graph(graph)
         self.cut = cut_inputs(self.signature)
-        given = [(len(self._float_classes(flat)), target) for flat, target in self._flat()]
+        with state_kept(graph):
+            given = [(self._float_classes(flat), target) for flat, target, _ in self._flat()]
         if not given:
             raise QuantflowError(
                 "accuracy-control", "there is no data to judge by", node="data", remedy="pass at least one batch"
             )
         self.labelled = all(target is not None for _, target in given)
-        self.examples = sum(count for count, _ in given)
-        self._float_right = self._right(lambda flat: [self._float_classes(flat)])
+        self.examples = sum(len(found) for found, _ in given)
+        # Without targets, the float network is right.
+        equal = [found == (_targets(target, len(found)) if self.labelled else found) for found, target in given]
+        self._float_right = sum(int(each.sum()) for each in equal)
 
     def drop_of(self, network: Callable[[Flat], list[torch.Tensor]]) -> float:
-        """The drop of a network that takes flat inputs and returns its float outputs."""
-        return self._drop(lambda flat: [_classes(network(flat))])
+        """The drop of a network from flat inputs, with the state behind them if it keeps any, to its float outputs."""
+        return self._drop(lambda flat: [_classes(network(flat))], lambda: None)
 
     def drop_on_runtime(self, program: Program) -> float:
-        """The drop of ``program``, measured on the runtime."""
-        size = self._batch_of(program)
-        return self._drop(lambda flat: self._in_parts(program, flat, size))
+        """The drop of ``program``, measured on the runtime. Its state begins anew with each sequence, and at the end."""
+        size, inputs = self._batch_of(program), len(self.signature.inputs)
+        drop = self._drop(lambda flat: self._in_parts(program, flat[:inputs], size), program.reset)
+        program.reset()
+        return drop
 
-    def _drop(self, classes: Callable[[Flat], Iterable[torch.Tensor]]) -> float:
-        return (self._float_right - self._right(classes)) / self.examples
+    def _drop(self, classes: Callable[[Flat], Iterable[torch.Tensor]], begin: Callable[[], None]) -> float:
+        return (self._float_right - self._right(classes, begin)) / self.examples
 
-    def _right(self, classes: Callable[[Flat], Iterable[torch.Tensor]]) -> int:
+    def _right(self, classes: Callable[[Flat], Iterable[torch.Tensor]], begin: Callable[[], None]) -> int:
         """The number of correctly classified examples. A loader may return them in another order each time."""
-        right = 0
-        for flat, target in self._flat():
-            wanted = target if self.labelled else self._float_classes(flat)
-            found = torch.cat(list(classes(flat)))
-            right += int((found == _targets(wanted, len(found))).sum())
+        right, stateful = 0, bool(state_reads(self.graph.graph))
+        with state_kept(self.graph):
+            begin()
+            for flat, target, begins in self._flat():
+                if begins:
+                    begin()
+                before = state_of(self.graph)
+                floats = None if self.labelled and not stateful else self._float_classes(flat)
+                found = torch.cat(list(classes([*flat, *before])))
+                right += int((found == _targets(target if self.labelled else floats, len(found))).sum())
         return right
 
     @torch.no_grad()
     def _float_classes(self, flat: Flat) -> torch.Tensor:
-        args, kwargs = self.signature.call(flat)
-        with state_kept(self.graph):
-            args, kwargs = inputs_kept(self.graph, (args, kwargs))
-            return _classes(self.graph(*args, **kwargs))
+        args, kwargs = inputs_kept(self.graph, self.signature.call(flat))
+        return _classes(self.graph(*args, **kwargs))
 
-    def _flat(self) -> Iterator[tuple[Flat, Any]]:
-        for args, kwargs, target, _ in batches(self.data, self.graph, stage="accuracy-control", inputs=self.inputs):
-            yield self.signature.flatten(args, kwargs, stage="accuracy-control"), target
+    def _flat(self) -> Iterator[tuple[Flat, Any, bool]]:
+        feed = batches(self.data, self.graph, stage="accuracy-control", inputs=self.inputs)
+        for args, kwargs, target, begins in feed:
+            yield self.signature.flatten(args, kwargs, stage="accuracy-control"), target, begins
 
     def _batch_of(self, program: Program) -> int | None:
         """The batch size that ``program`` was lowered for; None if it is dynamic."""

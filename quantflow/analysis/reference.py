@@ -12,6 +12,7 @@ from quantflow.errors import QuantflowError
 from quantflow.graph.batch_norm import norm_as_convolution
 from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
+from quantflow.graph.half_precision import compute_in_float32
 from quantflow.observers.observation import is_converted, observers_of
 from quantflow.simulation.interpreter import Interpreter, Values, float_tensors
 from quantflow.simulation.output_gradients import random_signs
@@ -28,6 +29,7 @@ def reference_graph(graph: object, stage: str) -> TrainableGraphModule:
         remedy = "pass qf.export(model, args).module(), as it was before qf.prepare"
         raise QuantflowError(stage, f"{kind} is no float graph", node="float_graph", remedy=remedy)
     copied = adopt(graph).eval()
+    compute_in_float32(copied)
     fold_for_inference(copied)
     norm_as_convolution(copied)
     copied.recompile()

@@ -22,20 +22,26 @@ _LOOKUPS = frozenset({aten.embedding.default})  # these read a few rows, whose t
 _CONVERSIONS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
 
 
+def computed_in(module: GraphModule, dtypes: Collection[torch.dtype] = HALF) -> set[torch.dtype]:
+    """Return those of ``dtypes`` in which ``module`` computes, other than by lookups and conversions."""
+    return {t.dtype for node in module.graph.nodes if _computes(node) for t in _tensors(node)} & set(dtypes)
+
+
 def compute_in_float32(module: GraphModule, dtypes: Collection[torch.dtype] = HALF) -> set[torch.dtype]:
     """Let ``module`` compute in float32 what it computes in ``dtypes``, in place. The caller recompiles.
 
     Inputs and outputs keep their dtype, and so do tables of embeddings. Weights and state become float32. A graph stays as it
-    is if it writes an input in half precision, or has a region, whose body may choose a dtype.
+    is if neither an input nor a weight is in half precision, if it writes such an input (an exported program has its state as
+    inputs), or if it has a region, whose body may choose a dtype.
 
     Returns:
         The dtypes in which it computed.
     """
     graph, half = module.graph, set(dtypes)
-    computed = {t.dtype for node in graph.nodes if _computes(node) for t in _tensors(node)} & half
+    computed = computed_in(module, half)
     read = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and any(t.dtype in half for t in _tensors(n))]
     fixed = any(n.op == "placeholder" and is_written(n) for n in read)
-    if not computed or fixed or any(isinstance(n.target, HigherOrderOperator) for n in graph.nodes):
+    if not computed or not read or fixed or any(isinstance(n.target, HigherOrderOperator) for n in graph.nodes):
         return set()
     output, kept, given = graph.output_node(), set[Node](), list[Node]()
     for node in output.all_input_nodes:

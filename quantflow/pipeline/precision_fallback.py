@@ -19,7 +19,7 @@ from quantflow.analysis.sqnr_control import SqnrControl
 from quantflow.errors import QuantflowError, QuantflowWarning
 from quantflow.graph.aten import LINEARS, op
 from quantflow.graph.graph_module import TrainableGraphModule
-from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.pipeline.job import Job, Quantized
 from quantflow.ptq import smooth
 from quantflow.ptq.smoothquant.smoothquant import smooths_norms
@@ -79,7 +79,8 @@ def hold_sqnr(
         )
         remedy = "train the quantized graph (qf.train), more calibration data, or min_sqnr=None; qf.diagnose shows the layers"
         warnings.warn(QuantflowWarning("quantize", reason, node=", ".join(blamed), remedy=remedy), stacklevel=3)
-    control = SqnrControl(min_sqnr, best.made.sqnr, tuple(search.tried), best.name, best.dynamic, best.floating, blamed)
+    tried = tuple((name, best.made.sqnr if name == best.name else sqnr) for name, sqnr in search.tried)
+    control = SqnrControl(min_sqnr, best.made.sqnr, tried, best.name, best.dynamic, best.floating, blamed)
     return best.made, control
 
 

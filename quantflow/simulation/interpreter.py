@@ -74,13 +74,15 @@ class Interpreter:
             known: Values that need not be computed.
             keep: Hold all values; otherwise a value is dropped behind its last reader.
         """
-        values, given = {} if values is None else values, list(inputs)
-        before = dict(zip(self._states, given[self._inputs :], strict=False))
+        values, given = {} if values is None else values, list[Any](inputs)
+        # A sample may be of the graph before half precision became float32.
+        states = zip(self._states, given[self._inputs :], strict=False)
+        before = {read: state.to(attribute(self.graph, read).dtype) for read, state in states}
         feed = iter(given[: self._inputs])
         lookup = known if callable(known) else lambda node, _: (known or {}).get(node, UNKNOWN)
         for node in self.graph.graph.nodes if nodes is None else nodes:
             if node.op == "output":
-                changes = [now - before[n] if (now := values[n]).is_floating_point() else now for n in before]
+                changes = [_change(before[n], values[n]) for n in before]
                 values[node] = returned(node, values) + changes
             elif node in before:
                 values[node] = self._given(node, before[node])
@@ -121,9 +123,11 @@ class Interpreter:
         if node.op == "get_attr":
             now = attribute(self.graph, node)
             return float_weight(node, now) if self.float_weights else now
-        if self.gradients and aliased_by(node) is None:
+        if self.gradients:
             # A later write would change what autograd saves for the backward pass.
-            copies = {n: values[n].clone() for n in node.all_input_nodes if n in self._overwritten}
+            base = aliased_by(node)
+            read = [n for n in node.all_input_nodes if n in self._overwritten and n is not base]
+            copies = {n: values[n].clone() for n in read if isinstance(values[n], torch.Tensor)}
             values = values | copies if copies else values
         if node.op == "call_function":
             x = evaluate(node, values)
@@ -179,6 +183,11 @@ def evaluate(node: Node, values: Values) -> Any:
 def returned(output: Node, values: Values) -> list[Any]:
     """What the ``output`` node returns, flat."""
     return [values[leaf] if isinstance(leaf, Node) else leaf for leaf in pytree.tree_leaves(output.args)]
+
+
+def _change(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """The difference of a float state, zero where it is equal (as two infinities are); another state as it is ``now``."""
+    return torch.where(now == before, torch.zeros_like(now), now - before) if now.is_floating_point() else now
 
 
 def float_tensors(leaves: Iterable[object]) -> list[torch.Tensor]:

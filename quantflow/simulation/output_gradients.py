@@ -155,8 +155,9 @@ def random_signs(y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     The unit is the root mean square of what is not zero: of a cache, most values do not change.
     """
     signs = torch.randint(0, 2, y.shape, generator=random).to(y) * 2 - 1
-    power = y.detach().square()
-    return signs / (power.sum() / power.count_nonzero().clamp(min=1)).sqrt().clamp(min=1e-12)
+    power = y.detach().square().nan_to_num(0.0, 0.0)
+    unit = (power.sum() / power.count_nonzero().clamp(min=1)).sqrt().clamp(min=1e-12)
+    return torch.where(y.detach().isfinite(), signs / unit, 0.0)
 
 
 def _keep_row_gradients(layer: Layer, y: torch.Tensor, number: int, found: OutputGradients) -> None:

@@ -63,6 +63,12 @@ class Epochs:
             batch = self._next(run, feed)
             if batch is None and not count:
                 raise self._empty(run)
+            if batch is not None and batch.begins:
+                reason, remedy = (
+                    "training takes batches, no sequences of calls",
+                    "pass batches; state goes on between them",
+                )
+                raise QuantflowError("train", reason, node="data", remedy=remedy)
             have = peers.answers(batch is not None)
             if batch is None or not all(have):
                 break

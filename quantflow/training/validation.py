@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantflow.data.batches import PickInputs, batches
 from quantflow.errors import QuantflowError
 from quantflow.graph.graph_module import TrainableGraphModule
+from quantflow.graph.own_state import state_kept
 from quantflow.graph.parameters import device_of
 from quantflow.metrics import decibels, right, squares
 from quantflow.simulation.interpreter import float_tensors
@@ -55,12 +58,15 @@ class Fidelity:
             QuantflowError: at stage ``"train"``, if there are no data.
         """
         sums: list[list[float]] = []
-        for batch in batches(self.data, graph, stage="train", inputs=self.inputs, device=device_of(graph)):
-            wanted, found = (
-                float_tensors(pytree.tree_leaves(network(*batch.args, **batch.kwargs)))
-                for network in (self.network, graph)
-            )
-            sums.append([figure for pair in zip(wanted, found, strict=True) for figure in squares(*pair)])
+        networks = (self.network, graph)
+        with contextlib.ExitStack() as kept:
+            states = [kept.enter_context(state_kept(each)) for each in networks if isinstance(each, nn.Module)]
+            for batch in batches(self.data, graph, stage="train", inputs=self.inputs, device=device_of(graph)):
+                for state in states if batch.begins else ():
+                    state.put_back()
+                outputs = (pytree.tree_leaves(network(*batch.args, **batch.kwargs)) for network in networks)
+                wanted, found = map(float_tensors, outputs)
+                sums.append([figure for pair in zip(wanted, found, strict=True) for figure in squares(*pair)])
         if not sums:
             raise _no_data()
         total = [sum(column) for column in zip(*sums, strict=True)]
@@ -101,17 +107,16 @@ class Accuracy:
             QuantflowError: at stage ``"train"``, if there are no data or labels, or the output is no classifier's.
         """
         found: list[torch.Tensor] = []
-        for batch in batches(self.data, graph, stage="train", inputs=self.inputs, device=device_of(graph)):
-            output = graph(*batch.args, **batch.kwargs)
-            labels = batch.target if isinstance(batch.target, torch.Tensor) else None
-            share = None if labels is None or not isinstance(output, torch.Tensor) else right(output, labels)
-            if share is None:
-                reason, remedy = (
-                    "these are no scores of classes with labels",
-                    "batches of (inputs, label), or qf.Fidelity",
-                )
-                raise QuantflowError("train", reason, node="validate", remedy=remedy)
-            found.append(share.double())
+        with state_kept(graph):
+            for batch in batches(self.data, graph, stage="train", inputs=self.inputs, device=device_of(graph)):
+                output = graph(*batch.args, **batch.kwargs)
+                labels = batch.target if isinstance(batch.target, torch.Tensor) else None
+                share = None if labels is None or not isinstance(output, torch.Tensor) else right(output, labels)
+                if share is None:
+                    reason = "these are no scores of classes with labels"
+                    remedy = "batches of (inputs, label), or qf.Fidelity"
+                    raise QuantflowError("train", reason, node="validate", remedy=remedy)
+                found.append(share.double())
         if not found:
             raise _no_data()
         return float(torch.cat(found).mean())

@@ -8,6 +8,8 @@ import quantflow as qf
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.filterwarnings("ignore:.*computes in bfloat16:quantflow.QuantflowWarning")
+@pytest.mark.filterwarnings("ignore:.*left to portable kernels:quantflow.QuantflowWarning")
 @pytest.mark.parametrize("name", HAZARDS)
 def test_ends_right_or_in_a_named_error(name):
     hazard = HAZARDS[name]

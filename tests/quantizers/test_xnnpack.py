@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantflow as qf
-from quantflow.graph.rewrites.reductions import EQUAL_WEIGHTS
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantizers import DYNAMIC_INT8, INT8, Scheme, TensorScheme, XNNPACKQuantizer
 
 pytestmark = pytest.mark.slow

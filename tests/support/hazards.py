@@ -281,7 +281,6 @@ HAZARDS = {
     "bfloat16": Hazard(
         "quantized, and the kernels take float32",
         ptq(lambda: (CONV().bfloat16(), (image().bfloat16(),))),
-        error="quantized nothing",
     ),
     "4-bit convolution": Hazard(
         "weights are packed as if of a linear layer",

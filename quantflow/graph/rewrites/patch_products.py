@@ -15,6 +15,7 @@ from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.rewrites.padding import same_padding
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, open_shape
 from quantflow.graph.rewrites.slices import every
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
 
 _NAMED = frozenset({aten.conv1d.padding, aten.conv2d.padding})
@@ -25,6 +26,8 @@ def convolution_as_linear(module: GraphModule, node: Node) -> Node | None:
     x, weight, out = argument(node, "input"), argument(node, "weight"), value(node)
     kernel, val = value(weight), value(x)
     user = only_user(node)
+    if EQUAL_WEIGHTS in node.meta:
+        return None  # sums gain nothing from integers
     if user is not None and normed_layer(user) is not None:
         return None  # training keeps batch norm, and folds it into a convolution only
     if kernel is None or val is None or out is None or val.ndim != kernel.ndim or argument(node, "groups") != 1:

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, pair, tensor_value, value
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, tensor_before
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
 
 
@@ -46,6 +47,7 @@ def average_pool(module: GraphModule, node: Node) -> Node | None:
             x, padding = call_before(node, aten.constant_pad_nd.default, x, pads, 0.0), [0, 0]
     weight = constant_before(module, node, 1 / (kernel[0] * kernel[1]), (channels, 1, *kernel))
     means = call_before(node, aten.conv2d.default, x, weight, None, stride, padding, [1, 1], channels)
+    means.meta[EQUAL_WEIGHTS] = True
     if whole and not argument(node, "ceil_mode"):
         return means
     factors = _of_each_window(node, kernel, stride)

@@ -15,9 +15,9 @@ from quantflow.graph.aten import argument, aten, is_float_tensor, is_half, node_
 from quantflow.graph.rewrites.batches import includes_batch
 from quantflow.graph.rewrites.pools import mean as mean_of_images
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape
+from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
 
-EQUAL_WEIGHTS = "quantflow_equal_weights"  # node.meta: a linear layer that sums its inputs
 _FEW = 4  # up to this many slices are added one by one
 
 

@@ -1,4 +1,4 @@
-"""Reshaped weights for rewritten operators."""
+"""Weights of rewritten operators: reshaped, or all equal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from quantflow.graph.aten import argument
 from quantflow.graph.parameters import is_constant, read_attribute, reads_of, set_tensor, tensor_of, unused_name
 from quantflow.graph.rewrites.rewriting import call_before
 from quantflow.upstream.operators import OpOverload
+
+EQUAL_WEIGHTS = "quantflow_equal_weights"  # node.meta: a linear layer or convolution that sums its inputs
 
 # Operators that reshape a weight, each with its second argument.
 Steps = Sequence[tuple[OpOverload, int | list[int]]]

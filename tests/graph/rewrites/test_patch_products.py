@@ -98,3 +98,36 @@ def test_only_layers_that_are_asked_for_with_dynamic_activations_are_rewritten()
     found = {(o.layer, o.operators) for o in plan.operators}
     assert ("wide", ("linear",)) in found
     assert any(layer == "narrow" and "conv2d" in operators for layer, operators in found)
+
+
+def test_an_override_by_predicate_holds_for_what_replaces_its_node():
+    graph = qf.export(Shares().eval(), (torch.randn(1, 8, 8, 8),)).module()
+
+    def convolutions(node):
+        return node.target is torch.ops.aten.conv2d.default
+
+    found = XNNPACKQuantizer(INT8, overrides=[(convolutions, DYNAMIC_INT8)]).plan(graph)
+    dynamic = {o.layer for o in found.operators if "dynamic" in o.becomes}
+    assert dynamic == {"stem", "wide", "narrow"}
+
+    def linears(node):
+        return node.target is LINEAR
+
+    found = XNNPACKQuantizer(DYNAMIC_INT8, overrides=[(linears, None)]).plan(graph)
+    assert {o.layer for o in found.operators if "dynamic" in o.becomes} == {"stem", "wide", "narrow"}
+
+
+def test_what_gains_nothing_stays():
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 3)  # 27 features make no groups of 32
+
+        def forward(self, x):
+            return self.conv(x), F.avg_pool2d(x[:, :1], 3)
+
+    graph = qf.export(Pools().eval(), (torch.randn(1, 3, 9, 9),)).module()
+    for scheme, layers in ((DYNAMIC_W4, set()), (DYNAMIC_INT8, {"conv"})):
+        operators = XNNPACKQuantizer(scheme).plan(graph).operators
+        assert {o.layer for o in operators if "dynamic" in o.becomes} == layers
+        assert sum("conv2d" in o.operators for o in operators) == 2 - len(layers)
