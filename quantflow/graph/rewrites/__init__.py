@@ -13,6 +13,7 @@ from quantflow.graph.rewrites.embedding_bags import EMBEDDING_BAG_REWRITES
 from quantflow.graph.rewrites.empties import EMPTY_REWRITES
 from quantflow.graph.rewrites.fold import FOLD_REWRITES, PATCH_REWRITES
 from quantflow.graph.rewrites.joins import JOIN_REWRITES
+from quantflow.graph.rewrites.maxima import MAXIMUM_REWRITES
 from quantflow.graph.rewrites.normalization import CENTERED_NORM_REWRITES, NORMALIZATION_REWRITES
 from quantflow.graph.rewrites.order import ORDER_REWRITES
 from quantflow.graph.rewrites.padding import PADDING_REWRITES
@@ -46,6 +47,7 @@ REWRITES: dict[OpOverload, Rewrite] = {
     **SHAPE_REWRITES,
     **BROADCAST_REWRITES,
     **JOIN_REWRITES,
+    **MAXIMUM_REWRITES,
     **REDUCTION_REWRITES,
     **RESIZE_REWRITES,
     **SLICE_REWRITES,

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantflow.graph.aten import argument, aten, is_float_tensor, node_argument, pair, tensor_value, value
+from quantflow.graph.rewrites.resizing import by_matrices
 from quantflow.graph.rewrites.rewriting import Rewrite, call_before, constant_before, open_shape, tensor_before
 from quantflow.graph.rewrites.weights import EQUAL_WEIGHTS
 from quantflow.upstream.operators import OpOverload
@@ -74,15 +75,18 @@ _SETTINGS = ("padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 def adaptive_pool(module: GraphModule, node: Node) -> Node | None:
     """Write an adaptive average pool with windows of equal size: as a mean for a single window, as its input for windows of one
-    pixel, else as :func:`average_pool`. (In channels-last memory, a pool of one window decomposes into a mean and a restride.)
+    pixel, else as :func:`average_pool`; with uneven windows as linear layers. (In channels-last memory, a pool of one window
+    decomposes into a mean and a restride.)
     """
     x = node_argument(node)
     val, size = value(x), pair(argument(node, "output_size"))
     sizes = list(val.shape[2:]) if val is not None and val.ndim == 4 and is_float_tensor(node) else []
     if sizes and size == [1, 1]:
         return call_before(node, aten.mean.dim, x, [2, 3], True)
-    if not sizes or not all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, size, strict=True)):
+    if not sizes or not all(isinstance(s, int) and o for s, o in zip(sizes, size, strict=True)):
         return None
+    if any(s % o for s, o in zip(sizes, size, strict=True)):
+        return by_matrices(module, node)
     if sizes == size:
         return x
     window = [s // o for s, o in zip(sizes, size, strict=True)]

@@ -1,5 +1,5 @@
-"""Rewrites of resizing by nearest neighbours into copies and slices, exact, and of cubic interpolation into linear layers over
-height and width, exact but for the order of sums.
+"""Rewrites of resizing by nearest neighbours into copies and slices, exact, and of cubic interpolation and averages over uneven
+windows into linear layers over height and width, exact but for the order of sums.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def nearest(module: GraphModule, node: Node) -> Node | None:
     return x
 
 
-def cubic(module: GraphModule, node: Node) -> Node | None:
-    """Write a resize of images of finite values by cubic interpolation as one linear layer for each dimension."""
+def by_matrices(module: GraphModule, node: Node) -> Node | None:
+    """Write a resize of images of finite values, linear in each dimension, as one linear layer for each."""
     if not _is_static(node) or not is_float_tensor(node):
         return None
     x = node_argument(node)
@@ -98,5 +98,5 @@ _NEAREST = (
 )
 RESIZE_REWRITES: dict[OpOverload, Rewrite] = {
     **dict.fromkeys(_NEAREST, nearest),
-    **dict.fromkeys((aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default), cubic),
+    **dict.fromkeys((aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default), by_matrices),
 }

@@ -35,6 +35,9 @@ FUNCTIONS = {
     "avg_pool2d with a ceiling, padded": lambda x: F.avg_pool2d(x, (3, 2), (2, 3), (1, 1), ceil_mode=True),
     "avg_pool2d with a ceiling, padding not counted": lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
     "avg_pool2d with a divisor": lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5),
+    "greatest of images": lambda x: x.amax((2, 3)),
+    "greatest of channels": lambda x: x * x.amax(1, keepdim=True) - x.amax((1, -1)).sum(1)[:, None, None, None],
+    "greatest of batches": lambda x: x.amax(0) + x.amax(),
     "windows": lambda x: x.unfold(2, 3, 2).unfold(3, 2, 1).sum((4, 5)),
     "windows of channels": lambda x: x.unfold(1, 4, 4).flatten(1, 2),
     "every second": lambda x: x[:, 1::2, ::2, ::3],
@@ -124,6 +127,8 @@ def test_function_and_gradients_stay(name, dynamic):
         "avg_pool2d",
         "avg_pool2d whose ceiling adds no window",
         "avg_pool2d with a divisor",
+        "adaptive pool that does not divide",
+        "greatest of images",
         "windows of channels",
         "split",
         "squeeze",
@@ -142,7 +147,7 @@ def test_what_the_backend_lacks_is_gone(name):
     graph = qf.export(Function(FUNCTIONS[name]), (IMAGE,)).module()
     before = {op(n) for n in graph.graph.nodes}
     rewritten = rewrite(copy.deepcopy(graph), REWRITES)
-    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze", "im2col", "col2im", "unfold")
+    lacking = ("silu", "hardsigmoid", "avg_pool", "split", "squeeze", "im2col", "col2im", "unfold", "amax", "adaptive")
     lacking += ("stack", "roll", "pad", "upsample", "norm", "sum", "expand")
     assert not any(word in str(op(n)) for n in rewritten.graph.nodes for word in lacking)
     assert {op(n) for n in rewritten.graph.nodes} != before
