@@ -21,7 +21,7 @@ from quantflow.graph.batch_norm import normed_layer
 from quantflow.graph.constants import constant_calls
 from quantflow.graph.partitioning import delegate_calls
 from quantflow.graph.rewrites import BROADCAST_REWRITES, Rewrite, rewrite
-from quantflow.graph.rewrites.rewriting import Replacement
+from quantflow.graph.rewrites.rewriting import Replacement, inserted_between
 from quantflow.upstream import pytree
 from quantflow.upstream.fake_tensors import FakeTensor, FakeTensorMode
 from quantflow.upstream.operators import OpOverload
@@ -211,8 +211,7 @@ def _rewritten(graph: Graph, rewrites: Mapping[OpOverload, Rewrite]) -> dict[Nod
         def applied(module: GraphModule, node: Node) -> Replacement:
             before = node.prev
             result = apply(module, node)
-            while (before := before.next) is not node:
-                planned[before] = planned[node]
+            planned.update(dict.fromkeys(inserted_between(before, node), planned[node]))
             return result
 
         return applied

@@ -12,20 +12,20 @@ from torchao.quantization.pt2e.quantizer import EdgeOrNode, QuantizationAnnotati
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 from quantflow.errors import QuantflowError
-from quantflow.graph.aten import argument, value
+from quantflow.graph.aten import argument
 from quantflow.graph.batch_norm import fold_batch_norm, norm_as_convolution
 from quantflow.graph.constant_folding import fold_constants
 from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.half_precision import compute_in_float32
 from quantflow.graph.rewrites import Rewrite, rewrite
-from quantflow.graph.rewrites.rewriting import Replacement
 from quantflow.upstream.annotations import mark_annotated
 from quantflow.upstream.operators import OpOverload
 from quantizers.annotation_edges import Edges, quantized_edges
 from quantizers.decision import Decision
+from quantizers.dynamic_rewrites import where_dynamic
 from quantizers.kernels import FloatKernels
-from quantizers.override import Overrides, Where, overrides_from, remember_override
+from quantizers.override import Overrides, Where, overrides_from
 from quantizers.plan import Plan, make_plan
 from quantizers.plan_warnings import warn_of_unmet_requests
 from quantizers.rule import Rule
@@ -170,23 +170,8 @@ class RuleQuantizer(Quantizer):
             The graph.
         """
         rewrite(model, self.rewrites)
-        return rewrite(model, {target: self._where_dynamic(apply) for target, apply in self.dynamic_rewrites.items()})
-
-    def _where_dynamic(self, apply: Rewrite) -> Rewrite:
-        """The rewrite ``apply`` of those nodes that are asked for with dynamic activations."""
-
-        def applied(module: GraphModule, node: Node) -> Replacement:
-            override = next((o for o in reversed(self.overrides) if o.matches(node)), None)
-            scheme = self.scheme if override is None else override.scheme
-            if scheme is None or not scheme.activation.dynamic or _ungrouped(node, scheme.weight.group):
-                return None
-            before = node.prev
-            replacement = apply(module, node)
-            while (before := before.next) is not node:
-                remember_override(before, override)  # a predicate on the node may not match what replaces it
-            return replacement
-
-        return applied
+        dynamic = self.dynamic_rewrites.items()
+        return rewrite(model, {target: where_dynamic(apply, self.scheme, self.overrides) for target, apply in dynamic})
 
     def _check(self, *schemes: Scheme | None) -> None:
         for given in schemes:
@@ -248,12 +233,6 @@ class RuleQuantizer(Quantizer):
         Args:
             model: The annotated graph.
         """
-
-
-def _ungrouped(node: Node, group: int) -> bool:
-    """Whether the features of the weight of ``node`` make no groups of ``group``."""
-    weight = value(argument(node, "weight"))
-    return bool(group) and weight is not None and weight[0].numel() % group != 0
 
 
 def _annotate(

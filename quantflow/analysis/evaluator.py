@@ -75,14 +75,14 @@ class Evaluator:
 
     def _right(self, classes: Callable[[Flat], Iterable[torch.Tensor]], begin: Callable[[], None]) -> int:
         """The number of correctly classified examples. A loader may return them in another order each time."""
-        right, stateful = 0, bool(state_reads(self.graph.graph))
+        right, reads = 0, state_reads(self.graph.graph)
         with state_kept(self.graph):
             begin()
             for flat, target, begins in self._flat():
                 if begins:
                     begin()
-                before = state_of(self.graph)
-                floats = None if self.labelled and not stateful else self._float_classes(flat)
+                before = state_of(self.graph, reads)
+                floats = None if self.labelled and not reads else self._float_classes(flat)
                 found = torch.cat(list(classes([*flat, *before])))
                 right += int((found == _targets(target if self.labelled else floats, len(found))).sum())
         return right

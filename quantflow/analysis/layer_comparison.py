@@ -65,7 +65,7 @@ class LayerComparison:
             raise QuantflowError(
                 "diagnose", "the graphs have no layer in common", node="quantized_graph", remedy=remedy
             )
-        self.constants = _constants(converted)
+        self.constants, self.states = _constants(converted), state_reads(converted.graph)
         self._warn_of_missing()
         self.layer_outputs = list(self._layer_outputs())
         self.outputs = 0
@@ -134,8 +134,7 @@ class LayerComparison:
         rounded to as many levels over their extremes, before its own rounding.
         """
         exact, local, floors = Values(), Values(), Values()
-        states = state_reads(self.converted.graph)
-        exact |= zip(states, flat[len(flat) - len(states) :], strict=True)
+        exact |= zip(self.states, flat[len(flat) - len(self.states) :], strict=True)
         for node in self.converted.graph.nodes:
             if node.op == "get_attr":
                 exact[node] = local[node] = exact[node] if node in exact else attribute(self.converted, node)

@@ -18,7 +18,7 @@ from quantflow.distributed import Peers
 from quantflow.errors import QuantflowError
 from quantflow.graph.own_state import state_kept
 from quantflow.graph.parameters import device_of
-from quantflow.graph.state import inputs_kept
+from quantflow.graph.state import inputs_kept, state_reads
 from quantflow.observers.fake_quantize import FakeQuantize
 from quantflow.observers.observation import affine, observers_of, watching
 from quantflow.observers.synchronization import begin_together, check_synchronizable, synchronize
@@ -89,14 +89,14 @@ def calibrate(
         feed = itertools.islice(batches(data, graph, stage="calibrate", inputs=inputs, device=device), max_batches)
         signature = Signature.of_graph(graph)
         converged = _Converged(graph, patience)
-        seen = 0
+        reads, seen = state_reads(graph.graph), 0
         check_synchronizable(graph)
         with _calibrating(graph), state_kept(graph), torch.no_grad():
             begin_together(graph, peers)
             for batch in tqdm(feed, desc="calibrate", total=total, unit="batch", disable=not progress, leave=False):
                 if sample is not None:
                     flat = signature.flatten(batch.args, batch.kwargs, stage="calibrate")
-                    sample.add((*flat, *state_of(graph)), signature)
+                    sample.add((*flat, *state_of(graph, reads)), signature)
                 try:
                     args, kwargs = inputs_kept(graph, (batch.args, batch.kwargs))
                     graph(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from quantflow.delegates.portable_rewrites import PORTABLE_REWRITES
 from quantflow.errors import QuantflowWarning
 from quantflow.graph.constant_folding import fold_constants
-from quantflow.graph.half_precision import compute_in_float32, computed_in
+from quantflow.graph.half_precision import compute_in_float32, computed_in, named
 from quantflow.graph.regions import inline_for_inference
 from quantflow.graph.rewrites import CENTERED_NORM_REWRITES, rewrite
 
@@ -58,20 +58,15 @@ class Delegate:
             rewrite(graph, CENTERED_NORM_REWRITES)
 
     def _compute_in_float32(self, graph: GraphModule) -> None:
-        half = compute_in_float32(graph, self.lacks)
-        if not half and (left := computed_in(graph, self.lacks)):
-            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in left))
+        if half := compute_in_float32(graph, self.lacks):
+            reason = f"{named(half)} has no kernels here, and becomes float32"
+            remedy = "none, or float16 where the backend has it"
+        elif half := computed_in(graph, self.lacks):
             reason, remedy = (
-                f"{names} has no kernels here, and state in it keeps the graph in it",
+                f"{named(half)} has no kernels here, and state in it keeps the graph in it",
                 "float32 or float16 state",
             )
-            warnings.warn(QuantflowWarning("edge", reason, node="graph", remedy=remedy), stacklevel=2)
         if half:
-            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-            reason, remedy = (
-                f"{names} has no kernels here, and becomes float32",
-                "none, or float16 where the backend has it",
-            )
             warnings.warn(QuantflowWarning("edge", reason, node="graph", remedy=remedy), stacklevel=2)
 
     def centering_norms(self) -> Delegate:

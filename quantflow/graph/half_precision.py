@@ -69,6 +69,11 @@ def compute_in_float32(module: GraphModule, dtypes: Collection[torch.dtype] = HA
     return computed
 
 
+def named(dtypes: Collection[torch.dtype]) -> str:
+    """The names of ``dtypes`` for a message."""
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
 def _computes(node: Node) -> bool:
     return node.op == "call_function" and op(node) not in _LOOKUPS | _CONVERSIONS
 

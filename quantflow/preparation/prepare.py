@@ -21,7 +21,7 @@ from quantflow.graph.dead_code import drop_dead_code
 from quantflow.graph.flattened_norm import flatten_before_linear
 from quantflow.graph.folding import fold_for_inference
 from quantflow.graph.graph_module import TrainableGraphModule, adopt
-from quantflow.graph.half_precision import compute_in_float32
+from quantflow.graph.half_precision import compute_in_float32, named
 from quantflow.graph.parameters import drop_unused, is_constant, tensor_of
 from quantflow.lowering.core_aten import CoreAten
 from quantflow.observers import Observer
@@ -113,8 +113,7 @@ def prepare(
 
 def _compute_in_float32(prepared: GraphModule) -> None:
     if half := compute_in_float32(prepared):
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-        reason = f"the graph computes in {names}; what stays in float computes in float32, as integers need beside them"
+        reason = f"the graph computes in {named(half)}; what stays in float computes in float32, as integers need beside them"
         remedy = "nothing: inputs and outputs keep their dtype"
         warnings.warn(QuantflowWarning("prepare", reason, node="graph", remedy=remedy), stacklevel=3)
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from quantflow.data.batches import PickInputs
 from quantflow.data.sample import Inputs, Sample, cut_inputs
+from quantflow.graph.parameters import tensor_of
 from quantflow.graph.state import state_reads
 from quantflow.metrics import signal_to_noise
 from quantflow.ptq.batch_interaction import examples_interact, examples_of
@@ -17,7 +18,7 @@ from quantflow.signature.signature import Signature
 from quantflow.simulation.float_weights import with_float_weights
 from quantflow.simulation.network import outputs
 from quantflow.simulation.preconditions import draw
-from quantflow.simulation.stateful_calls import holds_state, state_of
+from quantflow.simulation.stateful_calls import holds_state
 
 
 class HeldOut:
@@ -38,8 +39,8 @@ class HeldOut:
         self.fit = drawn if alone else [b for i, b in enumerate(drawn) if i % every != every - 1]
         self._batches = drawn if alone else drawn[every - 1 :: every]
         self.reference = outputs(with_float_weights(graph), self._batches, integers=False)
-        states = state_of(graph) if holds_state(graph, drawn[0]) else ()
-        self._states = sum(state.is_floating_point() for state in states)
+        reads = state_reads(graph.graph) if holds_state(graph, drawn[0]) else []
+        self._states = sum(tensor_of(graph, read).is_floating_point() for read in reads)
 
     def sqnr(self, graph: GraphModule, *, integers: bool = True) -> float:
         """Return the signal to noise of the outputs of the integer network of ``graph`` (or of its float network), dB: the mean

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quantflow.graph.aten import op
+from quantflow.graph.parameters import tensor_of
 from quantflow.graph.state import aliased_by, is_written, overwritten, state_reads, writes_for_others
 from quantflow.observers.observation import observer_of
 from quantflow.simulation.fake_quantized import fake_quantized
@@ -77,7 +78,7 @@ class Interpreter:
         values, given = {} if values is None else values, list[Any](inputs)
         # A sample may be of the graph before half precision became float32.
         states = zip(self._states, given[self._inputs :], strict=False)
-        before = {read: state.to(attribute(self.graph, read).dtype) for read, state in states}
+        before = {read: state.to(tensor_of(self.graph, read).dtype) for read, state in states}
         feed = iter(given[: self._inputs])
         lookup = known if callable(known) else lambda node, _: (known or {}).get(node, UNKNOWN)
         for node in self.graph.graph.nodes if nodes is None else nodes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from quantflow.data.batches import Batch
 from quantflow.data.sample import Inputs
@@ -15,9 +15,9 @@ from quantflow.simulation.float_weights import attribute
 from quantflow.simulation.network import Simulation
 
 
-def state_of(graph: GraphModule) -> tuple[torch.Tensor, ...]:
-    """A copy of the state that ``graph`` writes, as it is now."""
-    return tuple(attribute(graph, read) for read in state_reads(graph.graph))
+def state_of(graph: GraphModule, reads: Iterable[Node]) -> tuple[torch.Tensor, ...]:
+    """A copy of the state that ``reads``, the :func:`state_reads` of ``graph``, read now."""
+    return tuple(attribute(graph, read) for read in reads)
 
 
 def holds_state(graph: GraphModule, flat: Inputs) -> bool:

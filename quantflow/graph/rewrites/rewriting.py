@@ -55,7 +55,7 @@ def rewrite(module: GraphModule, rewrites: Mapping[OpOverload, Rewrite]) -> Grap
             continue
         before = node.prev
         replacement = _attempt(module, node, apply, there)
-        there.update(inserted := _inserted(before, node))
+        there.update(inserted := inserted_between(before, node))
         if replacement is None:
             continue
         changed = True
@@ -98,8 +98,8 @@ def _undo(module: GraphModule, there: set[Node], weights: Mapping[str, torch.Ten
         state[leaf] = tensor
 
 
-def _inserted(before: Node, node: Node) -> set[Node]:
-    """The nodes between ``before`` and ``node``."""
+def inserted_between(before: Node, node: Node) -> set[Node]:
+    """Return the nodes between ``before`` and ``node``."""
     found = set()
     while (before := before.next) is not node:
         found.add(before)
